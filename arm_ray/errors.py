@@ -1,0 +1,113 @@
+"""What can go wrong, as one hierarchy.
+
+::
+
+    ArmRayError
+    ├── ConfigError          a key, type, value or combination in the configuration
+    ├── CheckpointError      a checkpoint cannot be used
+    │   ├── NotACheckpointError    the path holds no model
+    │   ├── CorruptCheckpointError a file is truncated, padded, or holds NaN or infinity
+    │   ├── PickleRefusedError     the weights are pickles
+    │   └── MismatchError          two checkpoints do not have the same tensors
+    ├── CalibrationError     the calibration data cannot be used
+    ├── RunDirectoryError    the output directory holds something else, or another config
+    ├── DiskSpaceError       not enough room for what the run writes
+    ├── PlacementError       the cluster cannot hold what was asked
+    └── WorkerError          an actor was lost, or failed in a way that is not the input's fault
+
+Every error says what went wrong, where, what was found, what was expected and what to do.
+They survive pickling, because Ray carries them from actors to the driver.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ArmRayError(Exception):
+    """Base of all errors that arm_ray raises on purpose.
+
+    Args:
+        what: One sentence: what went wrong, naming the thing it went wrong with.
+        where: File, tensor, key or row.
+        got: What was found.
+        expected: What would have been right.
+        hint: What to do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        got: object = None,
+        expected: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.got = None if got is None else str(got)
+        self.expected = None if expected is None else str(expected)
+        self.hint = hint
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        lines = [self.what]
+        rows = (("where", self.where), ("got", self.got), ("expected", self.expected))
+        lines += [f"  {label + ':':<10}{text}" for label, text in rows if text is not None]
+        if self.hint is not None:
+            lines.append(f"  {'to do:':<10}{self.hint}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.what, self.where, self.got, self.expected, self.hint)
+        return _rebuild, (type(self), fields)
+
+
+def _rebuild(cls: type[ArmRayError], fields: tuple[Any, ...]) -> ArmRayError:
+    what, where, got, expected, hint = fields
+    return cls(what, where=where, got=got, expected=expected, hint=hint)
+
+
+class ConfigError(ArmRayError):
+    """A key, type, value or combination in the configuration is wrong."""
+
+
+class CheckpointError(ArmRayError):
+    """A checkpoint cannot be used."""
+
+
+class NotACheckpointError(CheckpointError):
+    """The path is missing, unreadable, or holds no model."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A weight file is truncated or padded, or a weight is NaN or infinite."""
+
+
+class PickleRefusedError(CheckpointError):
+    """The weights are pickles, which could run code when they are read."""
+
+
+class MismatchError(CheckpointError):
+    """Two checkpoints differ in architecture, shape or set of tensors."""
+
+
+class CalibrationError(ArmRayError):
+    """The calibration data is missing, empty or malformed."""
+
+
+class RunDirectoryError(ArmRayError):
+    """The output directory holds something else, or a run with another configuration."""
+
+
+class DiskSpaceError(ArmRayError):
+    """There is not enough room for what the run writes."""
+
+
+class PlacementError(ArmRayError):
+    """The cluster cannot hold what was asked of it."""
+
+
+class WorkerError(ArmRayError):
+    """An actor was lost, or failed in a way that is not the input's fault."""
