@@ -12,6 +12,7 @@
     ├── CalibrationError     the calibration data cannot be used
     ├── RunDirectoryError    the output directory holds something else, or another config
     ├── DiskSpaceError       not enough room for what the run writes
+    ├── NumericalError       activations or merged weights are not finite
     ├── PlacementError       the cluster cannot hold what was asked
     └── WorkerError          an actor was lost, or failed in a way that is not the input's fault
 
@@ -103,6 +104,10 @@ class RunDirectoryError(ArmRayError):
 
 class DiskSpaceError(ArmRayError):
     """There is not enough room for what the run writes."""
+
+
+class NumericalError(ArmRayError):
+    """Activations or merged weights are NaN or infinite."""
 
 
 class PlacementError(ArmRayError):

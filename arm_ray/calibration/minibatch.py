@@ -1,0 +1,123 @@
+"""The order of the rows, mini-batches, and micro-batches for the forward pass. Numpy only.
+
+Iteration t uses mini-batch t of the calibration stream. The rows are put in an order once;
+the stream runs through that order and starts again when it ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class MiniBatch:
+    """The samples of one iteration.
+
+    Attributes:
+        iteration: Number of the iteration, from 1.
+        row_indices: Row of the data that each sample comes from, counted from 0. A row occurs
+            more than once when the mini-batch is larger than the data.
+        token_ids: Token ids of each sample, int32 ``[length]``, length 1 or more.
+    """
+
+    iteration: int
+    row_indices: list[int]
+    token_ids: list[NDArray[np.int32]]
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Samples of a mini-batch that go through the model together, padded on the right.
+
+    Attributes:
+        sample_positions: Position of each row's sample in the mini-batch, int64 ``[rows]``.
+        input_ids: Token ids, 0 where padded, int64 ``[rows, length]``.
+        attention_mask: 1 for a token, 0 for padding, int64 ``[rows, length]``.
+        lengths: Tokens in each row, int64 ``[rows]``, falling.
+    """
+
+    sample_positions: NDArray[np.int64]
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+
+def row_order(num_rows: int, *, shuffle: bool, seed: int) -> NDArray[np.int64]:
+    """Returns the order in which the stream goes through the rows.
+
+    Numpy makes the permutation, so that it depends on nothing but the arguments: not on Ray,
+    nor on how many workers read the data.
+
+    Returns:
+        A permutation of ``0 .. num_rows - 1``, int64; the identity without ``shuffle``.
+    """
+    if not shuffle:
+        return np.arange(num_rows, dtype=np.int64)
+    return np.random.Generator(np.random.PCG64(seed)).permutation(num_rows).astype(np.int64)
+
+
+def stream_positions(iteration: int, batch_size: int, num_rows: int) -> NDArray[np.int64]:
+    """Returns the places in the row order that an iteration uses.
+
+    Args:
+        iteration: Number of the iteration, from 1.
+        batch_size: Samples per mini-batch.
+        num_rows: Rows of the data, 1 or more.
+
+    Returns:
+        ``((iteration - 1) * batch_size + j) mod num_rows`` for each j, int64 ``[batch_size]``.
+
+    Raises:
+        ValueError: If ``iteration`` is below 1.
+    """
+    if iteration < 1:
+        raise ValueError(f"iterations count from 1, got {iteration}")
+    # Python integers first: the product has no limit there.
+    start = (iteration - 1) * batch_size % num_rows
+    return (start + np.arange(batch_size, dtype=np.int64)) % num_rows
+
+
+def micro_batches(batch: MiniBatch, *, max_tokens: int, max_samples: int) -> list[MicroBatch]:
+    """Cuts a mini-batch into micro-batches that fit a budget of tokens.
+
+    Samples go longest first (equal lengths in their order), so that little is padding. The
+    result depends on nothing but the arguments.
+
+    Args:
+        batch: The mini-batch.
+        max_tokens: Most ``rows * length`` of a micro-batch, padding counted. A sample that
+            alone is longer gets a micro-batch for itself.
+        max_samples: Most rows of a micro-batch.
+
+    Returns:
+        Micro-batches that hold each sample exactly once, the one with the longest first.
+
+    Raises:
+        ValueError: If a limit is below 1.
+    """
+    if max_tokens < 1 or max_samples < 1:
+        raise ValueError(f"limits must be 1 or more, got {max_tokens=} and {max_samples=}")
+    lengths = np.array([len(ids) for ids in batch.token_ids], dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    result = []
+    start = 0
+    while start < len(order):
+        # Sorted, so the first row is the longest and sets how many rows fit.
+        fitting = max(1, min(max_samples, max_tokens // max(1, int(lengths[order[start]]))))
+        result.append(_padded(batch, order[start : start + fitting], lengths))
+        start += fitting
+    return result
+
+
+def _padded(
+    batch: MiniBatch, positions: NDArray[np.int64], all_lengths: NDArray[np.int64]
+) -> MicroBatch:
+    lengths = all_lengths[positions]
+    mask = (np.arange(lengths[0])[None, :] < lengths[:, None]).astype(np.int64)
+    input_ids = np.zeros(mask.shape, dtype=np.int64)
+    for row, position in enumerate(positions):
+        input_ids[row, : lengths[row]] = batch.token_ids[position]
+    return MicroBatch(positions.astype(np.int64), input_ids, mask, lengths)

@@ -1,0 +1,225 @@
+"""What a calibration path points at: files, a data set on disk, or one on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from arm_ray.calibration.files import FILE_SUFFIXES
+from arm_ray.errors import CalibrationError
+
+_SUFFIXES_TEXT = ", ".join(FILE_SUFFIXES)
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(/(?P<config>\w[\w.-]*))?(:(?P<split>.+))?")
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Files to read, in order.
+
+    Attributes:
+        paths: Absolute paths, each with one of ``FILE_SUFFIXES``.
+    """
+
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A data set that the ``datasets`` package loads.
+
+    Attributes:
+        name: A directory written by ``save_to_disk``, or an id on the hub.
+        on_disk: Which of the two.
+        config: The hub data set's configuration, if one was named.
+        split: The split, if one was named.
+    """
+
+    name: str
+    on_disk: bool
+    config: str | None = None
+    split: str | None = None
+
+
+def find_source(path: str) -> FileSource | DatasetSource:
+    """Tells what a calibration path points at. What exists locally goes before the hub.
+
+    Raises:
+        CalibrationError: If nothing is there, or nothing that can be read.
+    """
+    local = os.path.abspath(os.path.expanduser(path))
+    if "://" in path:
+        raise CalibrationError(
+            "Calibration data at a remote address are not read.",
+            where=path,
+            expected="a local path or a Hugging Face data set id",
+            hint="Copy or mount the data where every node sees it under one path.",
+        )
+    if os.path.isdir(local):
+        return _in_directory(local)
+    if os.path.exists(local):
+        if not local.endswith(FILE_SUFFIXES):
+            raise _unknown_file(path)
+        return FileSource((local,))
+    base, _, split = local.rpartition(":")
+    if split and os.path.isfile(os.path.join(base, "dataset_dict.json")):
+        return DatasetSource(base, on_disk=True, split=split)
+    if glob.has_magic(path) and not _HUB_ID.fullmatch(path):
+        return _by_pattern(path, local)
+    match = _HUB_ID.fullmatch(path)
+    if match is None or path.endswith(FILE_SUFFIXES):
+        raise _not_there(path, local)
+    return DatasetSource(match["name"], on_disk=False, config=match["config"], split=match["split"])
+
+
+def _in_directory(directory: str) -> FileSource | DatasetSource:
+    names = sorted(os.listdir(directory))
+    if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):
+        return DatasetSource(directory, on_disk=True)
+    paths = tuple(
+        os.path.join(directory, name)
+        for name in names
+        if name.endswith(FILE_SUFFIXES)
+        and not name.startswith((".", "_"))
+        and os.path.isfile(os.path.join(directory, name))
+    )
+    if paths:
+        return FileSource(paths)
+    raise CalibrationError(
+        "The calibration directory holds no file that can be read.",
+        where=directory,
+        got=", ".join(names[:10]) + (", ..." if len(names) > 10 else "") or "an empty directory",
+        expected=f"files ending in {_SUFFIXES_TEXT}, or what datasets.save_to_disk writes",
+        hint="Name the directory that holds the files itself; those inside it are not searched.",
+    )
+
+
+def _by_pattern(path: str, local: str) -> FileSource:
+    paths = tuple(sorted(name for name in glob.glob(local, recursive=True) if os.path.isfile(name)))
+    if not paths:
+        raise CalibrationError(
+            "The calibration pattern matches no file.",
+            where=path,
+            expected=f"files ending in {_SUFFIXES_TEXT}",
+            hint="Check the pattern.",
+        )
+    for name in paths:
+        if not name.endswith(FILE_SUFFIXES):
+            raise _unknown_file(name)
+    return FileSource(paths)
+
+
+def _unknown_file(path: str) -> CalibrationError:
+    return CalibrationError(
+        "The calibration file is of an unknown kind.",
+        where=path,
+        got=f"a name ending in {os.path.splitext(path)[1]!r}",
+        expected=f"a name ending in {_SUFFIXES_TEXT}",
+        hint="Convert the file, or rename it if it is JSON Lines under another name.",
+    )
+
+
+def _not_there(path: str, local: str) -> CalibrationError:
+    try:
+        others = os.listdir(os.path.dirname(local))
+    except OSError:
+        others = []
+    near = difflib.get_close_matches(os.path.basename(local), others, n=1)
+    return CalibrationError(
+        "The calibration data are not there.",
+        where=path,
+        got="no such file or directory",
+        expected="a file, a directory, or a Hugging Face data set id",
+        hint=f"Did you mean {near[0]!r}?" if near else "Check the path.",
+    )
+
+
+def load_dataset(source: DatasetSource) -> Any:
+    """Loads a data set with the ``datasets`` package, memory-mapped, on this machine.
+
+    Without a split named, the only split or ``train`` is taken.
+
+    Returns:
+        A ``datasets.Dataset``.
+
+    Raises:
+        CalibrationError: If the package is missing, the data set cannot be loaded (for
+            instance offline), or it has no such split.
+    """
+    datasets = _datasets_package(source)
+    if source.name == "pandas":
+        # The builder of this name reads pickles in some versions; no data set has the name.
+        raise _not_loaded(source, "the name of a reader of pickles")
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        if source.on_disk:
+            loaded = datasets.load_from_disk(source.name)
+        else:
+            # Slices such as train[:100] are for the package to cut. Code from the hub is
+            # never run.
+            loaded = datasets.load_dataset(
+                source.name, source.config, split=source.split, trust_remote_code=False
+            )
+    except Exception as error:  # network, hub, format: it raises dozens of types
+        text = str(error).strip() or "no message"
+        raise _not_loaded(source, f"{type(error).__name__}: {text.splitlines()[0]}") from error
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+    return _one_split(source, loaded)
+
+
+def _datasets_package(source: DatasetSource) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            "The calibration data need the package 'datasets', which is not installed.",
+            where=source.name,
+            got=str(error),
+            expected="the package datasets, or a path to JSON Lines or Parquet files",
+            hint="pip install 'arm-ray[datasets]'. If this was meant as a path: nothing is there.",
+        ) from error
+    return datasets
+
+
+def _one_split(source: DatasetSource, loaded: Any) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    names = list(loaded)
+    wanted = source.split or (names[0] if len(names) == 1 else "train")
+    if wanted in loaded:
+        return loaded[wanted]
+    near = difflib.get_close_matches(wanted, names, n=1)
+    raise CalibrationError(
+        f"The calibration data set has no split {wanted!r}.",
+        where=source.name,
+        got=f"splits {', '.join(map(repr, names)) or 'none'}",
+        expected="the name of a split after the data set's name, as in name:split",
+        hint=f"Did you mean {source.name}:{(near or names or ['split'])[0]}?",
+    )
+
+
+def _not_loaded(source: DatasetSource, got: str) -> CalibrationError:
+    if source.on_disk:
+        return CalibrationError(
+            "The calibration data set on disk cannot be loaded.",
+            where=source.name,
+            got=got,
+            expected="a directory written by datasets.save_to_disk",
+            hint="Write it again, or give JSON Lines or Parquet files.",
+        )
+    parts = (source.config and f"config {source.config}", source.split and f"split {source.split}")
+    return CalibrationError(
+        f"The calibration data {source.name!r} are no local path, and no data set of that name "
+        "could be loaded from the Hugging Face hub.",
+        where=", ".join([source.name, *(part for part in parts if part)]),
+        got=got,
+        expected="a path that exists, or a data set id the hub or the local cache knows",
+        hint="Check the path or the id. Without network, download the data set first and give "
+        "the path of its files.",
+    )

@@ -1,0 +1,346 @@
+"""The calibration stream: read and tokenise through Ray Data, then serve mini-batches.
+
+All tokenising happens once, in ``open_stream``, and the token ids stay with the caller. Ray
+Data needs CPU slots for its tasks; once a run's actors hold every slot it would wait for ever.
+So a stream is opened before actors are placed, and needs Ray no more after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arm_ray.calibration.files import Chunk
+from arm_ray.calibration.formats import Layout, choose_layout
+from arm_ray.calibration.minibatch import MiniBatch, row_order, stream_positions
+from arm_ray.calibration.settings import CalibrationSettings
+from arm_ray.calibration.sources import FileSource, find_source, load_dataset
+from arm_ray.calibration.tasks import Job, dataset_task, files_task, index_task, unpacked
+from arm_ray.errors import CalibrationError, WorkerError
+
+_logger = logging.getLogger(__name__)
+
+_MAX_TASKS = 200
+_DATASET_ROWS_PER_TASK = 256
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationStream:
+    """A fixed sequence of mini-batches of token ids.
+
+    Attributes:
+        num_rows: Rows of the data, used or not.
+        num_used: Different rows that the batches use; only these were tokenised.
+        num_truncated: Rows among these that were cut to the longest length.
+        max_token_id: Highest token id among these; must be below the model's vocabulary size.
+        layout: The format and columns in use.
+        warnings: What the user should know, one sentence each.
+        digest: SHA-256, in hex, over the token ids of all used rows in the order of the
+            stream. Changed data, tokenizer, seed, length, or number of batches change it.
+    """
+
+    num_rows: int
+    num_used: int
+    num_truncated: int
+    max_token_id: int
+    layout: Layout
+    warnings: list[str]
+    digest: str
+    _batch_size: int
+    _rows: NDArray[np.int64]
+    _token_ids: NDArray[np.int32]
+    _ends: NDArray[np.int64]
+
+    def batch(self, iteration: int) -> MiniBatch:
+        """Returns the mini-batch of an iteration. The same call gives the same batch.
+
+        Args:
+            iteration: Number of the iteration, from 1.
+
+        Raises:
+            ValueError: If ``iteration`` is below 1, or its rows were not asked for when the
+                stream was opened.
+        """
+        positions = stream_positions(iteration, self._batch_size, self.num_rows)
+        if positions.max() >= self.num_used:
+            raise ValueError(
+                f"mini-batch {iteration} needs rows that were not tokenised: open the stream "
+                f"with needed_batches={iteration} or more"
+            )
+        return MiniBatch(
+            iteration=iteration,
+            row_indices=self._rows[positions].tolist(),
+            token_ids=[self._sample(position) for position in positions.tolist()],
+        )
+
+    def _sample(self, position: int) -> NDArray[np.int32]:
+        start = self._ends[position - 1] if position else 0
+        return self._token_ids[start : self._ends[position]]
+
+
+def open_stream(
+    settings: CalibrationSettings,
+    tokenizer_path: str | os.PathLike[str],
+    *,
+    needed_batches: int | None = None,
+) -> CalibrationStream:
+    """Reads, checks and tokenises calibration data.
+
+    Rows are counted and checked for damage first; only those that the needed mini-batches use
+    are then tokenised and brought here, at 4 bytes a token. Needs a free CPU slot in Ray.
+
+    Args:
+        settings: What to read and how.
+        tokenizer_path: Directory with the tokenizer, seen by every node under this path.
+        needed_batches: How many mini-batches will be asked for; None for every row.
+
+    Raises:
+        CalibrationError: If the data are missing, empty or malformed, or do not fit the
+            tokenizer; names the file and line.
+        RuntimeError: If Ray is not initialised.
+        ValueError: If ``needed_batches`` is below 1.
+        WorkerError: If Ray lost the tasks.
+    """
+    if needed_batches is not None and needed_batches < 1:
+        raise ValueError(f"needed_batches must be 1 or more, got {needed_batches}")
+    source = find_source(settings.path)
+    with _quiet_ray_data():
+        data = (
+            _Files(source.paths)
+            if isinstance(source, FileSource)
+            else _Dataset(settings.path, load_dataset(source))
+        )
+        if data.num_rows == 0:
+            raise CalibrationError(
+                "The calibration data are empty.",
+                where=settings.path,
+                got="no rows",
+                expected="at least one row",
+                hint="Check the path, or the split.",
+            )
+        layout = choose_layout(settings, data.columns, settings.path)
+        order = row_order(data.num_rows, shuffle=settings.shuffle, seed=settings.seed)
+        if needed_batches is not None:
+            order = order[: needed_batches * settings.batch_size]
+        job = Job(layout, os.path.abspath(tokenizer_path), settings.max_length)
+        return _collect(settings, data.num_rows, order, layout, data.tokenize(order, job))
+
+
+class _Files:
+    """Rows in files."""
+
+    def __init__(self, paths: tuple[str, ...]) -> None:
+        self.num_rows = 0
+        self.columns: dict[str, bool] = {}
+        self._chunks: list[tuple[str, int, Chunk]] = []  # path, first row of the file, chunk
+        items = [json.dumps({"number": n, "path": path}) for n, path in enumerate(paths)]
+        results = sorted(_run(index_task, items, {}), key=lambda result: result["number"])
+        _raise_first(results, "number")
+        for path, result in zip(paths, results, strict=True):
+            index = json.loads(result["index"])
+            for name, filled in index["columns"].items():
+                self.columns[name] = self.columns.get(name, False) or filled
+            for chunk in index["chunks"]:
+                self._chunks.append((path, self.num_rows, Chunk(**chunk)))
+            self.num_rows += index["num_rows"]
+
+    def tokenize(self, order: NDArray[np.int64], job: Job) -> Iterator[dict[str, Any]]:
+        by_row = np.argsort(order)
+        rows = order[by_row]
+        items = []
+        for path, file_row, chunk in self._chunks:
+            start = file_row + chunk.first_row
+            low, high = np.searchsorted(rows, [start, start + chunk.num_rows])
+            if low < high:
+                item = {
+                    "path": path,
+                    "file_row": file_row,
+                    "chunk": asdict(chunk),
+                    "rows": (rows[low:high] - file_row).tolist(),
+                    "positions": by_row[low:high].tolist(),
+                }
+                items.append(json.dumps(item))
+        return _run(files_task, items, {"job": job})
+
+
+class _Dataset:
+    """Rows of a ``datasets.Dataset``, which this machine maps into memory."""
+
+    def __init__(self, name: str, dataset: Any) -> None:
+        import pyarrow as pa
+
+        self.num_rows = len(dataset)
+        schema = dataset.features.arrow_schema
+        self.columns = {column.name: not pa.types.is_null(column.type) for column in schema}
+        self._name = name
+        self._dataset = dataset
+
+    def tokenize(self, order: NDArray[np.int64], job: Job) -> Iterator[dict[str, Any]]:
+        import pyarrow as pa
+        import ray.data
+
+        columns = [name for name in job.columns if name in self.columns]
+        by_row = np.argsort(order)
+        dataset = self._dataset.select_columns(columns).with_format("arrow")
+        tables = []
+        for start in range(0, len(order), _DATASET_ROWS_PER_TASK):
+            positions = by_row[start : start + _DATASET_ROWS_PER_TASK]
+            part = dataset.select(order[positions])[:]
+            # The values as one column, so that their names cannot meet those of ours.
+            values = pa.StructArray.from_arrays(
+                [part.column(name).combine_chunks() for name in columns], names=columns
+            )
+            tables.append(
+                pa.table({"position": positions, "row": order[positions], "values": values})
+            )
+        work = ray.data.from_arrow(tables)
+        task: Any = dataset_task  # Ray's annotation knows no further arguments
+        return _results(
+            work.map_batches(
+                task,
+                batch_size=None,
+                batch_format="pyarrow",
+                fn_kwargs={"name": self._name, "job": job},
+            )
+        )
+
+
+def _run(
+    task: Callable[..., Any], items: list[str], kwargs: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Runs a task function over items, each a text of JSON, and yields the rows it returns."""
+    import ray.data
+
+    # The items are JSON text because Ray Data would otherwise turn lists into tensors.
+    work = ray.data.from_items(
+        [{"item": item} for item in items], override_num_blocks=min(len(items), _MAX_TASKS)
+    )
+    return _results(work.map_batches(task, batch_size=1, batch_format="pyarrow", fn_kwargs=kwargs))
+
+
+def _results(work: Any) -> Iterator[dict[str, Any]]:
+    from ray.exceptions import RayError
+
+    try:
+        for table in work.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from table.to_pylist()
+    except RayError as error:
+        raise WorkerError(
+            "Reading the calibration data failed in Ray.",
+            got=_cause(error),
+            expected="tasks that finish",
+            hint="See Ray's logs of the worker: often it ran out of memory, or a node was lost.",
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    # Ray puts the worker's traceback in the message; the line that names the first error of it
+    # is the one that tells something.
+    lines = str(error).strip().splitlines()
+    named = [line.strip() for line in lines if re.match(r"\s*[\w.]*(Error|Exception)\b", line)]
+    return f"{type(error).__name__}: {(named or lines or ['no message'])[0]}"
+
+
+def _raise_first(results: list[dict[str, Any]], key: str) -> None:
+    bad = [result for result in results if result["error"] is not None]
+    if bad:
+        first = min(bad, key=lambda result: int(result[key]))
+        raise unpacked(first["error"])
+
+
+def _collect(
+    settings: CalibrationSettings,
+    num_rows: int,
+    order: NDArray[np.int64],
+    layout: Layout,
+    results: Iterator[dict[str, Any]],
+) -> CalibrationStream:
+    """Puts the tokenised rows, which come in any order, into the order of the stream."""
+    samples: list[bytes] = [b""] * len(order)
+    errors: list[dict[str, Any]] = []
+    truncated = 0
+    for result in results:
+        if result["error"] is not None:
+            errors.append(result)
+            continue
+        samples[result["position"]] = result["ids"]
+        truncated += result["truncated"]
+    _raise_first(errors, "row")
+    # Frozen bytes: the arrays over them cannot be written, and batches can share them.
+    token_ids = np.frombuffer(b"".join(samples), dtype="<i4").astype(np.int32, copy=False)
+    ends = np.cumsum([len(sample) // 4 for sample in samples], dtype=np.int64)
+    digest = hashlib.sha256(ends.astype("<i8").tobytes())
+    digest.update(token_ids.astype("<i4", copy=False).tobytes())
+    return CalibrationStream(
+        num_rows=num_rows,
+        num_used=len(order),
+        num_truncated=truncated,
+        max_token_id=int(token_ids.max()),
+        layout=layout,
+        warnings=_warnings(settings, num_rows, len(order), truncated),
+        digest=digest.hexdigest(),
+        _batch_size=settings.batch_size,
+        _rows=order,
+        _token_ids=token_ids,
+        _ends=ends,
+    )
+
+
+def _warnings(
+    settings: CalibrationSettings, num_rows: int, num_used: int, truncated: int
+) -> list[str]:
+    found = []
+    if settings.batch_size > num_rows:
+        found.append(
+            f"A mini-batch takes {settings.batch_size} samples, but the calibration data have "
+            f"only {num_rows} rows: samples repeat inside every mini-batch."
+        )
+    if truncated:
+        found.append(
+            f"{truncated} of {num_used} calibration rows are longer than {settings.max_length} "
+            "tokens and lost their end."
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Turns off Ray Data's progress bars and chatter for a while; its log file stays as it is."""
+    import ray
+    from ray.data import DataContext
+
+    if not ray.is_initialized():
+        raise RuntimeError("Ray is not initialised: call ray.init() before open_stream()")
+    free: Any = ray.available_resources  # not annotated in Ray
+    if free().get("CPU", 0) < 1:
+        # Ray Data waits without a word. Not an error: a cluster may be growing.
+        _logger.warning("no CPU slot is free in Ray: reading the calibration data waits for one")
+    context = DataContext.get_current()
+    bars = context.enable_progress_bars
+    # Only handlers that write to the console have a stream.
+    handlers = [h for h in logging.getLogger("ray.data").handlers if hasattr(h, "stream")]
+    context.enable_progress_bars = False
+    for handler in handlers:
+        handler.addFilter(_worth_showing)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = bars
+        for handler in handlers:
+            handler.removeFilter(_worth_showing)
+
+
+def _worth_showing(record: logging.LogRecord) -> bool:
+    # Ray warns that the bars are off and how to turn them on, which here is our doing.
+    is_about_bars = record.getMessage().startswith("Progress bars disabled")
+    return record.levelno >= logging.WARNING and not is_about_bars

@@ -1,0 +1,1 @@
+"""Where weights come from and go. No arithmetic here beyond declared casts."""

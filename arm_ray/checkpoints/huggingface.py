@@ -1,0 +1,206 @@
+"""Hugging Face checkpoint directories: safetensors, single or sharded, and hub ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry, read_header, read_tensors
+from arm_ray.errors import CorruptCheckpointError, NotACheckpointError, PickleRefusedError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: its configuration, and where each tensor lies. Holds no weights.
+
+    Attributes:
+        path: The directory.
+        config: Content of `config.json`.
+        tensors: Name -> place in a weight file.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read some tensors into host memory, in the checkpoint's own dtype."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        result: dict[str, Tensor] = {}
+        for file, members in by_file.items():
+            result.update(read_tensors(file, members))
+        return result
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the tables of tensors, file sizes and modification times: cheap, no data."""
+        digest = hashlib.sha256()
+        for file in sorted({entry.file for entry in self.tensors.values()}):
+            status = file.stat()
+            digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        for name, entry in sorted(self.tensors.items()):
+            digest.update(f"{name}\0{entry.code}\0{entry.shape}\0{entry.begin}\0".encode())
+        return digest.hexdigest()
+
+
+def resolve_path(path_or_id: str) -> Path:
+    """Return a local directory for a path or a Hugging Face hub id, downloading the latter.
+
+    Raises:
+        NotACheckpointError: Neither a directory nor a model that the hub can give.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        return path.resolve()
+    looks_like_path = path.is_absolute() or path_or_id.startswith((".", "~"))
+    if looks_like_path or path_or_id.count("/") > 1:
+        raise NotACheckpointError(
+            "a checkpoint directory does not exist", where=path_or_id, hint="check the path"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=_HUB_PATTERNS))
+    except Exception as error:  # network, authentication and name errors, of many types
+        raise NotACheckpointError(
+            "not a local directory, and the Hugging Face hub does not give it either",
+            where=path_or_id,
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            expected="an existing directory, or the id of a model on the hub",
+            hint="check the path; for the hub, the name, the network and your token",
+        ) from None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the configuration and the headers of a checkpoint directory.
+
+    Raises:
+        NotACheckpointError: It is no directory, cannot be read, or holds no model.
+        PickleRefusedError: Its weights are pickles.
+        CorruptCheckpointError: A file is missing, truncated or malformed, or the index points
+            outside the directory.
+    """
+    if not path.is_dir():
+        raise NotACheckpointError(
+            "a checkpoint is not a directory",
+            where=path,
+            got="a file" if path.exists() else "nothing there",
+            expected="a directory with config.json and .safetensors files",
+        )
+    try:
+        config = _read_config(path)
+        entries = _read_entries(path)
+    except OSError as error:
+        raise NotACheckpointError(
+            "a checkpoint cannot be read", where=path, got=error, hint="check its permissions"
+        ) from None
+    for entry in entries.values():
+        if entry.code not in DTYPES:
+            raise NotACheckpointError(
+                f"the tensor {entry.name} is stored in a number format that is not merged",
+                where=entry.file,
+                got=entry.code,
+                expected=", ".join(DTYPES),
+                hint="dequantise the checkpoint to bf16 first",
+            )
+    return Checkpoint(path, config, entries)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.exists():
+        names = sorted(p.name for p in path.iterdir())
+        raise NotACheckpointError(
+            "the directory is not a model directory",
+            where=path,
+            got=", ".join(names[:8]) + (" …" if len(names) > 8 else "") or "an empty directory",
+            expected="config.json and .safetensors files",
+            hint="name the checkpoint directory itself, for example …/checkpoint-40",
+        )
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptCheckpointError("a JSON file is malformed", where=file, got=error) from None
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(
+            "a JSON file does not hold an object", where=file, got=type(content).__name__
+        )
+    return content
+
+
+def _read_entries(path: Path) -> dict[str, TensorEntry]:
+    index = path / INDEX_NAME
+    if index.exists():
+        return _read_indexed(path, index)
+    if (path / SINGLE_NAME).exists():
+        return read_header(path / SINGLE_NAME)
+    stray = sorted(p.name for p in path.glob("*.safetensors"))
+    if stray:
+        raise CorruptCheckpointError(
+            "there are weight files but no index",
+            where=path,
+            got=", ".join(stray[:4]),
+            expected=f"{SINGLE_NAME}, or {INDEX_NAME} beside the files it names",
+            hint="the checkpoint may still be being written, or is an adapter",
+        )
+    pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
+    if pickles:
+        raise PickleRefusedError(
+            "the weights are pickles, which can run code when they are read",
+            where=path,
+            got=", ".join(pickles[:4]),
+            expected=".safetensors files",
+            hint="if you trust them, convert: AutoModelForCausalLM.from_pretrained(DIR)"
+            ".save_pretrained(NEW_DIR) writes safetensors",
+        )
+    raise NotACheckpointError(
+        "the directory holds no weights", where=path, expected=f"{SINGLE_NAME} or {INDEX_NAME}"
+    )
+
+
+def _read_indexed(path: Path, index: Path) -> dict[str, TensorEntry]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptCheckpointError("the index has no weight_map", where=index)
+    entries: dict[str, TensorEntry] = {}
+    for file_name in sorted(set(map(str, weight_map.values()))):
+        # A name such as ../x or /x would make us read outside of what the user pointed at.
+        if os.path.basename(file_name) != file_name or file_name in ("", ".", ".."):
+            raise CorruptCheckpointError(
+                "the index names a file outside its directory", where=index, got=file_name
+            )
+        file = path / file_name
+        if not file.exists():
+            raise CorruptCheckpointError(
+                "the index names a file that does not exist",
+                where=index,
+                got=file_name,
+                hint="copy the checkpoint again; if a run is still writing it, wait",
+            )
+        header = read_header(file)
+        named = [name for name, owner in weight_map.items() if owner == file_name]
+        for name in named:
+            if name not in header:
+                raise CorruptCheckpointError(
+                    f"the index says that {name} is in a file that lacks it", where=file
+                )
+            entries[name] = header[name]
+    return entries

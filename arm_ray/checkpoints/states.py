@@ -1,0 +1,240 @@
+"""Merged states on disk, and the final model made from the last of them.
+
+A state is `states/NNNN/` with one weight file for each layer group, an index that makes the
+directory a model that other programs load as it is, and, written last, `state.json`. A state
+without `state.json` is unfinished and is thrown away when a run resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arm_ray.checkpoints.huggingface import INDEX_NAME, SINGLE_NAME
+from arm_ray.checkpoints.weight_file import (
+    TensorSpec,
+    read_tensors,
+    write_json,
+    write_weight_file,
+)
+
+MANIFEST_NAME = "state.json"
+# Everything beside the weights that loading a model or talking to it needs.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class StateManifest:
+    """What `state.json` says: the state is complete, and what it was made of."""
+
+    iteration: int
+    regime: str
+    reference: str
+    contributors: tuple[str, ...]
+    weight_cosine: float | None
+    task_vector_cosine: float | None
+
+
+def state_directory(run: Path, iteration: int) -> Path:
+    """`states/NNNN` of a run."""
+    return run / "states" / f"{iteration:04d}"
+
+
+def group_file(directory: Path, group: int) -> Path:
+    """The weight file of one layer group of a state."""
+    return directory / f"group-{group:05d}.safetensors"
+
+
+def write_group(directory: Path, group: int, tensors: Mapping[str, Tensor]) -> int:
+    """Write one layer group of a state; returns bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+    return write_weight_file(group_file(directory, group), specs, tensors.values())
+
+
+def read_group(directory: Path, group: int, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read one layer group of a state into host memory."""
+    return read_tensors(group_file(directory, group), names)
+
+
+def publish_state(
+    directory: Path,
+    manifest: StateManifest,
+    group_tensors: Sequence[Sequence[str]],
+    num_bytes: int,
+    config: Mapping[str, object],
+    companions: Path,
+) -> None:
+    """Write a state's index, configuration and tokenizer, and then its manifest.
+
+    Args:
+        directory: The state, with all its group files in place.
+        manifest: What `state.json` gets.
+        group_tensors: Names of the tensors of each group, in order.
+        num_bytes: Size of all tensors.
+        config: Content of `config.json`.
+        companions: Directory that the tokenizer and generation settings are copied from.
+    """
+    weight_map = {
+        name: group_file(directory, index).name
+        for index, names in enumerate(group_tensors)
+        for name in names
+    }
+    write_companions(directory, config, companions)
+    write_json(
+        directory / INDEX_NAME,
+        {"metadata": {"total_size": num_bytes}, "weight_map": weight_map},
+    )
+    write_json(directory / MANIFEST_NAME, asdict(manifest))
+
+
+def read_manifest(directory: Path) -> StateManifest | None:
+    """The manifest of a state, or None if the state is not complete."""
+    try:
+        content = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return StateManifest(**{**content, "contributors": tuple(content["contributors"])})
+
+
+def finished_states(run: Path) -> dict[int, StateManifest]:
+    """Iteration -> manifest of each complete state of a run."""
+    found = {}
+    for directory in sorted((run / "states").glob("[0-9][0-9][0-9][0-9]*")):
+        manifest = read_manifest(directory)
+        if manifest is not None:
+            found[manifest.iteration] = manifest
+    return found
+
+
+def discard_unfinished_states(run: Path) -> list[str]:
+    """Remove states that a stopped run left half-written; returns their names."""
+    removed = []
+    for directory in sorted((run / "states").glob("[0-9][0-9][0-9][0-9]*")):
+        if read_manifest(directory) is None:
+            shutil.rmtree(directory)
+            removed.append(directory.name)
+    return removed
+
+
+def discard_state(run: Path, iteration: int) -> None:
+    """Remove one state, its manifest first, so that it is never taken for a whole one."""
+    directory = state_directory(run, iteration)
+    (directory / MANIFEST_NAME).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class ExportFile:
+    """One weight file of the final model.
+
+    Attributes:
+        name: Its file name.
+        specs: The tensors in it, in the dtype they are stored in.
+    """
+
+    name: str
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(spec.num_bytes for spec in self.specs)
+
+
+def plan_export(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], max_bytes: int
+) -> list[ExportFile]:
+    """Spread the tensors of the final model over weight files of at most `max_bytes`."""
+    files: list[list[TensorSpec]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        spec = TensorSpec(name, dtypes[name], shape)
+        if files[-1] and size + spec.num_bytes > max_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(spec)
+        size += spec.num_bytes
+    if len(files) == 1:
+        return [ExportFile(SINGLE_NAME, tuple(files[0]))]
+    return [
+        ExportFile(f"model-{i + 1:05d}-of-{len(files):05d}.safetensors", tuple(specs))
+        for i, specs in enumerate(files)
+    ]
+
+
+def write_export_file(
+    directory: Path, export: ExportFile, state: Path, group_of: Mapping[str, int]
+) -> int:
+    """Write one weight file of the final model from a state, tensor by tensor; returns bytes."""
+    tensors = (
+        read_tensors(group_file(state, group_of[spec.name]), [spec.name])[spec.name]
+        for spec in export.specs
+    )
+    return write_weight_file(directory / export.name, export.specs, tensors)
+
+
+def write_export_index(directory: Path, files: Sequence[ExportFile]) -> None:
+    """Write the index, which a model of a single weight file does not have."""
+    if len(files) > 1:
+        weight_map = {spec.name: file.name for file in files for spec in file.specs}
+        total = sum(file.num_bytes for file in files)
+        write_json(
+            directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+
+
+def write_companions(directory: Path, config: Mapping[str, object], source: Path) -> None:
+    """Write `config.json`, and copy the tokenizer and generation settings from `source`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", config)
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    # Tokenizers with several chat templates keep them in a folder.
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(
+            source / "additional_chat_templates",
+            directory / "additional_chat_templates",
+            dirs_exist_ok=True,
+        )
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a checkpoint directory carries a tokenizer."""
+    return any((directory / n).is_file() for n in ("tokenizer.json", "tokenizer.model"))
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Whether a checkpoint's tokenizer carries a chat template."""
+    if any((directory / n).is_file() for n in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        content = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(content.get("chat_template"))
+
+
+def total_bytes(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> int:
+    """Size of a model of these shapes."""
+    return sum(prod(shape) for shape in shapes.values()) * itemsize

@@ -1,0 +1,79 @@
+"""Checks of checkpoints that need a little of their data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.weight_file import TensorEntry
+from arm_ray.errors import CorruptCheckpointError
+
+_TAIL_BYTES = 4096
+
+
+def check_zero_padding(checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Refuse a weight file that ends in zeros where another checkpoint has numbers.
+
+    Some writers reserve a file's full size first, so a file that is still being written has the
+    right length and opens without an error, but ends in zeros.
+
+    Args:
+        checkpoints: Label -> checkpoint; all with the same tensors.
+
+    Raises:
+        CorruptCheckpointError: Names the file and the tensor.
+    """
+    for label, checkpoint in checkpoints.items():
+        last: dict[Path, TensorEntry] = {}
+        for entry in checkpoint.tensors.values():
+            if entry.file not in last or entry.end > last[entry.file].end:
+                last[entry.file] = entry
+        for entry in last.values():
+            if not _tail_is_zero(entry) or entry.name.endswith(".bias"):
+                continue
+            others = [
+                other
+                for other in checkpoints.values()
+                if other is not checkpoint and entry.name in other.tensors
+            ]
+            if any(not _tail_is_zero(other.tensors[entry.name]) for other in others):
+                raise CorruptCheckpointError(
+                    "a weight file ends in zeros: it was probably still being written",
+                    where=f"{label}: {entry.file}",
+                    got=f"zeros at the end of {entry.name}",
+                    expected="numbers, as in the other checkpoints",
+                    hint="wait for the run to finish the checkpoint, or copy it again",
+                )
+
+
+def _tail_is_zero(entry: TensorEntry) -> bool:
+    length = min(_TAIL_BYTES, entry.num_bytes)
+    with entry.file.open("rb") as file:
+        file.seek(entry.end - length)
+        return not any(file.read(length))
+
+
+def check_finite(tensor: Tensor, name: str, where: object) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        CorruptCheckpointError: Names the tensor and the first bad position.
+    """
+    # A sum is finite if all terms are, up to overflow: one pass without a mask in the usual case.
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+        return
+    bad = torch.nonzero(~torch.isfinite(tensor))
+    if len(bad) == 0:
+        return
+    position = bad[0].tolist()
+    raise CorruptCheckpointError(
+        f"the tensor {name} holds NaN or infinity",
+        where=where,
+        got=f"{tensor[tuple(position)].item()} at {position}, and {len(bad) - 1} more",
+        expected="finite weights",
+        hint="the run diverged or the save failed; choose another checkpoint",
+    )

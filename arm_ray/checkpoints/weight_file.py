@@ -1,0 +1,200 @@
+"""One `.safetensors` weight file: reading its header, and writing it tensor by tensor.
+
+The header is parsed here, rather than by the library, to learn sizes and offsets without opening
+the data, and to tell a truncated file from a whole one with a message that names the numbers.
+Tensors are read by the library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from arm_ray.errors import CorruptCheckpointError
+
+# Name in the file -> torch dtype, for what a language model's weights are stored in.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor's place in a weight file.
+
+    Attributes:
+        name: Hugging Face name.
+        code: Its dtype as the file spells it, for example `BF16`.
+        shape: Its shape.
+        file: The weight file.
+        begin: First byte of its data, from the start of the file.
+        end: One past its last byte.
+    """
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of data."""
+        return self.end - self.begin
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Read the table of tensors of one weight file, and check that the file is as long as it says.
+
+    Raises:
+        CorruptCheckpointError: The file is truncated, padded, or is no safetensors file.
+        OSError: It cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if size < _LENGTH_BYTES or not 2 <= length <= min(_MAX_HEADER_BYTES, size):
+            raise _corrupt(path, f"a header of {length} bytes in a file of {size} bytes")
+        raw = file.read(length)
+    try:
+        table = json.loads(raw)
+        table.pop("__metadata__", None)
+        entries = {name: _entry(path, name, row, length) for name, row in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _corrupt(path, f"a header that cannot be parsed: {error}") from None
+    expected = max((entry.end for entry in entries.values()), default=_LENGTH_BYTES + length)
+    if size != expected:
+        raise CorruptCheckpointError(
+            "a weight file is truncated" if size < expected else "a weight file is too long",
+            where=path,
+            got=f"{size} bytes",
+            expected=f"{expected} bytes, from its header",
+            hint="copy or save the checkpoint again",
+        )
+    return entries
+
+
+def _entry(path: Path, name: str, row: Mapping[str, Any], header_bytes: int) -> TensorEntry:
+    begin, end = (int(offset) + _LENGTH_BYTES + header_bytes for offset in row["data_offsets"])
+    return TensorEntry(name, str(row["dtype"]), tuple(map(int, row["shape"])), path, begin, end)
+
+
+def _corrupt(path: Path, got: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        "a weight file is no readable safetensors file",
+        where=path,
+        got=got,
+        expected="a whole .safetensors file",
+        hint="copy or save the checkpoint again; if a run is still writing it, wait",
+    )
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read some tensors of one weight file into host memory, in the dtype of the file.
+
+    Raises:
+        CorruptCheckpointError: The file cannot be read, or lacks a tensor.
+    """
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except Exception as error:  # the library raises several types, some of its own
+        raise CorruptCheckpointError(
+            "a weight file cannot be read", where=path, got=error, hint="save the checkpoint again"
+        ) from None
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of a tensor that is going to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of data."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def write_weight_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> int:
+    """Write a weight file, taking one tensor at a time, and publish it whole or not at all.
+
+    Args:
+        path: The file; an older one is replaced.
+        specs: What is written, in order.
+        tensors: The tensors in the order of `specs`; each is cast to its spec's dtype.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        ValueError: A tensor does not have the announced shape.
+        OSError: The disk is full, or the directory cannot be written.
+    """
+    header = _encode_header(specs)
+    with atomic_file(path) as file:
+        file.write(header)
+        for spec, tensor in zip(specs, tensors, strict=True):
+            if tuple(tensor.shape) != spec.shape:
+                raise ValueError(
+                    f"{spec.name}: got shape {list(tensor.shape)}, expected {list(spec.shape)}"
+                )
+            data = tensor.to(device="cpu", dtype=spec.dtype).contiguous()
+            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+    return len(header) + sum(spec.num_bytes for spec in specs)
+
+
+def _encode_header(specs: Sequence[TensorSpec]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        end = offset + spec.num_bytes
+        table[spec.name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    raw = json.dumps(table, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name only when it is whole and on disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())

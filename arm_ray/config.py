@@ -1,0 +1,360 @@
+"""The configuration of a merge: one YAML file with dotted overrides.
+
+It is validated before anything is loaded. Nothing heavy is imported here, so that a wrong key is
+reported in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from arm_ray.errors import ConfigError
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+PositiveInt = Annotated[int, Field(ge=1)]
+DTypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values keep their types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+class CalibrationConfig(Section):
+    """Where the calibration samples come from and how they become mini-batches."""
+
+    path: str
+    """A JSON Lines or Parquet file, a directory of them, or a Hugging Face dataset id."""
+    format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
+    batch_size: PositiveInt = 64
+    """Samples in an iteration's mini-batch (N)."""
+    max_length: PositiveInt = 1024
+    """Tokens; longer samples are cut."""
+    shuffle: bool = True
+    """False: the mini-batches are the rows in file order."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    text_column: str = "text"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    messages_column: str = "messages"
+
+
+class RotationConfig(Section):
+    """How the left singular vectors of the activation shift become a rotation."""
+
+    sign: Literal["positive_diagonal", "library"] = "positive_diagonal"
+    """`positive_diagonal` flips columns so that U[j, j] >= 0; `library` keeps LAPACK's signs."""
+    rank_tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1.0e-6
+    """Singular values at or below this fraction of the largest count as zero."""
+
+
+class MethodConfig(Section):
+    """Which operator merges, and how strongly."""
+
+    operator: Literal["arm", "task_arithmetic"] = "arm"
+    coefficient: Annotated[float, Field(gt=0.0, le=2.0)] = 0.7
+    """λ."""
+    rotation: RotationConfig = RotationConfig()
+
+
+class ScheduleConfig(Section):
+    """Which states meet in which iteration."""
+
+    initial: Literal["base", "last_candidate"] = "base"
+    """State 0 of the anchored iterations."""
+    anchor_iterations: Annotated[int, Field(ge=0)] = 3
+    window_size: Annotated[int, Field(ge=2)] = 2
+    window_divisor: Literal["n", "n_minus_1"] = "n"
+    max_iterations: PositiveInt = 6
+    tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1.0e-4
+    """Stop once 1 - cos(W_t - W_base, W_(t-1) - W_base) is at most this; 0 never stops early."""
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    merge_dtype: Literal["float32"] = "float32"
+    """Of the states between iterations and of the update; bf16 would lose most of a late update."""
+    compute_dtype: DTypeOrAuto = "auto"
+    """Of the forward pass; auto: the base's."""
+    storage_dtype: DTypeOrAuto = "auto"
+    """Of the final model; auto: each tensor as in the base."""
+
+
+class RuntimeConfig(Section):
+    """Where and with what the merge runs. Only `IDENTITY_KEYS` have an influence on the bits."""
+
+    layer_shards: Literal["auto"] | PositiveInt = "auto"
+    """Actors that share the layers; auto: one per GPU, or one per CPU slot without GPUs."""
+    layers_per_group: PositiveInt = 1
+    """Decoder layers loaded, run, merged and written together."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where the cluster has GPUs."""
+    gpus_per_shard: Annotated[float, Field(gt=0.0)] = 1.0
+    threads: PositiveInt = 1
+    """CPU threads of one shard. More threads sum in another order: it is part of the result."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Padded tokens in one forward pass."""
+    max_weight_file_gb: Annotated[float, Field(gt=0.0)] = 5.0
+    """Size of one weight file of the final model, 10^9 bytes."""
+    placement_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0
+    """How long to wait for the cluster to place the actors."""
+
+    IDENTITY_KEYS: ClassVar[frozenset[str]] = frozenset({"threads", "micro_batch_tokens", "device"})
+
+
+class MergeConfig(Section):
+    """Everything `arm-ray merge` needs."""
+
+    base: str
+    candidates: Annotated[list[str], Field(min_length=1)]
+    output: str
+    """The run directory."""
+    keep_states: Literal["all", "last"] = "all"
+    """Merged states kept on disk; `last` removes those that no later iteration needs."""
+    tokenizer: Literal["auto", "base", "last_candidate"] = "auto"
+    """Whose tokenizer, chat template and generation settings the merged model gets; auto: the
+    base's, unless it lacks a tokenizer or chat template that the last candidate has."""
+    calibration: CalibrationConfig | None = None
+    method: MethodConfig = MethodConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, every key written out."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def load_merge_config(path: str | Path, overrides: Sequence[str] = ()) -> MergeConfig:
+    """Read a YAML file, apply dotted overrides and validate the whole.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value` strings; values are parsed as YAML.
+
+    Raises:
+        ConfigError: The file cannot be read, or its content is wrong; all problems are listed.
+    """
+    return parse_merge_config(read_yaml(Path(path)), overrides, source=str(path))
+
+
+def parse_merge_config(
+    content: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
+) -> MergeConfig:
+    """Validate configuration content that is already parsed. See `load_merge_config`."""
+    for text in overrides:
+        apply_override(content, text)
+    try:
+        config = MergeConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(
+            _describe_all(error), where=source, hint="correct the keys above; nothing was started"
+        ) from None
+    _check_combinations(config, source)
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping; duplicate keys are errors and `1e-4` is a number.
+
+    Raises:
+        ConfigError: The file is missing, is no YAML, or is not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "the configuration file cannot be read",
+            where=path,
+            got=error,
+            expected="a readable YAML file in UTF-8",
+            hint="check the path",
+        ) from None
+    try:
+        content = yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            "the configuration file is not valid YAML", where=path, got=" ".join(str(error).split())
+        ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            "the configuration file does not hold keys and values",
+            where=path,
+            got=type(content).__name__,
+            expected="a mapping with base, candidates, output, …",
+        )
+    return content
+
+
+def apply_override(content: dict[str, Any], text: str) -> None:
+    """Set one `section.key=value` in parsed configuration content, in place.
+
+    Raises:
+        ConfigError: `text` is not of that form, or a part of its path is not a section.
+    """
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(
+            f"the override {text!r} is not understood",
+            got=text,
+            expected="section.key=value, for example schedule.max_iterations=4",
+        )
+    section = content
+    for part in parts[:-1]:
+        # An empty section (`runtime:` with nothing below) parses as null.
+        child = section.get(part)
+        if child is None:
+            child = section[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(
+                f"the override {text!r} does not fit the file",
+                where=part,
+                got=f"{part} is {child!r}",
+                expected=f"{part} to be a section",
+            )
+        section = child
+    try:
+        section[parts[-1]] = yaml.load(value, Loader=_Loader)  # noqa: S506 -- a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"the value of the override {text!r} is not valid YAML",
+            got=value,
+            expected=" ".join(str(error).split()),
+        ) from None
+
+
+def config_difference(old: MergeConfig, new: MergeConfig) -> list[str]:
+    """Keys that decide the result and differ, one line each: `key: old -> new`."""
+    before, after = (dict(_flatten(c.model_dump(mode="json"))) for c in (old, new))
+    ignored = {"output", "keep_states"} | {
+        f"runtime.{name}"
+        for name in RuntimeConfig.model_fields
+        if name not in RuntimeConfig.IDENTITY_KEYS
+    }
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in dict.fromkeys([*before, *after])
+        if key not in ignored and before.get(key, ...) != after.get(key, ...)
+    ]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number (as YAML 1.2 does) and refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", node.value[position][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _flatten(child, f"{prefix}{key}.")
+    else:
+        yield prefix.removesuffix("."), value
+
+
+def _describe_all(error: ValidationError) -> str:
+    by_key: dict[str, list[Any]] = {}
+    for item in error.errors():
+        # Pydantic names the members of a union in the location; they are no keys.
+        location = [p for p in item["loc"] if str(p) not in ("constrained-int", "literal['auto']")]
+        by_key.setdefault(".".join(map(str, location)), []).append(item)
+    problems = [_describe(key, items) for key, items in by_key.items()]
+    head = f"the configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return "\n".join([head, *(f"  - {problem}" for problem in problems)])
+
+
+def _describe(key: str, items: Sequence[Any]) -> str:
+    item = items[0]
+    if item["type"] == "extra_forbidden":
+        *parents, name = key.split(".")
+        known = _known_keys(parents)
+        return f"{key}: unknown key; {_nearest(name, known) or 'known here: ' + ', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{key}: required, but absent"
+    value = item["input"]
+    messages = " or ".join(i["msg"][0].lower() + i["msg"][1:] for i in items)
+    text = f"{key}: got {value!r} ({type(value).__name__}); {messages}"
+    choices = re.findall(r"'([^']+)'", item.get("ctx", {}).get("expected", ""))
+    nearest = _nearest(value, choices) if isinstance(value, str) else ""
+    return f"{text}; {nearest}" if nearest else text
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = MergeConfig
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)
+
+
+def _check_combinations(config: MergeConfig, source: str) -> None:
+    schedule, count = config.schedule, len(config.candidates)
+    uses_window = schedule.max_iterations > schedule.anchor_iterations
+    available = schedule.anchor_iterations + 1 if schedule.anchor_iterations else 1 + count
+    problems = []
+    if uses_window and schedule.window_size > available:
+        where = (
+            f"the initial state and {schedule.anchor_iterations} anchored"
+            if schedule.anchor_iterations
+            else f"base and {count} candidate(s)"
+        )
+        problems.append(
+            f"schedule.window_size: got {schedule.window_size}, but only {available} states exist "
+            f"when the window starts ({where}); use at most {available}, or more anchor_iterations"
+        )
+    if schedule.initial == "last_candidate" and schedule.anchor_iterations == 0:
+        problems.append(
+            "schedule.initial: last_candidate needs anchored iterations, anchor_iterations is 0 "
+            "(a window alone starts from base and the candidates in order)"
+        )
+    elif schedule.initial == "last_candidate" and count == 1:
+        problems.append(
+            "schedule.initial: last_candidate with a single candidate merges it with itself; "
+            "add a candidate or start from base"
+        )
+    if config.method.operator == "arm" and config.calibration is None:
+        problems.append(
+            "calibration: required by method.operator: arm, which rotates by activations; "
+            "name a dataset in calibration.path"
+        )
+    if problems:
+        raise ConfigError(
+            "\n".join(
+                ["the configuration asks for what cannot be", *(f"  - {p}" for p in problems)]
+            ),
+            where=source,
+        )

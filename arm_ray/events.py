@@ -1,0 +1,125 @@
+"""What happened in a run, as typed records: one JSON object a line in `events.jsonl`.
+
+The driver writes them; reports and status read them. Times are seconds, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events; `name` is what stands in the file."""
+
+    name: ClassVar[str] = "event"
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """The inputs are valid and the actors are placed."""
+
+    name: ClassVar[str] = "run_started"
+    version: str
+    first_iteration: int
+    max_iterations: int
+    operator: str
+    num_tensors: int
+    num_rotated: int
+    num_groups: int
+    num_shards: int
+    device: str
+    compute_dtype: str
+    calibration_rows: int
+    calibration_digest: str
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something a user should know; the run goes on."""
+
+    name: ClassVar[str] = "warning"
+    message: str
+
+
+@dataclass(frozen=True)
+class IterationFinished(Event):
+    """A state is complete and on disk.
+
+    `weight_cosine` is cos(W_t, W_(t-1)); `task_vector_cosine` is
+    cos(W_t - W_base, W_(t-1) - W_base), null where one of them is zero.
+    """
+
+    name: ClassVar[str] = "iteration_finished"
+    iteration: int
+    regime: str
+    reference: str
+    contributors: tuple[str, ...]
+    weight_cosine: float | None
+    task_vector_cosine: float | None
+    rotated: int
+    rank_deficient: tuple[str, ...]
+    seconds: float
+    forward_seconds: float
+    merge_seconds: float
+    bytes_written: int
+
+
+@dataclass(frozen=True)
+class ModelWritten(Event):
+    """`model/` is published."""
+
+    name: ClassVar[str] = "model_written"
+    state: str
+    path: str
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """The run ended by itself: `reason` is `converged`, `max_iterations` or `stop_after`."""
+
+    name: ClassVar[str] = "run_finished"
+    reason: str
+    iterations: int
+    seconds: float
+    peak_shard_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RunFailed(Event):
+    """The run ended with an error; what is complete on disk stays, and it can be resumed."""
+
+    name: ClassVar[str] = "run_failed"
+    error: str
+    message: str
+
+
+class EventLog:
+    """Appends events to a file, one line each, flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, event: Event) -> None:
+        """Append one event with the time (seconds since 1970)."""
+        record = {"time": round(time.time(), 3), "event": event.name, **dataclasses.asdict(event)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Read all events of a run; a last line that was cut off by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

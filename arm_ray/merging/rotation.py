@@ -1,0 +1,156 @@
+"""The rotation by the left singular vectors of an activation shift, in compact form.
+
+ARM multiplies a task vector `ΔW` `[d_out, d_in]` by the orthogonal left factor `U`
+`[d_out, d_out]` of the full singular value decomposition of the activation shift `ΔA`
+`[d_out, N]` (Eqs. 3-5). The data determine only the first `N` columns of `U`. Householder QR
+gives the others: with `ΔA = Q R`, `Q = H_1 … H_N`, and `R = Ũ Σ Vᵀ`,
+
+    U = Q · blockdiag(Ũ, I)
+
+and with the reflectors in compact WY form (`Q = I − V T Vᵀ`; Schreiber and Van Loan, 1989)
+`U ΔW` costs three thin matrix products and never forms a `d_out × d_out` matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SignRule = Literal["positive_diagonal", "library"]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An orthogonal `U = (I − V T Vᵀ) · blockdiag(core, I) · diag(signs)`.
+
+    Attributes:
+        core: `[r, r]` float64; acts on the first `r` rows.
+        reflectors: `V`, `[d_out, r]` float64, unit lower trapezoidal; None if `r = d_out`, where
+            `core` is the whole of `U`.
+        factor: `T`, `[r, r]` float64, upper triangular; None if `reflectors` is None.
+        signs: `[d_out]` float64 of +1 and −1, one for each column of `U`.
+        rank: Numerical rank `r` of the activation shift.
+        full_rank: `min(d_out, N)`: the rank it would have without degenerate samples.
+    """
+
+    core: Tensor
+    reflectors: Tensor | None
+    factor: Tensor | None
+    signs: Tensor
+    rank: int
+    full_rank: int
+
+    @property
+    def is_rank_deficient(self) -> bool:
+        """Whether degenerate samples reduced the rotation to fewer directions."""
+        return self.rank < self.full_rank
+
+    def apply(self, task_vector: Tensor) -> Tensor:
+        """Return `U ΔW`.
+
+        Args:
+            task_vector: `ΔW` `[d_out, d_in]`, float32 or float64, which the products keep.
+        """
+        dtype, r = task_vector.dtype, self.core.shape[0]
+        rotated = self.signs.to(dtype)[:, None] * task_vector
+        rotated[:r] = self.core.to(dtype) @ rotated[:r]
+        if self.reflectors is None or self.factor is None:
+            return rotated
+        v = self.reflectors.to(dtype)
+        return rotated.sub_(v @ (self.factor.to(dtype) @ (v.T @ rotated)))
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of `U`, `[d_out]` float64; its mean is about cos(U ΔW, ΔW)."""
+        return _diagonal(self.core, self.reflectors, self.factor, self.signs)
+
+
+def activation_rotation(
+    shift: Tensor, *, sign: SignRule = "positive_diagonal", rank_tolerance: float = 1.0e-6
+) -> Rotation | None:
+    """Turn an activation shift into its rotation.
+
+    The factorisation runs in float64 on the device of `shift`. Where the shift is numerically
+    rank-deficient, the reflectors are those of its `r` leading left singular vectors alone, so
+    that rounding noise does not rotate anything.
+
+    Args:
+        shift: `ΔA` `[d_out, N]`: column `j` is the shift of sample `j`'s mean output.
+        sign: `positive_diagonal` flips columns of `U` so that `U[j, j] ≥ 0`, which of all sign
+            choices is closest to the identity; `library` keeps the signs that LAPACK returns.
+        rank_tolerance: Singular values at or below this fraction of the largest count as zero.
+
+    Returns:
+        The rotation, or None where the shift is zero (nothing to rotate by).
+
+    Raises:
+        ValueError: `shift` is no matrix, or is not finite.
+    """
+    if shift.ndim != 2:
+        raise ValueError(f"shift: got {list(shift.shape)}, expected [d_out, N]")
+    shift = shift.to(torch.float64)
+    if not bool(torch.isfinite(shift).all()):
+        raise ValueError("shift: got NaN or infinity, expected finite activations")
+    d_out, num_samples = shift.shape
+    full_rank = min(d_out, num_samples)
+    # LAPACK would choose another path for d_out < 11 N / 6. Ours depends on N < d_out alone.
+    if num_samples < d_out:
+        packed, tau = torch.geqrf(shift)
+        left, sigma, _ = torch.linalg.svd(packed[:num_samples].triu())
+    else:
+        left, sigma, _ = torch.linalg.svd(shift, full_matrices=False)
+    if sigma[0] == 0.0:
+        return None
+    rank = int((sigma > rank_tolerance * sigma[0]).sum())
+    core, reflectors, factor = left, None, None
+    if num_samples < d_out:
+        reflectors, factor = _compact_wy(packed, tau)
+    if rank < full_rank:
+        leading = left[:, :rank]
+        if reflectors is not None and factor is not None:
+            leading = _apply_reflectors(reflectors, factor, leading)
+        packed, tau = torch.geqrf(leading)
+        reflectors, factor = _compact_wy(packed, tau)
+        # R of orthonormal columns is diagonal, ±1, up to rounding.
+        core = torch.diag(torch.sign(packed[:rank].diagonal()))
+    signs = shift.new_ones(d_out)
+    if sign == "positive_diagonal":
+        signs = torch.where(_diagonal(core, reflectors, factor, signs) < 0.0, -signs, signs)
+    return Rotation(core, reflectors, factor, signs, rank, full_rank)
+
+
+def _compact_wy(packed: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """`V` `[d_out, r]` and `T` `[r, r]` of `Q = I − V T Vᵀ` from packed reflectors.
+
+    `T⁻¹` is the strict upper triangle of `VᵀV` plus `diag(1 / τ)`. A column with `τ = 0` reflects
+    nothing; it is zeroed, and any non-zero diagonal entry will do for it.
+    """
+    v = packed.tril(-1)
+    v.diagonal().fill_(1.0)
+    idle = tau == 0.0
+    v[:, idle] = 0.0
+    inverse = (v.T @ v).triu(1)
+    inverse.diagonal().copy_(1.0 / torch.where(idle, torch.ones_like(tau), tau))
+    identity = torch.eye(len(tau), dtype=v.dtype, device=v.device)
+    return v, torch.linalg.solve_triangular(inverse, identity, upper=True)
+
+
+def _apply_reflectors(v: Tensor, t: Tensor, top: Tensor) -> Tensor:
+    """`(I − V T Vᵀ) [top; 0]`, `[d_out, k]`, for `top` `[r, k]`."""
+    rows = top.shape[0]
+    result = -(v @ (t @ (v[:rows].T @ top)))
+    result[:rows] += top
+    return result
+
+
+def _diagonal(core: Tensor, v: Tensor | None, t: Tensor | None, signs: Tensor) -> Tensor:
+    r = core.shape[0]
+    if v is None or t is None:
+        return core.diagonal() * signs
+    product = v @ t
+    # Q[:, :r] core needs whole rows of Q's left part; the other columns only their own entry.
+    head = core.diagonal() - ((product[:r] @ v[:r].T) * core.T).sum(1)
+    tail = 1.0 - (product[r:] * v[r:]).sum(1)
+    return torch.cat([head, tail]) * signs

@@ -1,0 +1,216 @@
+"""What tensors a model has, which of them are rotated, and in which layer group each one is."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.weight_file import DTYPES
+from arm_ray.errors import MismatchError, NotACheckpointError
+
+# Families whose decoder gives the same bits run group by group as run whole (tests/test_group.py).
+# Others scale embeddings or share weights between layers, and are refused until they are tested.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+# Buffers that older versions of transformers stored; they follow from the configuration.
+_DERIVED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+# Settings that change what a forward pass computes although every tensor has the same shape.
+_FORWARD_SETTINGS = (
+    "hidden_act",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "layer_types",
+    "sliding_window",
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Consecutive decoder layers, with the embedding or the head where they belong.
+
+    Attributes:
+        index: Position in the model, 0-based.
+        first_layer: First decoder layer.
+        end_layer: One past the last.
+        tensors: Names of all tensors of the group, in the model's order.
+        num_bytes: Their size in float32.
+    """
+
+    index: int
+    first_layer: int
+    end_layer: int
+    tensors: tuple[str, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """The tensors of a model, from its configuration alone.
+
+    Attributes:
+        config: The model's configuration.
+        shapes: Name -> shape, in the model's order; a tied `lm_head` is left out.
+        rotated: Names of the 2-D weights of linear modules inside the decoder layers.
+        groups: The layer groups, in order.
+    """
+
+    config: PretrainedConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    rotated: frozenset[str]
+    groups: tuple[LayerGroup, ...]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.groups[-1].end_layer
+
+
+def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """Read a checkpoint's configuration, with the defaults that its family fills in.
+
+    Raises:
+        NotACheckpointError: The family is not supported.
+    """
+    family = checkpoint.config.get("model_type")
+    if family not in FAMILIES:
+        raise NotACheckpointError(
+            "the model's family is not supported",
+            where=checkpoint.path / "config.json",
+            got=f"model_type {family!r}",
+            expected=", ".join(FAMILIES),
+        )
+    if "quantization_config" in checkpoint.config:
+        raise NotACheckpointError(
+            "the checkpoint is quantised",
+            where=checkpoint.path / "config.json",
+            expected="weights in float32, bfloat16 or float16",
+            hint="merge the full-precision checkpoints, and quantise the result",
+        )
+    config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    return config
+
+
+def model_layout(config: PretrainedConfig, layers_per_group: int = 1) -> ModelLayout:
+    """List a model's tensors by building it on the `meta` device, which holds no data."""
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    rotated = frozenset(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and _LAYER.match(name)
+    )
+    groups = _groups(shapes, int(config.num_hidden_layers), layers_per_group)
+    return ModelLayout(config, shapes, rotated, groups)
+
+
+def _groups(
+    shapes: Mapping[str, tuple[int, ...]], num_layers: int, layers_per_group: int
+) -> tuple[LayerGroup, ...]:
+    starts = list(range(0, num_layers, layers_per_group))
+    members: list[list[str]] = [[] for _ in starts]
+    for name in shapes:
+        layer = _LAYER.match(name)
+        if layer:
+            members[int(layer[1]) // layers_per_group].append(name)
+        else:
+            members[0 if name == EMBEDDING else -1].append(name)
+    return tuple(
+        LayerGroup(
+            index,
+            start,
+            min(start + layers_per_group, num_layers),
+            tuple(names),
+            sum(4 * prod(shapes[name]) for name in names),
+        )
+        for index, (start, names) in enumerate(zip(starts, members, strict=True))
+    )
+
+
+def is_layer_tensor(name: str) -> bool:
+    """Whether a tensor belongs to a decoder layer."""
+    return _LAYER.match(name) is not None
+
+
+def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> None:
+    """Check that a checkpoint has the tensors and the forward pass of `layout`.
+
+    Args:
+        layout: From the base.
+        checkpoint: The base itself, or a candidate.
+        label: How the configuration calls it, for messages.
+
+    Raises:
+        MismatchError: A setting, a tensor or a shape differs; names the first.
+        NotACheckpointError: The family is not supported.
+    """
+    where = f"{label}: {checkpoint.path}"
+    family, expected_family = checkpoint.config.get("model_type"), layout.config.model_type
+    if family != expected_family:
+        raise _mismatch("the architecture differs from the base's", where, family, expected_family)
+    config = load_config(checkpoint)
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
+        _check_setting(key, config, layout.config, where)
+    tied = bool(config.tie_word_embeddings)
+    names = {
+        name
+        for name in checkpoint.tensors
+        if not _DERIVED.search(name) and not (tied and name == LM_HEAD)
+    }
+    for name, shape in layout.shapes.items():
+        if name not in names:
+            raise _mismatch("a tensor is missing", where, f"no {name}", f"{name} {list(shape)}")
+        found = checkpoint.tensors[name].shape
+        if found != shape:
+            raise _mismatch(f"the shape of {name} differs", where, list(found), list(shape))
+    extra = sorted(names - set(layout.shapes))
+    if extra:
+        raise _mismatch(
+            "a tensor is there that the model does not have", where, extra[0], "the base's tensors"
+        )
+    for key in _FORWARD_SETTINGS:
+        _check_setting(key, config, layout.config, where)
+
+
+def _check_setting(key: str, config: Any, expected: Any, where: str) -> None:
+    found, wanted = getattr(config, key, None), getattr(expected, key, None)
+    if found != wanted:
+        raise _mismatch(f"{key} differs from the base's", where, found, wanted)
+
+
+def _mismatch(what: str, where: str, got: object, expected: object) -> MismatchError:
+    return MismatchError(
+        what,
+        where=where,
+        got=got,
+        expected=expected,
+        hint="merge checkpoints of one training run, and its own base",
+    )
+
+
+def base_dtype(layout: ModelLayout, base: Checkpoint) -> torch.dtype:
+    """The dtype that most of the base's rotated weights are stored in."""
+    sizes: dict[str, int] = {}
+    for name in layout.rotated:
+        entry = base.tensors[name]
+        sizes[entry.code] = sizes.get(entry.code, 0) + entry.num_bytes
+    return DTYPES[max(sizes, key=lambda code: (sizes[code], code))]

@@ -1,0 +1,184 @@
+"""The output directory of a run: what is in it, and whether a merge may go on in it.
+
+::
+
+    config.yaml      the resolved configuration
+    inputs.json      digests of the checkpoints and the calibration data
+    events.jsonl     what happened
+    states/NNNN/     the state after iteration NNNN, a model in float32
+    model/           the final merged model
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.weight_file import atomic_file, write_json
+from arm_ray.config import MergeConfig, config_difference, parse_merge_config, read_yaml
+from arm_ray.errors import ArmRayError, DiskSpaceError, RunDirectoryError
+from arm_ray.events import EventLog
+from arm_ray.schedule import iteration_of, states_needed_after
+
+CONFIG_NAME = "config.yaml"
+_INPUTS_NAME = "inputs.json"
+_LOCK_NAME = ".lock"
+
+
+class RunDirectory:
+    """One run's output directory, open and locked."""
+
+    def __init__(self, path: Path, config: MergeConfig) -> None:
+        self.path = path
+        self.config = config
+        self.events = EventLog(path / "events.jsonl")
+        self.finished: dict[int, states.StateManifest] = {}
+
+    @property
+    def model(self) -> Path:
+        """Where the final model is published."""
+        return self.path / "model"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the final model is there."""
+        return self.model.is_dir()
+
+    @property
+    def last_iteration(self) -> int:
+        """The last iteration whose state is complete; 0 where none is."""
+        return max(self.finished, default=0)
+
+    def record_inputs(self, digests: Mapping[str, str]) -> None:
+        """Write down what the run reads, or check that it is still the same.
+
+        Raises:
+            RunDirectoryError: An input has changed since the run began.
+        """
+        file = self.path / _INPUTS_NAME
+        known: dict[str, str] = {}
+        if file.exists() and self.finished:
+            known = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name, digest in digests.items() if known.get(name, digest) != digest]
+        if changed:
+            raise RunDirectoryError(
+                f"the run cannot go on: {', '.join(changed)} changed since it began",
+                where=self.path,
+                hint="restore the data, or choose another output directory",
+            )
+        write_json(file, {**known, **digests})
+
+    def prune(self, num_candidates: int, iteration: int) -> None:
+        """Remove states that no later iteration needs, where `keep_states` is `last`."""
+        if self.config.keep_states != "last":
+            return
+        needed = states_needed_after(self.config.schedule, num_candidates, iteration)
+        keep = {iteration_of(name) for name in needed}
+        for directory in (self.path / "states").iterdir():
+            if int(directory.name) not in keep and int(directory.name) <= iteration:
+                states.discard_state(self.path, int(directory.name))
+
+    def check_disk_space(self, state_bytes: int, model_bytes: int, num_candidates: int) -> None:
+        """Check that the states still to come and the final model fit on the disk.
+
+        Raises:
+            DiskSpaceError: Says how much is missing.
+        """
+        schedule = self.config.schedule
+        remaining = schedule.max_iterations - self.last_iteration
+        count = remaining
+        if self.config.keep_states == "last":
+            # A new state is written before an old one goes.
+            kept = (
+                len(states_needed_after(schedule, num_candidates, t)) + 1
+                for t in range(1, schedule.max_iterations + 1)
+            )
+            count = min(remaining, max(kept))
+        needed = count * state_bytes + model_bytes
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise DiskSpaceError(
+                "not enough room on the disk for the run",
+                where=self.path,
+                got=f"{free / 1e9:.2f} GB free",
+                expected=f"{needed / 1e9:.2f} GB: {count} states of {state_bytes / 1e9:.2f} GB "
+                f"and the model of {model_bytes / 1e9:.2f} GB; "
+                f"{(needed - free) / 1e9:.2f} GB are missing",
+                hint="free some, choose another output, or set keep_states: last",
+            )
+
+
+@contextlib.contextmanager
+def open_run(config: MergeConfig) -> Iterator[RunDirectory]:
+    """Create the run directory, or open it to go on, and hold its lock meanwhile.
+
+    Raises:
+        RunDirectoryError: It holds something else, a run with another configuration, or a run
+            that another process is working on.
+    """
+    path = Path(config.output).expanduser().resolve()
+    known = _existing_config(path)
+    finished = states.finished_states(path) if known is not None else {}
+    if known is not None and (finished or (path / "model").is_dir()):
+        difference = config_difference(known, config)
+        if difference:
+            raise RunDirectoryError(
+                "the output directory holds a run with another configuration",
+                where=path,
+                got="\n" + "\n".join(f"      {line}" for line in difference),
+                hint="choose another output, or restore these keys to go on with the run",
+            )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK_NAME).open("w")
+    except OSError as error:
+        raise RunDirectoryError(
+            "the output directory cannot be written", where=path, got=error
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunDirectoryError(
+                "another merge is working in the output directory",
+                where=path,
+                hint="wait for it, or choose another output",
+            ) from None
+        run = RunDirectory(path, config)
+        states.discard_unfinished_states(path)
+        shutil.rmtree(path / "model.partial", ignore_errors=True)
+        run.finished = states.finished_states(path)
+        with atomic_file(path / CONFIG_NAME) as file:
+            file.write(config.to_yaml().encode())
+        yield run
+
+
+def _existing_config(path: Path) -> MergeConfig | None:
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        raise RunDirectoryError("the output is not a directory", where=path)
+    try:
+        content = sorted(p.name for p in path.iterdir() if p.name != _LOCK_NAME)
+    except OSError as error:
+        raise RunDirectoryError(
+            "the output directory cannot be read", where=path, got=error
+        ) from None
+    if not content:
+        return None
+    try:
+        return parse_merge_config(read_yaml(path / CONFIG_NAME), source=str(path / CONFIG_NAME))
+    except ArmRayError as error:
+        raise RunDirectoryError(
+            "the output directory holds something else than a run",
+            where=path,
+            got=", ".join(content[:6]) + (" …" if len(content) > 6 else ""),
+            expected="an empty or new directory, or a run that this version can go on with "
+            f"({error.what.splitlines()[0]})",
+            hint="choose another output; nothing there was touched",
+        ) from None

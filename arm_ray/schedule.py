@@ -1,0 +1,118 @@
+"""Which states meet in which iteration: anchoring, sliding window, hybrid. Pure.
+
+`plan_iteration` turns the schedule's settings and an iteration number into an `IterationPlan`;
+`should_stop` and `states_needed_after` are the other two decisions a driver asks for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from arm_ray.config import ScheduleConfig
+
+Regime = Literal["anchoring", "sliding_window"]
+
+BASE = "base"
+
+
+def candidate_name(index: int) -> str:
+    """Name of candidate `index` (0-based): `candidate-1`, `candidate-2` and so on."""
+    return f"candidate-{index + 1}"
+
+
+def state_name(iteration: int) -> str:
+    """Name of the state that iteration `iteration` (1-based) makes: `state-0001` and so on."""
+    return f"state-{iteration:04d}"
+
+
+@dataclass(frozen=True)
+class IterationPlan:
+    """What one iteration merges: `W_new = W_ref + (λ / divisor) Σ U_i (W_i - W_ref)`.
+
+    Attributes:
+        iteration: 1-based number; also the number of the state it makes and of its mini-batch.
+        regime: Eq. 4 (anchoring) or Eq. 5 (sliding window).
+        reference: Name of the state with weights `W_ref`.
+        contributors: Names of the `W_i`, without the reference itself (its task vector is zero).
+        divisor: `m`.
+        previous: Name of `W_(t-1)`, which the cosines compare the new state with.
+    """
+
+    iteration: int
+    regime: Regime
+    reference: str
+    contributors: tuple[str, ...]
+    divisor: int
+    previous: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """States whose activations the iteration needs, the reference first."""
+        return (self.reference, *self.contributors)
+
+    @property
+    def output(self) -> str:
+        """Name of the state that the iteration makes."""
+        return state_name(self.iteration)
+
+
+def plan_iteration(schedule: ScheduleConfig, num_candidates: int, iteration: int) -> IterationPlan:
+    """Say what iteration `iteration` (1-based) merges.
+
+    Anchored (Eq. 4): reference `W_(t-1)`, contributors the candidates, divisor `k`.
+    Window (Eq. 5): reference `W_(t-n)`, contributors `W_(t-n+1) … W_(t-1)`, divisor `n` or `n - 1`.
+    """
+    candidates = tuple(candidate_name(i) for i in range(num_candidates))
+    before: tuple[str, ...]
+    if schedule.anchor_iterations:
+        before = (BASE if schedule.initial == "base" else candidates[-1],)
+    else:
+        before = (BASE, *candidates)
+    history = before + tuple(state_name(t) for t in range(1, iteration))
+    previous = history[-1]
+    if iteration <= schedule.anchor_iterations:
+        contributors = tuple(name for name in candidates if name != previous)
+        return IterationPlan(
+            iteration, "anchoring", previous, contributors, num_candidates, previous
+        )
+    window = history[-schedule.window_size :]
+    divisor = len(window) if schedule.window_divisor == "n" else len(window) - 1
+    return IterationPlan(iteration, "sliding_window", window[0], window[1:], divisor, previous)
+
+
+def should_stop(schedule: ScheduleConfig, iteration: int, task_vector_cosine: float | None) -> bool:
+    """Whether the run ends after `iteration`: the budget is spent, or the angle has closed.
+
+    Args:
+        schedule: The settings.
+        iteration: The iteration that just finished, 1-based.
+        task_vector_cosine: cos(W_t - W_base, W_(t-1) - W_base); None where one of them is zero.
+    """
+    if iteration >= schedule.max_iterations:
+        return True
+    return has_converged(schedule, task_vector_cosine)
+
+
+def has_converged(schedule: ScheduleConfig, task_vector_cosine: float | None) -> bool:
+    """Whether consecutive task vectors point the same way, within `tolerance`."""
+    if task_vector_cosine is None or schedule.tolerance == 0.0:
+        return False
+    return 1.0 - task_vector_cosine <= schedule.tolerance
+
+
+def states_needed_after(schedule: ScheduleConfig, num_candidates: int, iteration: int) -> set[str]:
+    """Merged states that must survive `iteration` for the run to go on or to end there."""
+    needed = {state_name(iteration)}
+    last = min(schedule.max_iterations, iteration + schedule.window_size)
+    for later in range(iteration + 1, last + 1):
+        plan = plan_iteration(schedule, num_candidates, later)
+        needed.update({*plan.inputs, plan.previous})
+    return {name for name in needed if name.startswith("state-")} & {
+        state_name(t) for t in range(1, iteration + 1)
+    }
+
+
+def iteration_of(name: str) -> int | None:
+    """The iteration that made a state, or None for the base and the candidates."""
+    return int(name.removeprefix("state-")) if name.startswith("state-") else None
