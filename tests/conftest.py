@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import logging
+import os
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
+from arm_ray.config import MergeConfig, parse_merge_config
+
+ROOT = Path(__file__).parent.parent
 SIZES: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 96,
+    "vocab_size": 320,
     "max_position_embeddings": 256,
 }
+WORDS = ("seven", "red", "apples", "and", "two", "green", "ones", "are", "in", "Ann", "has", "left")
 ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -81,23 +92,99 @@ def save(
     return path
 
 
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> Callable[..., list[Path]]:
-    """Make a base and `count` candidates of a family on disk."""
+def save_tokenizer(path: Path) -> Path:
+    """A byte-level BPE tokenizer of 320 tokens with a chat template, in a checkpoint directory."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZES["vocab_size"],
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(WORDS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    )
+    fast.save_pretrained(path)
+    return path
+
+
+def write_texts(path: Path, rows: int = 24, seed: int = 0) -> Path:
+    """A JSON Lines file of random short texts of different lengths."""
+    choose = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(rows):
+            text = " ".join(choose.choices(WORDS, k=choose.randint(2, 20)))
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+class MergeCase:
+    """A base, candidates and calibration texts on disk, and configurations for them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.candidates: list[Path] = []
 
     def make(
-        family: str,
+        self,
+        family: str = "smollm2",
         count: int = 2,
         dtype: torch.dtype = torch.float32,
         max_shard_size: str = "5GB",
         num_layers: int = 3,
-    ) -> list[Path]:
+        rows: int = 24,
+    ) -> MergeCase:
+        """Write the checkpoints and the calibration file."""
         base = tiny_model(family, seed=1, num_layers=num_layers)
-        models = [base, *(fine_tuned(base, seed=10 + i) for i in range(count))]
-        names = ["base", *(f"checkpoint-{10 * (i + 1)}" for i in range(count))]
-        return [
-            save(model, tmp_path / name, dtype, max_shard_size)
-            for model, name in zip(models, names, strict=True)
-        ]
+        save_tokenizer(save(base, self.root / "base", dtype, max_shard_size))
+        for i in range(count):
+            path = self.root / f"checkpoint-{10 * (i + 1)}"
+            self.candidates.append(save(fine_tuned(base, seed=10 + i), path, dtype, max_shard_size))
+        write_texts(self.root / "calibration.jsonl", rows)
+        return self
 
-    return make
+    def content(self, output: str = "run") -> dict[str, Any]:
+        """Configuration content: 8 samples an iteration, 2 anchored iterations and 2 of window."""
+        return {
+            "base": str(self.root / "base"),
+            "candidates": [str(path) for path in self.candidates],
+            "output": str(self.root / output),
+            "calibration": {
+                "path": str(self.root / "calibration.jsonl"),
+                "batch_size": 8,
+                "max_length": 32,
+            },
+            "schedule": {"anchor_iterations": 2, "max_iterations": 4, "tolerance": 0.0},
+            "runtime": {"layer_shards": 1, "micro_batch_tokens": 96},
+        }
+
+    def config(self, *overrides: str, output: str = "run") -> MergeConfig:
+        """A configuration with overrides."""
+        return parse_merge_config(self.content(output), overrides)
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> MergeCase:
+    """An empty `MergeCase`."""
+    return MergeCase(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One local Ray for all tests that need one, with slots for four shards."""
+    # Workers are new processes: they find the package, and tests that define tasks, by this path.
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        address="local",
+        num_cpus=6,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+    )
+    yield
+    ray.shutdown()

@@ -13,7 +13,7 @@ LENGTHS = torch.tensor([20, 13, 1, 7])
 
 
 def _inputs() -> torch.Tensor:
-    return torch.randint(0, 96, (4, 20), generator=torch.Generator().manual_seed(3))
+    return torch.randint(0, 320, (4, 20), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

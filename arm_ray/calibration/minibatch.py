@@ -80,6 +80,29 @@ def stream_positions(iteration: int, batch_size: int, num_rows: int) -> NDArray[
     return (start + np.arange(batch_size, dtype=np.int64)) % num_rows
 
 
+def unique_samples(batch: MiniBatch) -> tuple[MiniBatch, NDArray[np.int64]]:
+    """Leaves out samples that equal an earlier one of the mini-batch.
+
+    Equal samples must give equal activations to the last bit: run in different micro-batches they
+    would differ by rounding, and that noise would count as a direction of its own.
+
+    Returns:
+        The mini-batch of the different samples, in order; and for each sample of ``batch`` its
+        position in that, int64 ``[N]``.
+    """
+    first: dict[bytes, int] = {}
+    rows: list[int] = []
+    samples: list[NDArray[np.int32]] = []
+    positions: list[int] = []
+    for row, ids in zip(batch.row_indices, batch.token_ids, strict=True):
+        position = first.setdefault(ids.tobytes(), len(first))
+        if position == len(samples):
+            rows.append(row)
+            samples.append(ids)
+        positions.append(position)
+    return MiniBatch(batch.iteration, rows, samples), np.array(positions, dtype=np.int64)
+
+
 def micro_batches(batch: MiniBatch, *, max_tokens: int, max_samples: int) -> list[MicroBatch]:
     """Cuts a mini-batch into micro-batches that fit a budget of tokens.
 

@@ -120,9 +120,7 @@ def _meta_decoder(
         config.layer_types = layer_types[group.first_layer : group.end_layer]
     config.use_cache = False
     with torch.device("meta"):
-        decoder: nn.Module = AutoModel.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
+        decoder: nn.Module = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
     decoder.norm = nn.Identity()
     decoder.embed_tokens = nn.Identity()
     # Rotary frequencies are no parameters: they are made anew where the pass runs.

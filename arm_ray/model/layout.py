@@ -112,7 +112,7 @@ def model_layout(config: PretrainedConfig, layers_per_group: int = 1) -> ModelLa
     """List a model's tensors by building it on the `meta` device, which holds no data."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     rotated = frozenset(
         f"{name}.weight"

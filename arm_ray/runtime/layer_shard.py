@@ -118,7 +118,7 @@ class LayerShard:
 
         Args:
             plan: The iteration.
-            num_samples: Samples in the iteration's mini-batch (N).
+            num_samples: Different samples in the iteration's mini-batch.
             state: Name of the input state.
             micro_batch: Its token ids and lengths.
             hidden: Hidden states from the shard before, as `pack_tensor` made them; None for the
@@ -148,19 +148,26 @@ class LayerShard:
         is_last = groups[-1] == len(self._spec.layout.groups) - 1
         return None if is_last else pack_tensor(current)
 
-    def merge(self, plan: IterationPlan, group: int, keep: frozenset[str]) -> GroupReport:
+    def merge(
+        self,
+        plan: IterationPlan,
+        group: int,
+        columns: NDArray[np.int64],
+        keep: frozenset[str],
+    ) -> GroupReport:
         """Merge one layer group of an iteration, write it, and release what is not needed again.
 
         Args:
             plan: The iteration, whose forward passes this shard has run.
             group: Index of the layer group.
+            columns: `[N]`: which of the different samples each sample of the mini-batch is.
             keep: Names of the states that later iterations read.
         """
         started = time.monotonic()
         merged: dict[str, Tensor] = {}
         similarity, rotated, deficient = [], 0, []
         for name in self._spec.layout.groups[group].tensors:
-            inputs = self._tensor_inputs(plan, group, name)
+            inputs = self._tensor_inputs(plan, group, name, columns)
             result = self._operator.merge(inputs, self._spec.settings)
             if not bool(torch.isfinite(result.tensor.sum(dtype=torch.float64))):
                 raise NumericalError(
@@ -247,11 +254,16 @@ class LayerShard:
     def _as_float32(self, state: str, group: int, name: str) -> Tensor:
         return self._load(state, group)[name].to(device=self._device, dtype=torch.float32)
 
-    def _tensor_inputs(self, plan: IterationPlan, group: int, name: str) -> TensorInputs:
+    def _tensor_inputs(
+        self, plan: IterationPlan, group: int, name: str, columns: NDArray[np.int64]
+    ) -> TensorInputs:
         reference, *contributors = (self._as_float32(s, group, name) for s in plan.inputs)
         if not (self._operator.needs_activations and name in self._spec.layout.rotated):
             return TensorInputs(name, reference, contributors, plan.divisor)
-        first, *others = (self._activation(plan, state, group, name) for state in plan.inputs)
+        chosen = torch.from_numpy(columns.copy()).to(self._device)
+        first, *others = (
+            self._activation(plan, state, group, name)[:, chosen] for state in plan.inputs
+        )
         return TensorInputs(name, reference, contributors, plan.divisor, first, others)
 
     def _activation(self, plan: IterationPlan, state: str, group: int, name: str) -> Tensor:

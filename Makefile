@@ -1,0 +1,32 @@
+# One command to see it work on a real model, one to pass its tests:
+#   make demo
+#   make test
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# auto: the default build of torch where nvidia-smi answers, a CPU build elsewhere; or cpu, or gpu.
+DEVICE ?= auto
+
+.PHONY: setup demo test lint unit clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints/tested.txt scripts/setup.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" DEVICE="$(DEVICE)" bash scripts/setup.sh
+	touch $@
+
+demo: setup
+	PYTHON="$(BIN)/python" bash examples/smollm2/demo.sh
+
+test: setup lint unit
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit:
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

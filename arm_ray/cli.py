@@ -1,0 +1,71 @@
+"""`arm-ray`: the command line. It parses, calls, and turns errors into exit codes.
+
+Exit codes: 0 success, 1 an error that the message explains, 2 a wrong command line,
+130 interrupted (run the same command again to go on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import arm_ray
+from arm_ray.config import load_merge_config
+from arm_ray.errors import ArmRayError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    # `ray job stop` and schedulers send SIGTERM: leave through the same clean-up as Ctrl-C.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return int(options.run(options))
+    except ArmRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="arm-ray", description="Merge a training run's checkpoints without training, on Ray."
+    )
+    parser.add_argument("--version", action="version", version=arm_ray.__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    merge = commands.add_parser(
+        "merge", help="merge checkpoints, or go on with a merge", description=_merge.__doc__
+    )
+    merge.add_argument("config", metavar="CONFIG.yaml")
+    merge.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="take precedence over the file"
+    )
+    merge.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
+    merge.add_argument(
+        "--stop-after", type=int, metavar="N", help="halt after iteration N; run again to go on"
+    )
+    merge.set_defaults(run=_merge)
+    return parser
+
+
+def _merge(options: argparse.Namespace) -> int:
+    """Merge checkpoints as the YAML file says, or go on with the run in its output directory."""
+    config = load_merge_config(options.config, options.overrides)
+    # Heavy imports come after validation, so that a typing error is reported at once.
+    from arm_ray.runtime.merge import merge
+
+    merge(config, address=options.address, stop_after=options.stop_after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

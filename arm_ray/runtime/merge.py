@@ -1,0 +1,237 @@
+"""A whole merge, from a configuration to a published model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+import arm_ray
+from arm_ray.calibration.settings import CalibrationSettings
+from arm_ray.calibration.stream import CalibrationStream, open_stream
+from arm_ray.checkpoints import states
+from arm_ray.config import MergeConfig
+from arm_ray.errors import ArmRayError, CalibrationError
+from arm_ray.events import ModelWritten, RunFailed, RunFinished, RunStarted, Warned
+from arm_ray.merging.operator import MergeSettings
+from arm_ray.merging.registry import OPERATORS
+from arm_ray.report.model_card import write_model_card
+from arm_ray.runtime.driver import StreamingDriver, shard_ranges
+from arm_ray.runtime.inputs import MergeInputs, open_inputs
+from arm_ray.runtime.layer_shard import ShardSpec
+from arm_ray.runtime.placement import (
+    Placement,
+    end_actors,
+    place_shards,
+    plan_placement,
+    ray_session,
+)
+from arm_ray.runtime.progress import cosine_text, duration, print_summary
+from arm_ray.runtime.run_directory import RunDirectory, open_run
+
+
+@dataclass(frozen=True)
+class MergeOutcome:
+    """How a merge ended.
+
+    Attributes:
+        run: The run directory.
+        model: The final model; None where the merge was halted before its end.
+        iterations: Complete iterations.
+        reason: `max_iterations`, `converged` or `stop_after`.
+    """
+
+    run: Path
+    model: Path | None
+    iterations: int
+    reason: str
+
+
+def merge(
+    config: MergeConfig,
+    *,
+    address: str | None = None,
+    stop_after: int | None = None,
+    console: Console | None = None,
+) -> MergeOutcome:
+    """Merge checkpoints as configured, or go on with the run in `config.output`.
+
+    Args:
+        config: The configuration.
+        address: Address of a Ray cluster; None takes RAY_ADDRESS, and without that a local Ray.
+        stop_after: Halt after this iteration; the same call without it goes on.
+        console: Where progress and the summary go; None: standard error.
+
+    Raises:
+        ArmRayError: Any of its kinds. What is complete on disk stays and can be gone on with.
+    """
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+    inputs = open_inputs(config)
+    with open_run(config) as run:
+        run.record_inputs(inputs.fingerprints)
+        if run.is_complete:
+            console.print(f"This run is complete: {run.model}", highlight=False)
+            return MergeOutcome(run.path, run.model, run.last_iteration, "complete")
+        _check_disk(config, inputs, run)
+        try:
+            with ray_session(config.runtime, address, len(inputs.layout.groups)):
+                return _merge_on_ray(config, inputs, run, stop_after, console, started)
+        except ArmRayError as error:
+            run.events.write(RunFailed(type(error).__name__, str(error)))
+            raise
+
+
+def _merge_on_ray(
+    config: MergeConfig,
+    inputs: MergeInputs,
+    run: RunDirectory,
+    stop_after: int | None,
+    console: Console,
+    started: float,
+) -> MergeOutcome:
+    placement = plan_placement(config.runtime, len(inputs.layout.groups))
+    # Before the actors: they may take every CPU slot, and Ray Data would wait for one for ever.
+    stream = _open_calibration(config, inputs, run, console)
+    actors = place_shards(_shard_specs(config, inputs, run, placement), config.runtime)
+    try:
+        driver = StreamingDriver(config, inputs, run, actors, stream, console)
+        driver.check_weights()
+        _announce(config, inputs, run, placement, stream, console)
+        reason = driver.iterate(stop_after)
+        model = None if reason == "stop_after" else _publish_model(config, run, driver)
+        seconds = time.monotonic() - started
+        peaks = driver.peak_bytes()
+    finally:
+        end_actors(actors)
+    run.events.write(RunFinished(reason, run.last_iteration, round(seconds, 3), peaks))
+    _summarise(run, model, reason, seconds, peaks, console)
+    return MergeOutcome(run.path, model, run.last_iteration, reason)
+
+
+def _check_disk(config: MergeConfig, inputs: MergeInputs, run: RunDirectory) -> None:
+    shapes, dtypes = inputs.layout.shapes, inputs.storage_dtypes
+    model_bytes = sum(file.num_bytes for file in states.plan_export(shapes, dtypes, 2**62))
+    run.check_disk_space(states.total_bytes(shapes, 4), model_bytes, len(config.candidates))
+
+
+def _open_calibration(
+    config: MergeConfig, inputs: MergeInputs, run: RunDirectory, console: Console
+) -> CalibrationStream | None:
+    if config.calibration is None or not OPERATORS[config.method.operator].needs_activations:
+        return None
+    settings = CalibrationSettings(**config.calibration.model_dump())
+    stream = open_stream(settings, inputs.tokenizer, needed_batches=config.schedule.max_iterations)
+    vocabulary = int(inputs.layout.config.vocab_size)
+    if stream.max_token_id >= vocabulary:
+        raise CalibrationError(
+            "the tokenizer does not belong to the model",
+            where=inputs.tokenizer,
+            got=f"token id {stream.max_token_id}",
+            expected=f"ids below the vocabulary size {vocabulary}",
+            hint="copy the training run's tokenizer into the base's directory",
+        )
+    run.record_inputs({"calibration": stream.digest})
+    for message in stream.warnings:
+        run.events.write(Warned(message))
+        console.print(f"warning: {message}", style="yellow", highlight=False, markup=False)
+    return stream
+
+
+def _shard_specs(
+    config: MergeConfig, inputs: MergeInputs, run: RunDirectory, placement: Placement
+) -> list[ShardSpec]:
+    method = config.method
+    settings = MergeSettings(
+        method.coefficient, method.rotation.sign, method.rotation.rank_tolerance
+    )
+    return [
+        ShardSpec(
+            inputs.layout,
+            groups,
+            inputs.checkpoints,
+            run.path,
+            method.operator,
+            settings,
+            placement.device,
+            inputs.compute_dtype,
+            config.runtime.threads,
+        )
+        for groups in shard_ranges(inputs, placement.num_shards)
+    ]
+
+
+def _announce(
+    config: MergeConfig,
+    inputs: MergeInputs,
+    run: RunDirectory,
+    placement: Placement,
+    stream: CalibrationStream | None,
+    console: Console,
+) -> None:
+    layout = inputs.layout
+    dtype = str(inputs.compute_dtype).removeprefix("torch.")
+    run.events.write(
+        RunStarted(
+            arm_ray.__version__,
+            run.last_iteration + 1,
+            config.schedule.max_iterations,
+            config.method.operator,
+            len(layout.shapes),
+            len(layout.rotated),
+            len(layout.groups),
+            placement.num_shards,
+            placement.device,
+            dtype,
+            stream.num_rows if stream else 0,
+            stream.digest if stream else "",
+        )
+    )
+    verb = f"going on after iteration {run.last_iteration}" if run.finished else "merging"
+    console.print(
+        f"{verb}: {config.method.operator}, {len(config.candidates)} candidate(s), "
+        f"{len(layout.shapes)} tensors ({len(layout.rotated)} in linear modules of the layers), "
+        f"{placement.num_shards} layer shard(s) on {placement.device}, {dtype} forward pass",
+        highlight=False,
+    )
+
+
+def _publish_model(config: MergeConfig, run: RunDirectory, driver: StreamingDriver) -> Path:
+    started = time.monotonic()
+    num_bytes = driver.export()
+    partial = run.path / "model.partial"
+    write_model_card(partial, config, run.finished[run.last_iteration])
+    # The rename is the moment of publication: `model/` is whole or absent.
+    partial.rename(run.model)
+    seconds = round(time.monotonic() - started, 3)
+    state = states.state_directory(run.path, run.last_iteration).name
+    run.events.write(ModelWritten(state, str(run.model), num_bytes, seconds))
+    return run.model
+
+
+def _summarise(
+    run: RunDirectory,
+    model: Path | None,
+    reason: str,
+    seconds: float,
+    peaks: tuple[int, ...],
+    console: Console,
+) -> None:
+    last = run.finished.get(run.last_iteration)
+    reasons = {
+        "max_iterations": "all iterations done",
+        "converged": "the states stopped turning (schedule.tolerance)",
+        "stop_after": "halted as asked; the same command without --stop-after goes on",
+    }
+    rows = [
+        ("ended", reasons[reason]),
+        ("iterations", str(run.last_iteration)),
+        ("cos(W_t, W_t-1)", cosine_text(last.weight_cosine if last else None)),
+        ("cos of task vectors", cosine_text(last.task_vector_cosine if last else None)),
+        ("time", duration(seconds)),
+        ("peak memory of a shard", f"{max(peaks) / 1e9:.2f} GB"),
+        ("model", str(model) if model else "not written yet"),
+    ]
+    print_summary(console, f"run {run.path.name}", rows)

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Makes the virtual environment: arm_ray with its development tools, in the versions that are tested.
+#   PYTHON  interpreter to make it from       VENV    where
+#   DEVICE  cpu, gpu, or auto: gpu where nvidia-smi answers
+#   TORCH_INDEX  package index to take torch from; default: pip's own
+set -euo pipefail
+PYTHON="${PYTHON:-python3.11}"
+VENV="${VENV:-.venv}"
+DEVICE="${DEVICE:-auto}"
+
+if [ "$DEVICE" = auto ]; then
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+        DEVICE=gpu
+    else
+        DEVICE=cpu
+    fi
+fi
+echo "setting up $VENV for a $DEVICE machine"
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+pip=("$VENV/bin/python" -m pip --disable-pip-version-check --quiet)
+
+torch=$(grep '^torch==' constraints/tested.txt)
+if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
+    index=()
+    [ -z "${TORCH_INDEX:-}" ] || index=(--index-url "$TORCH_INDEX")
+    # On Linux the plain wheel brings gigabytes of CUDA: a CPU machine asks for the CPU build first.
+    if [ "$DEVICE" = gpu ] || ! "${pip[@]}" install "${index[@]}" "$torch+cpu" 2>/dev/null; then
+        [ "$DEVICE" = gpu ] || [ -n "${TORCH_INDEX:-}" ] ||
+            echo "no CPU build of torch in pip's sources: installing the default build; to avoid its" \
+                "CUDA libraries, set TORCH_INDEX to PyTorch's index of CPU wheels"
+        "${pip[@]}" install "${index[@]}" "$torch"
+    fi
+fi
+"${pip[@]}" install -c constraints/tested.txt -e '.[dev,demo,datasets]'
