@@ -37,7 +37,8 @@ def state(config: MergeConfig, iteration: int) -> dict[str, torch.Tensor]:
     directory = Path(config.output) / "states" / f"{iteration:04d}"
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        tensors.update(load_file(file))
+        # Copies: the library maps files into memory, and a test may overwrite the file.
+        tensors.update({name: t.clone() for name, t in load_file(file).items()})
     return tensors
 
 

@@ -13,7 +13,7 @@ from arm_ray.calibration.settings import CalibrationSettings
 from arm_ray.calibration.stream import CalibrationStream, open_stream
 from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig
-from arm_ray.errors import ArmRayError, CalibrationError
+from arm_ray.errors import ArmRayError, CalibrationError, ConfigError
 from arm_ray.events import ModelWritten, RunFailed, RunFinished, RunStarted, Warned
 from arm_ray.merging.operator import MergeSettings
 from arm_ray.merging.registry import OPERATORS
@@ -24,6 +24,7 @@ from arm_ray.runtime.layer_shard import ShardSpec
 from arm_ray.runtime.placement import (
     Placement,
     end_actors,
+    in_submitted_job,
     place_shards,
     plan_placement,
     ray_session,
@@ -69,11 +70,12 @@ def merge(
     """
     console = console or Console(stderr=True)
     started = time.monotonic()
+    _check_output_survives(config)
     inputs = open_inputs(config)
     with open_run(config) as run:
         run.record_inputs(inputs.fingerprints)
         if run.is_complete:
-            console.print(f"This run is complete: {run.model}", highlight=False)
+            console.print(f"This run is complete: {run.model}", highlight=False, soft_wrap=True)
             return MergeOutcome(run.path, run.model, run.last_iteration, "complete")
         _check_disk(config, inputs, run)
         try:
@@ -111,6 +113,18 @@ def _merge_on_ray(
     return MergeOutcome(run.path, model, run.last_iteration, reason)
 
 
+def _check_output_survives(config: MergeConfig) -> None:
+    """Refuse a relative output in a submitted job, whose working directory is a temporary copy."""
+    if in_submitted_job() and not Path(config.output).expanduser().is_absolute():
+        raise ConfigError(
+            "the output of a submitted job is a relative path",
+            where="output",
+            got=config.output,
+            expected="an absolute path, on storage that outlives the job",
+            hint="the job runs in a temporary copy of its working directory",
+        )
+
+
 def _check_disk(config: MergeConfig, inputs: MergeInputs, run: RunDirectory) -> None:
     shapes, dtypes = inputs.layout.shapes, inputs.storage_dtypes
     model_bytes = sum(file.num_bytes for file in states.plan_export(shapes, dtypes, 2**62))
@@ -136,7 +150,9 @@ def _open_calibration(
     run.record_inputs({"calibration": stream.digest})
     for message in stream.warnings:
         run.events.write(Warned(message))
-        console.print(f"warning: {message}", style="yellow", highlight=False, markup=False)
+        console.print(
+            f"warning: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False
+        )
     return stream
 
 
@@ -195,6 +211,7 @@ def _announce(
         f"{len(layout.shapes)} tensors ({len(layout.rotated)} in linear modules of the layers), "
         f"{placement.num_shards} layer shard(s) on {placement.device}, {dtype} forward pass",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -29,6 +29,11 @@ class Placement:
     device: str
 
 
+def in_submitted_job() -> bool:
+    """Whether this process is the entry point of a `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 @contextlib.contextmanager
 def ray_session(runtime: RuntimeConfig, address: str | None, num_groups: int) -> Iterator[None]:
     """Have Ray available: as it is, by joining a cluster, or by starting one that ends with us.
@@ -49,7 +54,7 @@ def ray_session(runtime: RuntimeConfig, address: str | None, num_groups: int) ->
     if address:
         # Inside a submitted job the workers have the job's working directory; elsewhere they are
         # given the package, so that a cluster needs only our dependencies.
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        if not in_submitted_job():
             options["runtime_env"] = {"py_modules": [str(Path(arm_ray.__file__).parent)]}
         options["address"] = address
     else:

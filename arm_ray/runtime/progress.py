@@ -65,7 +65,9 @@ class MergeProgress:
             )
         elif time.monotonic() - self._last_line > _LINE_INTERVAL_S:
             self._last_line = time.monotonic()
-            self._console.print(f"{where}  ETA {duration(self._eta())}", highlight=False)
+            self._console.print(
+                f"{where}  ETA {duration(self._eta())}", highlight=False, soft_wrap=True
+            )
 
     def finish_iteration(
         self, iteration: int, regime: str, weights: float | None, task: float | None, seconds: float
@@ -79,6 +81,7 @@ class MergeProgress:
             f"iteration {iteration}/{self._last}  {regime.replace('_', ' ')}  {self._cosines}  "
             f"{duration(seconds)}{eta}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def _eta(self) -> float:
