@@ -99,7 +99,16 @@ class RuntimeConfig(Section):
     """Decoder layers loaded, run, merged and written together."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where the cluster has GPUs."""
-    gpus_per_shard: Annotated[float, Field(gt=0.0)] = 1.0
+    residency: Literal["device", "host", "disk"] = "device"
+    """Where the weights of a shard's layers live: `device`, host memory, or memory-mapped files."""
+    transport: Literal["auto", "direct", "object_store"] = "auto"
+    """How hidden states are sent: auto and direct take Ray's direct tensor transport."""
+    lookahead: Annotated[int, Field(ge=0)] = 2
+    """Iterations submitted before an earlier one is known not to be the last."""
+    gpus_per_shard: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
+    """GPUs reserved for a shard; auto: 1 on cuda, 0 on cpu."""
+    placement_strategy: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = "SPREAD"
+    """How the shards' placement group is laid over the nodes."""
     threads: PositiveInt = 1
     """CPU threads of one shard. More threads sum in another order: it is part of the result."""
     micro_batch_tokens: PositiveInt = 4096
@@ -280,11 +289,14 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.removesuffix("."), value
 
 
+_UNION_MEMBERS = ("constrained-int", "constrained-float", "literal['auto']")
+
+
 def _describe_all(error: ValidationError) -> str:
     by_key: dict[str, list[Any]] = {}
     for item in error.errors():
         # Pydantic names the members of a union in the location; they are no keys.
-        location = [p for p in item["loc"] if str(p) not in ("constrained-int", "literal['auto']")]
+        location = [p for p in item["loc"] if str(p) not in _UNION_MEMBERS]
         by_key.setdefault(".".join(map(str, location)), []).append(item)
     problems = [_describe(key, items) for key, items in by_key.items()]
     head = f"the configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}"

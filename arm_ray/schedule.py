@@ -101,16 +101,20 @@ def has_converged(schedule: ScheduleConfig, task_vector_cosine: float | None) ->
     return 1.0 - task_vector_cosine <= schedule.tolerance
 
 
+def states_read_after(schedule: ScheduleConfig, num_candidates: int, iteration: int) -> set[str]:
+    """Names of all states that later iterations read, the base among them while there are any."""
+    read: set[str] = set()
+    for later in range(iteration + 1, schedule.max_iterations + 1):
+        plan = plan_iteration(schedule, num_candidates, later)
+        read.update({*plan.inputs, plan.previous, BASE})
+    return read
+
+
 def states_needed_after(schedule: ScheduleConfig, num_candidates: int, iteration: int) -> set[str]:
     """Merged states that must survive `iteration` for the run to go on or to end there."""
-    needed = {state_name(iteration)}
-    last = min(schedule.max_iterations, iteration + schedule.window_size)
-    for later in range(iteration + 1, last + 1):
-        plan = plan_iteration(schedule, num_candidates, later)
-        needed.update({*plan.inputs, plan.previous})
-    return {name for name in needed if name.startswith("state-")} & {
-        state_name(t) for t in range(1, iteration + 1)
-    }
+    made = {state_name(t) for t in range(1, iteration + 1)}
+    read = states_read_after(schedule, num_candidates, iteration)
+    return (read & made) | {state_name(iteration)}
 
 
 def iteration_of(name: str) -> int | None:

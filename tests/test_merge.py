@@ -228,7 +228,7 @@ def test_it_stops_when_the_states_stop_turning(case: MergeCase) -> None:
     ]
     assert first["task_vector_cosine"] is None
     assert second["task_vector_cosine"] == pytest.approx(1.0)
-    assert first["weight_cosine"] == pytest.approx(_cosine(case, config), rel=1e-12)
+    assert first["weight_cosine"] == pytest.approx(_cosine(case, config), rel=1e-9)
 
 
 def _cosine(case: MergeCase, config: MergeConfig) -> float:
@@ -244,7 +244,7 @@ def test_the_model_loads_as_it_is(case: MergeCase, dtype: torch.dtype) -> None:
     config = case.config("runtime.layer_shards=2", "runtime.max_weight_file_gb=0.0001")
     outcome = run(config)
     assert outcome.model is not None
-    assert len(list(outcome.model.glob("model-*.safetensors"))) > 2
+    assert len(list(outcome.model.glob("model-*.safetensors"))) >= 2
     model, report = AutoModelForCausalLM.from_pretrained(
         outcome.model, dtype="auto", output_loading_info=True
     )
@@ -298,6 +298,8 @@ def test_a_shard_holds_its_own_layers_only(case: MergeCase) -> None:
         assert not names[0] & names[1]
         for spec, own in zip(specs, names, strict=True):
             shard = LayerShard(spec)
-            shard.check_weights()
-            held = {name for weights in shard._weights.values() for name in weights}
+            for index in spec.groups:
+                for name in inputs.layout.groups[index].tensors:
+                    shard._store.rows("base", index, name, slice(0, 1))
+            held = {name for weights in shard._store._stored.values() for name in weights}
             assert held == own

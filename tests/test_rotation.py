@@ -19,6 +19,7 @@ from arm_ray.merging.operator import MergeSettings, TensorInputs
 from arm_ray.merging.registry import OPERATORS
 from arm_ray.merging.rotation import Rotation, SignRule, activation_rotation
 from arm_ray.merging.similarity import cosine, similarity_sums
+from arm_ray.model.group import mean_outputs
 from tests.reference import dense_rotation
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
@@ -198,6 +199,17 @@ def test_noise_below_the_tolerance_does_not_turn_anything(degenerate, d_out: int
     assert sharp is not None
     assert sharp.rank > 4
     assert d_out == 5 or float((dense(sharp) - dense(clean)).norm()) > 0.1
+
+
+def test_rounding_of_the_activations_does_not_turn_a_low_rank_change() -> None:
+    # As after LoRA: a change of rank 4, and the same inputs below it (the first layer's q_proj).
+    reference = gaussian(96, 64, seed=1, dtype=torch.float32) / 8
+    change = gaussian(96, 4, seed=2, dtype=torch.float32) @ gaussian(4, 64, seed=3).float()
+    contributor = reference + 1e-4 * change
+    mean_input = 3 * gaussian(20, 64, seed=4, dtype=torch.float32)
+    activations = [mean_outputs(w, None, mean_input) for w in (reference, contributor)]
+    inputs = inputs_of(reference, [contributor], activations, divisor=1)
+    assert arm.merge(inputs, MergeSettings()).rank_deficient == [(4, 20)]
 
 
 @pytest.mark.parametrize("d_out", [9, 3, 2])

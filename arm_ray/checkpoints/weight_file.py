@@ -135,6 +135,47 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+class WeightFileWriter:
+    """Writes a weight file front to back, in pieces, and publishes it whole or not at all.
+
+    Args:
+        path: The file; an older one is replaced.
+        specs: What is going to be written, in order.
+
+    Raises:
+        ValueError: On leaving, if not every announced byte was written.
+        OSError: The disk is full, or the directory cannot be written.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        self._specs = specs
+        self._header = _encode_header(specs)
+        self._context = atomic_file(path)
+        self._due = sum(spec.num_bytes for spec in specs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole file."""
+        return len(self._header) + sum(spec.num_bytes for spec in self._specs)
+
+    def __enter__(self) -> WeightFileWriter:
+        self._file = self._context.__enter__()
+        self._file.write(self._header)
+        return self
+
+    def write(self, spec: TensorSpec, rows: Tensor) -> None:
+        """Append a tensor, or its next rows, cast to the dtype of its spec."""
+        data = rows.detach().to(device="cpu", dtype=spec.dtype).contiguous()
+        self._due -= self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None and self._due != 0:
+            incomplete = ValueError(f"{self._due} announced bytes were not written")
+            self._context.__exit__(ValueError, incomplete, None)
+            raise incomplete
+        self._context.__exit__(kind, error, trace)
+
+
 def write_weight_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> int:
     """Write a weight file, taking one tensor at a time, and publish it whole or not at all.
 
@@ -150,17 +191,14 @@ def write_weight_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterable
         ValueError: A tensor does not have the announced shape.
         OSError: The disk is full, or the directory cannot be written.
     """
-    header = _encode_header(specs)
-    with atomic_file(path) as file:
-        file.write(header)
+    with WeightFileWriter(path, specs) as writer:
         for spec, tensor in zip(specs, tensors, strict=True):
             if tuple(tensor.shape) != spec.shape:
                 raise ValueError(
                     f"{spec.name}: got shape {list(tensor.shape)}, expected {list(spec.shape)}"
                 )
-            data = tensor.to(device="cpu", dtype=spec.dtype).contiguous()
-            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
-    return len(header) + sum(spec.num_bytes for spec in specs)
+            writer.write(spec, tensor)
+    return writer.num_bytes
 
 
 def _encode_header(specs: Sequence[TensorSpec]) -> bytes:

@@ -27,7 +27,9 @@ class MergeSettings:
 
 @dataclass(frozen=True)
 class TensorInputs:
-    """One tensor of every state that an iteration merges.
+    """One tensor of every state that an iteration merges, or some rows of one.
+
+    A tensor without activations may come in several pieces of consecutive rows.
 
     Attributes:
         name: Hugging Face name, for messages and logs.
@@ -38,6 +40,7 @@ class TensorInputs:
             the decoder layers where the operator asked for activations; else None.
         contributor_activations: The `A_i`, one for each contributor; empty where
             `reference_activation` is None.
+        rows: Which rows of the whole tensor these are.
     """
 
     name: str
@@ -46,6 +49,7 @@ class TensorInputs:
     divisor: int
     reference_activation: Tensor | None = None
     contributor_activations: Sequence[Tensor] = ()
+    rows: slice = field(default_factory=lambda: slice(None))
 
 
 @dataclass

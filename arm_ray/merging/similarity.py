@@ -9,50 +9,78 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements per block: small enough that the float64 copies stay in cache.
+# Elements per inner product: few enough that a float32 sum is accurate and its operands stay in
+# cache. Larger sums add up in float64.
 _BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
 class SimilaritySums:
-    """Inner products of one tensor, in float64, for two cosines.
+    """Squared norms over a tensor, or part of one, from which two cosines follow.
 
-    With `W` the new state, `P` the state before and `B` the base.
-
-    Attributes:
-        weights: `<W, P>`, `<W, W>`, `<P, P>`.
-        task_vectors: `<W − B, P − B>`, `<W − B, W − B>`, `<P − B, P − B>`.
+    With `W` the new state, `P` the state before and `B` the base: `|W|²`, `|P|²`, `|W − P|²`,
+    `|W − B|²` and `|P − B|²`. Inner products follow from these without cancellation:
+    `2 <W, P> = |W|² + |P|² − |W − P|²`, and `W − P` is also the difference of the task vectors.
     """
 
-    weights: tuple[float, float, float]
-    task_vectors: tuple[float, float, float]
+    new: float
+    previous: float
+    change: float
+    new_task_vector: float
+    previous_task_vector: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the new tensor held only finite numbers, of squares that do not overflow."""
+        return math.isfinite(self.new)
 
 
 def similarity_sums(new: Tensor, previous: Tensor, base: Tensor) -> SimilaritySums:
-    """Inner products of one tensor of three states, each float32 of the same shape.
+    """The sums of one tensor of three states, each float32 of the same shape.
 
-    The task vectors are subtracted in float64. Blocks of a fixed size are summed in a fixed order.
+    Blocks of a fixed size are summed in a fixed order.
+
+    Args:
+        new: `W`.
+        previous: `P`; may be the same tensor as `base`, which then costs nothing twice.
+        base: `B`.
     """
-    sums = torch.zeros(6, dtype=torch.float64, device=new.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=new.device)
+    from_base = previous is base
     flat = [t.reshape(-1) for t in (new, previous, base)]
     for start in range(0, new.numel(), _BLOCK):
-        w, p, b = (t[start : start + _BLOCK].to(torch.float64) for t in flat)
-        dw, dp = w - b, p - b
-        pairs = ((w, p), (w, w), (p, p), (dw, dp), (dw, dw), (dp, dp))
-        sums += torch.stack([torch.dot(x, y) for x, y in pairs])
-    values = sums.tolist()
-    return SimilaritySums((*values[:3],), (*values[3:],))
+        w, p, b = (t[start : start + _BLOCK] for t in flat)
+        change = w - p
+        squares = [torch.dot(x, x) for x in (w, p, change)]
+        if from_base:
+            squares += [squares[2], torch.zeros_like(squares[2])]
+        else:
+            squares += [torch.dot(x, x) for x in (w - b, p - b)]
+        sums += torch.stack(squares)
+    return SimilaritySums(*sums.tolist())
 
 
-def cosine(products: Iterable[tuple[float, float, float]]) -> float | None:
-    """Cosine from the inner products of all tensors; None where one of the sides is zero.
+def cosines(parts: Iterable[SimilaritySums]) -> tuple[float | None, float | None]:
+    """cos(W, P) and cos(W − B, P − B) over all tensors; None where one of the sides is zero.
 
-    The sums are exact (`math.fsum`), so they do not depend on how tensors were spread over actors.
+    The sums over tensors are exact (`math.fsum`), so they do not depend on how tensors were
+    spread over actors.
     """
-    columns = list(zip(*products, strict=True))
-    if not columns:
-        return None
-    inner, left, right = (math.fsum(column) for column in columns)
+    collected = list(parts)
+
+    def total(name: str) -> float:
+        return math.fsum(getattr(part, name) for part in collected)
+
+    change = total("change")
+    return (
+        _cosine(total("new"), total("previous"), change),
+        _cosine(total("new_task_vector"), total("previous_task_vector"), change),
+    )
+
+
+def _cosine(left: float, right: float, change: float) -> float | None:
     if left <= 0.0 or right <= 0.0:
         return None
-    return max(-1.0, min(1.0, inner / math.sqrt(left) / math.sqrt(right)))
+    a, b = math.sqrt(left), math.sqrt(right)
+    # 1 - cos, so that small angles keep their digits.
+    return max(-1.0, 1.0 - max(0.0, change - (a - b) ** 2) / (2.0 * a * b))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,21 +20,14 @@ from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, WorkerError
 from arm_ray.events import IterationFinished, Warned
-from arm_ray.merging.similarity import cosine
+from arm_ray.merging.similarity import cosines
 from arm_ray.model.partition import balanced_partition
 from arm_ray.runtime.inputs import MergeInputs
-from arm_ray.runtime.layer_shard import GroupReport
+from arm_ray.runtime.layer_shard import GroupReport, ShardSpec
+from arm_ray.runtime.placement import ShardGang
 from arm_ray.runtime.progress import MergeProgress
 from arm_ray.runtime.run_directory import RunDirectory
-from arm_ray.schedule import (
-    BASE,
-    IterationPlan,
-    has_converged,
-    iteration_of,
-    plan_iteration,
-    should_stop,
-    states_needed_after,
-)
+from arm_ray.schedule import IterationPlan, has_converged, plan_iteration, should_stop
 
 _MAX_MICRO_BATCH_SAMPLES = 64
 _POLL_S = 0.5
@@ -56,7 +50,8 @@ class StreamingDriver:
         config: The configuration.
         inputs: The checked checkpoints.
         run: The run directory, open.
-        actors: The layer shards' handles, in the order of the layers.
+        gang: The layer shards' actors, placed.
+        specs: What each of them was given, in the same order.
         stream: The calibration stream; None where the operator needs no activations.
         console: Where progress goes.
     """
@@ -66,13 +61,16 @@ class StreamingDriver:
         config: MergeConfig,
         inputs: MergeInputs,
         run: RunDirectory,
-        actors: Sequence[Any],
+        gang: ShardGang,
+        specs: Sequence[ShardSpec],
         stream: CalibrationStream | None,
         console: Console,
     ) -> None:
         self._config, self._inputs, self._run = config, inputs, run
-        self._actors, self._stream, self._console = actors, stream, console
-        self._ranges = shard_ranges(inputs, len(actors))
+        self._gang, self._specs = gang, specs
+        self._actors = gang.actors
+        self._stream, self._console = stream, console
+        self._last_finished = 0.0
 
     def check_weights(self) -> int:
         """Have every shard look for NaN and infinity in its layers; returns bytes read."""
@@ -81,6 +79,10 @@ class StreamingDriver:
     def iterate(self, stop_after: int | None = None) -> str:
         """Run from the first iteration that is not done to the end of the schedule.
 
+        Iterations are submitted ahead of their turn (`runtime.lookahead`): an actor starts on the
+        next one as soon as it has merged its own layers, while later layers still work on this
+        one. Should an iteration turn out to be the last, those after it are dropped.
+
         Args:
             stop_after: Halt after this iteration, although the schedule goes on.
 
@@ -88,22 +90,36 @@ class StreamingDriver:
             Why it ended: `max_iterations`, `converged` or `stop_after`.
         """
         schedule, run = self._config.schedule, self._run
-        last = run.finished.get(run.last_iteration)
-        if last and should_stop(schedule, last.iteration, last.task_vector_cosine):
-            return self._reason(last)
-        first = run.last_iteration + 1
-        units = len(self._inputs.layout.groups) + self._num_forwards(first)
-        progress = MergeProgress(self._console, first, schedule.max_iterations, units)
+        done = run.finished.get(run.last_iteration)
+        if done and should_stop(schedule, done.iteration, done.task_vector_cosine):
+            return self._reason(done)
+        following = run.last_iteration + 1
+        last = min(schedule.max_iterations, stop_after or schedule.max_iterations)
+        progress = MergeProgress(self._console, following, last, len(self._inputs.layout.groups))
+        flights: deque[_InFlight] = deque()
         with progress.shown():
-            for iteration in range(first, schedule.max_iterations + 1):
-                if stop_after is not None and iteration > stop_after:
-                    return "stop_after"
-                manifest = self._finish(self._submit(iteration), progress)
-                run.finished[iteration] = manifest
-                run.prune(len(self._config.candidates), iteration)
-                if should_stop(schedule, iteration, manifest.task_vector_cosine):
+            while flights or following <= last:
+                while following <= last and len(flights) <= self._config.runtime.lookahead:
+                    flights.append(self._submit(following))
+                    following += 1
+                manifest = self._finish(flights.popleft(), progress)
+                run.finished[manifest.iteration] = manifest
+                run.prune(len(self._config.candidates), manifest.iteration)
+                if should_stop(schedule, manifest.iteration, manifest.task_vector_cosine):
+                    self._drop(flights, manifest.iteration)
                     return self._reason(manifest)
-        raise AssertionError("the schedule did not end")
+        return "stop_after"
+
+    def _drop(self, flights: Sequence[_InFlight], last: int) -> None:
+        """Let go of speculative iterations, and remove what they have written."""
+        if not flights:
+            return
+        self._get(
+            [a.abandon.options(concurrency_group="control").remote(last) for a in self._actors]
+        )
+        for flight in flights:
+            self._get(flight.merges)
+            states.discard_state(self._run.path, flight.plan.iteration)
 
     def export(self) -> int:
         """Write `model/` from the last state, each weight file by one of the shards; bytes."""
@@ -150,35 +166,32 @@ class StreamingDriver:
         )
         return micro, columns
 
-    def _num_forwards(self, iteration: int) -> int:
-        count = len(self._micro_batches(iteration)[0]) * len(self._plan(iteration).inputs)
-        return count * len(self._actors)
-
     def _submit(self, iteration: int) -> _InFlight:
         """Submit an iteration, stage by stage; an actor takes its calls in this order."""
         plan = self._plan(iteration)
         batches, columns = self._micro_batches(iteration)
         num_samples = sum(len(batch.lengths) for batch in batches)
         micro = [ray.put(batch) for batch in batches]
-        hidden: dict[tuple[str, int], Any] = {}
+        hidden: dict[tuple[int, str], Any] = {}
         flight = _InFlight(plan, [], [], time.monotonic())
-        needed = states_needed_after(self._config.schedule, len(self._config.candidates), iteration)
-        keep = frozenset(needed | set(self._checkpoints_needed_after(iteration)))
-        for actor, groups in zip(self._actors, self._ranges, strict=True):
-            for index, batch in enumerate(micro):
-                for state in plan.inputs:
-                    before = hidden.get((state, index))
-                    ref = actor.forward.remote(plan, num_samples, state, batch, before)
-                    hidden[state, index] = ref
-                    flight.forwards.append(ref)
-            flight.merges += [actor.merge.remote(plan, group, columns, keep) for group in groups]
+        for actor, spec in zip(self._actors, self._specs, strict=True):
+            is_last_shard = spec is self._specs[-1]
+            for chunk in spec.chunks:
+                sends = chunk is spec.chunks[-1] and not is_last_shard
+                forward = actor.forward
+                if sends and self._gang.transport != "object_store":
+                    forward = forward.options(tensor_transport=self._gang.transport)
+                for index, batch in enumerate(micro):
+                    for state in plan.inputs:
+                        # Later chunks of a shard find the hidden states where the first left them.
+                        before = hidden.pop((index, state), None)
+                        ref = forward.remote(plan, chunk, num_samples, state, index, batch, before)
+                        if sends:
+                            hidden[index, state] = ref
+                        else:
+                            flight.forwards.append(ref)
+                flight.merges += [actor.merge.remote(plan, group, columns) for group in chunk]
         return flight
-
-    def _checkpoints_needed_after(self, iteration: int) -> set[str]:
-        last = self._config.schedule.max_iterations
-        later = (self._plan(t) for t in range(iteration + 1, last + 1))
-        names = {name for plan in later for name in (*plan.inputs, plan.previous)}
-        return {BASE} | {name for name in names if iteration_of(name) is None}
 
     def _finish(self, flight: _InFlight, progress: MergeProgress) -> states.StateManifest:
         """Wait for an iteration, publish its state and write it down."""
@@ -191,11 +204,13 @@ class StreamingDriver:
             plan.regime,
             plan.reference,
             plan.contributors,
-            cosine(part.weights for part in sums),
-            cosine(part.task_vectors for part in sums),
+            *cosines(sums),
         )
         self._publish(manifest)
-        seconds = time.monotonic() - flight.started
+        # Iterations overlap: what counts is the time since the one before was done.
+        now = time.monotonic()
+        seconds = now - max(flight.started, self._last_finished)
+        self._last_finished = now
         self._record(manifest, reports, seconds)
         progress.finish_iteration(
             plan.iteration,
@@ -207,19 +222,18 @@ class StreamingDriver:
         return manifest
 
     def _watch(self, flight: _InFlight, progress: MergeProgress) -> None:
-        groups = self._inputs.layout.groups
+        """Show progress until the iteration's groups are merged; an error surfaces at once."""
+        layout = self._inputs.layout
+        by_ref = dict(zip(flight.merges, layout.groups, strict=True))
         pending = [*flight.forwards, *flight.merges]
-        merged = set(flight.merges)
         layers = 0
         while pending:
             done, pending = ray.wait(pending, timeout=_POLL_S)
-            # An error surfaces here, not after the whole iteration.
-            self._get([ref for ref in done if ref in merged])
+            self._get(done)
             for ref in done:
-                if ref in merged:
-                    group = groups[flight.merges.index(ref)]
-                    layers += group.end_layer - group.first_layer
-                progress.advance(flight.plan.iteration, layers, self._inputs.layout.num_layers)
+                if ref in by_ref:
+                    layers += by_ref[ref].end_layer - by_ref[ref].first_layer
+                    progress.advance(flight.plan.iteration, layers, layout.num_layers)
 
     def _publish(self, manifest: states.StateManifest) -> None:
         layout = self._inputs.layout

@@ -6,10 +6,11 @@ its own layers and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +23,20 @@ from arm_ray.calibration.minibatch import MicroBatch
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.validation import check_finite
+from arm_ray.checkpoints.weight_file import TensorSpec, WeightFileWriter
+from arm_ray.config import ScheduleConfig
 from arm_ray.errors import NumericalError
-from arm_ray.merging.operator import MergeSettings, TensorInputs
+from arm_ray.merging.operator import MergedTensor, MergeSettings, TensorInputs
 from arm_ray.merging.registry import OPERATORS
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
-from arm_ray.model.group import GroupRunner, embed, mean_outputs
-from arm_ray.model.layout import EMBEDDING, LayerGroup, ModelLayout, is_layer_tensor
-from arm_ray.schedule import BASE, IterationPlan, iteration_of
+from arm_ray.model.group import GroupRunner, mean_outputs
+from arm_ray.model.layout import ModelLayout
+from arm_ray.runtime.transport import Transport, pack_tensor, unpack_tensor
+from arm_ray.runtime.weights import Residency, WeightStore
+from arm_ray.schedule import BASE, IterationPlan, states_read_after
+
+# Elements of a tensor that is merged in one piece where it needs no activations.
+_PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -40,22 +48,43 @@ class ShardSpec:
         groups: Indices of the shard's layer groups, consecutive.
         checkpoints: State name (`base`, `candidate-1`, …) -> checkpoint.
         run: The run directory.
+        schedule: To know which states are read again.
         operator: Name of the merge operator.
         settings: Its settings.
         device: torch device of the shard, for example `cuda`; Ray gives each actor its own GPU.
         compute_dtype: Of the forward pass.
         threads: CPU threads.
+        residency: Where stored weights live.
+        transport: How hidden states leave the shard.
     """
 
     layout: ModelLayout
     groups: range
     checkpoints: Mapping[str, Checkpoint]
     run: Path
+    schedule: ScheduleConfig
     operator: str
     settings: MergeSettings
     device: str
     compute_dtype: torch.dtype
     threads: int
+    residency: Residency = "device"
+    transport: Transport = "object_store"
+
+    @property
+    def num_candidates(self) -> int:
+        """How many candidates there are."""
+        return len(self.checkpoints) - 1
+
+    @property
+    def chunks(self) -> list[range]:
+        """Groups that run one after another on a micro-batch before the next micro-batch comes.
+
+        All of them where all are on the device; else one, which is released before the next.
+        """
+        if self.residency == "device":
+            return [self.groups]
+        return [range(group, group + 1) for group in self.groups]
 
 
 @dataclass(frozen=True)
@@ -80,17 +109,34 @@ class LayerShard:
         self._spec = spec
         self._device = torch.device(spec.device)
         self._operator = OPERATORS[spec.operator]
+        self._store = WeightStore(
+            spec.layout,
+            spec.checkpoints,
+            spec.run,
+            self._device,
+            spec.compute_dtype,
+            spec.residency,
+        )
         self._runners: dict[int, GroupRunner] = {}
-        self._weights: dict[tuple[str, int], dict[str, Tensor]] = {}
-        self._compute: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._hidden: dict[tuple[int, str, int], Tensor] = {}
         self._mean_inputs: dict[tuple[int, str, str], Tensor] = {}
         self._forward_seconds = 0.0
+        self._transport = spec.transport
+        self._last_wanted = sys.maxsize
 
     def ready(self) -> str:
         """Answer once the actor runs: the device's name."""
         if self._device.type == "cuda":
             return str(torch.cuda.get_device_name(self._device))
         return self._device.type
+
+    def use_object_store(self) -> None:
+        """Send hidden states through the object store, whatever the spec says."""
+        self._transport = "object_store"
+
+    def abandon(self, iteration: int) -> None:
+        """Do nothing more for iterations after this one: calls that wait return at once."""
+        self._last_wanted = iteration
 
     def check_weights(self) -> int:
         """Look for NaN and infinity in the shard's layers of all checkpoints; returns bytes read.
@@ -101,7 +147,9 @@ class LayerShard:
         total = 0
         for label, checkpoint in self._spec.checkpoints.items():
             for index in self._spec.groups:
-                for name, tensor in self._load(label, index).items():
+                # Tensor by tensor, memory-mapped: nothing of it stays.
+                for name in self._spec.layout.groups[index].tensors:
+                    tensor = checkpoint.read([name])[name]
                     check_finite(tensor, name, f"{label}: {checkpoint.tensors[name].file}")
                     total += tensor.nbytes
         return total
@@ -109,90 +157,103 @@ class LayerShard:
     def forward(
         self,
         plan: IterationPlan,
+        chunk: range,
         num_samples: int,
         state: str,
+        micro_index: int,
         micro_batch: MicroBatch,
-        hidden: NDArray[np.generic] | None,
-    ) -> NDArray[np.generic] | None:
-        """Run one micro-batch of one input state through the shard's layers.
+        hidden: Tensor | NDArray[np.generic] | None,
+    ) -> Tensor | NDArray[np.generic] | None:
+        """Run one micro-batch of one input state through a chunk of the shard's layer groups.
 
         Args:
             plan: The iteration.
+            chunk: Layer groups, one of `ShardSpec.chunks`.
             num_samples: Different samples in the iteration's mini-batch.
             state: Name of the input state.
+            micro_index: Which micro-batch it is.
             micro_batch: Its token ids and lengths.
-            hidden: Hidden states from the shard before, as `pack_tensor` made them; None for the
-                first shard, which embeds the token ids.
+            hidden: `[batch, tokens, hidden]` from the shard before; None for the model's first
+                chunk, which embeds the token ids, and for a shard's later chunks, which go on
+                with what the chunk before left here.
 
         Returns:
-            The hidden states for the next shard, or None from the last.
+            The hidden states, from the last chunk of a shard that is not the last; else None. A
+            tensor for a direct transport, an array (`pack_tensor`) for the object store.
         """
         started = time.monotonic()
-        lengths = torch.from_numpy(micro_batch.lengths).to(self._device)
-        groups = self._spec.groups
-        if hidden is None:
-            ids = torch.from_numpy(micro_batch.input_ids).to(self._device)
-            current = embed(self._compute_weights(state, groups[0]), ids)
+        # OpenMP keeps this setting for each thread, and Ray may call from another one.
+        torch.set_num_threads(self._spec.threads)
+        if plan.iteration > self._last_wanted:
+            return self._nothing(chunk)
+        self._read_ahead(plan, chunk)
+        key = (plan.iteration, state, micro_index)
+        if chunk[0] == 0:
+            ids = torch.from_numpy(micro_batch.input_ids.copy()).to(self._device)
+            current = self._store.embed(state, ids)
+        elif hidden is not None:
+            if not isinstance(hidden, Tensor):
+                hidden = unpack_tensor(hidden, self._spec.compute_dtype)
+            current = hidden.to(self._device)
         else:
-            current = unpack_tensor(hidden, self._spec.compute_dtype).to(self._device)
-        positions = torch.from_numpy(micro_batch.sample_positions).to(self._device)
-        for index in groups:
-            weights = self._compute_weights(state, index)
+            current = self._hidden.pop(key)
+        lengths = torch.from_numpy(micro_batch.lengths.copy()).to(self._device)
+        positions = torch.from_numpy(micro_batch.sample_positions.copy()).to(self._device)
+        for index in chunk:
+            weights = self._store.layers(state, index)
             current, means = self._runner(index).forward(weights, current, lengths)
             for name, mean in means.items():
-                key = (plan.iteration, state, name)
-                if key not in self._mean_inputs:
-                    self._mean_inputs[key] = mean.new_empty(num_samples, mean.shape[1])
-                self._mean_inputs[key][positions] = mean
+                self._collect(plan, state, name, num_samples, positions, mean)
         self._forward_seconds += time.monotonic() - started
-        is_last = groups[-1] == len(self._spec.layout.groups) - 1
-        return None if is_last else pack_tensor(current)
+        if chunk[-1] != self._spec.groups[-1]:
+            self._hidden[key] = current
+            return None
+        if chunk[-1] == len(self._spec.layout.groups) - 1:
+            return None
+        return pack_tensor(current) if self._transport == "object_store" else current
 
     def merge(
-        self,
-        plan: IterationPlan,
-        group: int,
-        columns: NDArray[np.int64],
-        keep: frozenset[str],
-    ) -> GroupReport:
-        """Merge one layer group of an iteration, write it, and release what is not needed again.
+        self, plan: IterationPlan, group: int, columns: NDArray[np.int64]
+    ) -> GroupReport | None:
+        """Merge one layer group of an iteration, write it, and release what is not read again.
 
         Args:
             plan: The iteration, whose forward passes this shard has run.
             group: Index of the layer group.
             columns: `[N]`: which of the different samples each sample of the mini-batch is.
-            keep: Names of the states that later iterations read.
+
+        Returns:
+            What came out; None if the iteration was abandoned.
         """
         started = time.monotonic()
-        merged: dict[str, Tensor] = {}
-        similarity, rotated, deficient = [], 0, []
-        for name in self._spec.layout.groups[group].tensors:
-            inputs = self._tensor_inputs(plan, group, name, columns)
-            result = self._operator.merge(inputs, self._spec.settings)
-            if not bool(torch.isfinite(result.tensor.sum(dtype=torch.float64))):
-                raise NumericalError(
-                    f"merging {name} gave NaN or infinity",
-                    where=f"iteration {plan.iteration}",
-                    hint="use a smaller method.coefficient",
-                )
-            merged[name] = result.tensor
-            previous = self._as_float32(plan.previous, group, name)
-            base = self._as_float32(BASE, group, name)
-            similarity.append(similarity_sums(result.tensor, previous, base))
-            rotated += result.rotated
-            deficient += [f"{name} ({rank} of {full})" for rank, full in result.rank_deficient]
+        torch.set_num_threads(self._spec.threads)
+        if plan.iteration > self._last_wanted:
+            return None
         directory = states.state_directory(self._spec.run, plan.iteration)
-        host = {name: tensor.cpu() for name, tensor in merged.items()}
-        num_bytes = states.write_group(directory, group, host)
-        self._weights[plan.output, group] = host
-        self._release(plan, group, keep)
+        similarity: list[SimilaritySums] = []
+        kept: dict[str, Tensor] = {}
+        rotated, deficient = 0, []
+        with self._group_writer(directory, group) as (writer, specs):
+            for spec in specs:
+                pieces = []
+                for inputs in self._pieces(plan, group, spec, columns):
+                    result = self._operator.merge(inputs, self._spec.settings)
+                    similarity.append(self._compare(plan, group, inputs, result))
+                    writer.write(spec, result.tensor)
+                    rotated += result.rotated
+                    deficient += [f"{spec.name} ({r} of {n})" for r, n in result.rank_deficient]
+                    if self._store.keeps_new_states:
+                        pieces.append(result.tensor)
+                if pieces:
+                    kept[spec.name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        self._store.keep(plan.output, group, kept)
+        read_again = states_read_after(
+            self._spec.schedule, self._spec.num_candidates, plan.iteration
+        )
+        self._store.release(group, plan.inputs, read_again.__contains__)
+        seconds = time.monotonic() - started
         return GroupReport(
-            group,
-            tuple(similarity),
-            rotated,
-            tuple(deficient),
-            time.monotonic() - started,
-            num_bytes,
+            group, tuple(similarity), rotated, tuple(deficient), seconds, writer.num_bytes
         )
 
     def take_forward_seconds(self) -> float:
@@ -213,61 +274,96 @@ class LayerShard:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
-    def _group(self, index: int) -> LayerGroup:
-        return self._spec.layout.groups[index]
-
     def _runner(self, index: int) -> GroupRunner:
         if index not in self._runners:
             spec = self._spec
             self._runners[index] = GroupRunner(
-                spec.layout, self._group(index), self._device, spec.compute_dtype
+                spec.layout, spec.layout.groups[index], self._device, spec.compute_dtype
             )
         return self._runners[index]
 
-    def _load(self, state: str, index: int) -> dict[str, Tensor]:
-        """The group's tensors of a state in host memory, in the dtype they are stored in."""
-        key = (state, index)
-        if key not in self._weights:
-            names = self._group(index).tensors
-            iteration = iteration_of(state)
-            if iteration is None:
-                self._weights[key] = self._spec.checkpoints[state].read(names)
-            else:
-                directory = states.state_directory(self._spec.run, iteration)
-                self._weights[key] = states.read_group(directory, index, names)
-        return self._weights[key]
+    def _nothing(self, chunk: range) -> Tensor | None:
+        """What `forward` returns of an abandoned iteration: of the right kind, but empty."""
+        sends = chunk[-1] == self._spec.groups[-1] != len(self._spec.layout.groups) - 1
+        return torch.zeros(0) if sends else None
 
-    def _compute_weights(self, state: str, index: int) -> dict[str, Tensor]:
-        """What the forward pass uses of it, on the device in the compute dtype, for one iteration.
+    def _read_ahead(self, plan: IterationPlan, chunk: range) -> None:
+        following = chunk[-1] + 1
+        if following in self._spec.groups:
+            self._store.read_ahead([*plan.inputs, plan.previous, BASE], following)
 
-        The head and the final norm are not among it: nothing after the last layer is run.
-        """
-        key = (state, index)
-        if key not in self._compute:
-            self._compute[key] = {
-                name: tensor.to(device=self._device, dtype=self._spec.compute_dtype)
-                for name, tensor in self._load(state, index).items()
-                if name == EMBEDDING or is_layer_tensor(name)
-            }
-        return self._compute[key]
+    def _collect(
+        self,
+        plan: IterationPlan,
+        state: str,
+        name: str,
+        num_samples: int,
+        positions: Tensor,
+        mean: Tensor,
+    ) -> None:
+        key = (plan.iteration, state, name)
+        if key not in self._mean_inputs:
+            self._mean_inputs[key] = mean.new_empty(num_samples, mean.shape[1])
+        self._mean_inputs[key][positions] = mean
 
-    def _as_float32(self, state: str, group: int, name: str) -> Tensor:
-        return self._load(state, group)[name].to(device=self._device, dtype=torch.float32)
+    @contextlib.contextmanager
+    def _group_writer(
+        self, directory: Path, group: int
+    ) -> Iterator[tuple[WeightFileWriter, Sequence[TensorSpec]]]:
+        shapes = self._spec.layout.shapes
+        names = self._spec.layout.groups[group].tensors
+        specs = [TensorSpec(name, torch.float32, shapes[name]) for name in names]
+        directory.mkdir(parents=True, exist_ok=True)
+        with WeightFileWriter(states.group_file(directory, group), specs) as writer:
+            yield writer, specs
 
-    def _tensor_inputs(
-        self, plan: IterationPlan, group: int, name: str, columns: NDArray[np.int64]
-    ) -> TensorInputs:
-        reference, *contributors = (self._as_float32(s, group, name) for s in plan.inputs)
-        if not (self._operator.needs_activations and name in self._spec.layout.rotated):
-            return TensorInputs(name, reference, contributors, plan.divisor)
-        chosen = torch.from_numpy(columns.copy()).to(self._device)
-        first, *others = (
-            self._activation(plan, state, group, name)[:, chosen] for state in plan.inputs
-        )
-        return TensorInputs(name, reference, contributors, plan.divisor, first, others)
+    def _pieces(
+        self, plan: IterationPlan, group: int, spec: TensorSpec, columns: NDArray[np.int64]
+    ) -> Iterator[TensorInputs]:
+        """What the operator is given of one tensor: all of it, or row by row in large pieces."""
+        activations: list[Tensor] = []
+        rows_at_once = spec.shape[0]
+        if self._operator.needs_activations and spec.name in self._spec.layout.rotated:
+            chosen = torch.from_numpy(columns.copy()).to(self._device)
+            activations = [
+                self._activation(plan, state, group, spec.name)[:, chosen] for state in plan.inputs
+            ]
+        else:
+            width = max(1, spec.num_bytes // spec.dtype.itemsize // max(1, spec.shape[0]))
+            rows_at_once = max(1, _PIECE // width)
+        for start in range(0, spec.shape[0], rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            reference, *contributors = (
+                self._store.rows(state, group, spec.name, rows) for state in plan.inputs
+            )
+            yield TensorInputs(
+                spec.name,
+                reference,
+                contributors,
+                plan.divisor,
+                activations[0] if activations else None,
+                activations[1:],
+                rows,
+            )
+
+    def _compare(
+        self, plan: IterationPlan, group: int, inputs: TensorInputs, result: MergedTensor
+    ) -> SimilaritySums:
+        by_state = dict(zip(plan.inputs, (inputs.reference, *inputs.contributors), strict=True))
+        for state in (plan.previous, BASE):
+            if state not in by_state:
+                by_state[state] = self._store.rows(state, group, inputs.name, inputs.rows)
+        sums = similarity_sums(result.tensor, by_state[plan.previous], by_state[BASE])
+        if not sums.is_finite:
+            raise NumericalError(
+                f"merging {inputs.name} gave NaN, infinity or numbers too large",
+                where=f"iteration {plan.iteration}",
+                hint="use a smaller method.coefficient",
+            )
+        return sums
 
     def _activation(self, plan: IterationPlan, state: str, group: int, name: str) -> Tensor:
-        weights = self._compute_weights(state, group)
+        weights = self._store.layers(state, group)
         bias = weights.get(name.removesuffix("weight") + "bias")
         mean_input = self._mean_inputs.pop((plan.iteration, state, name))
         activation = mean_outputs(weights[name], bias, mean_input)
@@ -279,23 +375,3 @@ class LayerShard:
                 hint="set precision.compute_dtype to float32 or bfloat16",
             )
         return activation
-
-    def _release(self, plan: IterationPlan, group: int, keep: frozenset[str]) -> None:
-        for state in plan.inputs:
-            self._compute.pop((state, group), None)
-        for key in [k for k in self._weights if k[1] == group and k[0] not in keep]:
-            del self._weights[key]
-
-
-def pack_tensor(tensor: Tensor) -> NDArray[np.generic]:
-    """A tensor as an array that Ray stores without pickling; 16-bit floats travel as int16."""
-    tensor = tensor.detach().cpu().contiguous()
-    array: NDArray[np.generic] = (
-        tensor.view(torch.int16) if tensor.dtype.itemsize == 2 else tensor
-    ).numpy()
-    return array
-
-
-def unpack_tensor(array: NDArray[np.generic], dtype: torch.dtype) -> Tensor:
-    """The tensor that `pack_tensor` packed. Copies, because Ray's arrays are read-only."""
-    return torch.from_numpy(array.copy()).view(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,8 @@ from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.layer_shard import ShardSpec
 from arm_ray.runtime.placement import (
     Placement,
-    end_actors,
     in_submitted_job,
-    place_shards,
+    placed_shards,
     plan_placement,
     ray_session,
 )
@@ -95,19 +95,22 @@ def _merge_on_ray(
     started: float,
 ) -> MergeOutcome:
     placement = plan_placement(config.runtime, len(inputs.layout.groups))
+
+    def warn(message: str) -> None:
+        run.events.write(Warned(message))
+        console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
     # Before the actors: they may take every CPU slot, and Ray Data would wait for one for ever.
-    stream = _open_calibration(config, inputs, run, console)
-    actors = place_shards(_shard_specs(config, inputs, run, placement), config.runtime)
-    try:
-        driver = StreamingDriver(config, inputs, run, actors, stream, console)
+    stream = _open_calibration(config, inputs, run, warn)
+    specs = _shard_specs(config, inputs, run, placement)
+    with placed_shards(specs, config.runtime, placement, warn) as gang:
+        driver = StreamingDriver(config, inputs, run, gang, specs, stream, console)
         driver.check_weights()
         _announce(config, inputs, run, placement, stream, console)
         reason = driver.iterate(stop_after)
         model = None if reason == "stop_after" else _publish_model(config, run, driver)
         seconds = time.monotonic() - started
         peaks = driver.peak_bytes()
-    finally:
-        end_actors(actors)
     run.events.write(RunFinished(reason, run.last_iteration, round(seconds, 3), peaks))
     _summarise(run, model, reason, seconds, peaks, console)
     return MergeOutcome(run.path, model, run.last_iteration, reason)
@@ -132,7 +135,7 @@ def _check_disk(config: MergeConfig, inputs: MergeInputs, run: RunDirectory) -> 
 
 
 def _open_calibration(
-    config: MergeConfig, inputs: MergeInputs, run: RunDirectory, console: Console
+    config: MergeConfig, inputs: MergeInputs, run: RunDirectory, warn: Callable[[str], None]
 ) -> CalibrationStream | None:
     if config.calibration is None or not OPERATORS[config.method.operator].needs_activations:
         return None
@@ -149,10 +152,7 @@ def _open_calibration(
         )
     run.record_inputs({"calibration": stream.digest})
     for message in stream.warnings:
-        run.events.write(Warned(message))
-        console.print(
-            f"warning: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False
-        )
+        warn(message)
     return stream
 
 
@@ -169,11 +169,13 @@ def _shard_specs(
             groups,
             inputs.checkpoints,
             run.path,
+            config.schedule,
             method.operator,
             settings,
             placement.device,
             inputs.compute_dtype,
             config.runtime.threads,
+            config.runtime.residency,
         )
         for groups in shard_ranges(inputs, placement.num_shards)
     ]

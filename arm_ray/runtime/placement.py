@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import arm_ray
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import ConfigError, PlacementError, WorkerError
 from arm_ray.runtime.layer_shard import LayerShard, ShardSpec
+from arm_ray.runtime.transport import (
+    Transport,
+    choose_transport,
+    join_transport,
+    leave_transport,
+)
 
 NAMESPACE = "arm_ray"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How many shards there are, and on what."""
+    """How many shards there are, on what device, and the GPUs reserved for each."""
 
     num_shards: int
     device: str
+    gpus_per_shard: float = 0.0
+
+
+@dataclass(frozen=True)
+class ShardGang:
+    """The actors of a merge, in the order of the layers, and how they send hidden states."""
+
+    actors: list[Any]
+    transport: Transport
 
 
 def in_submitted_job() -> bool:
@@ -80,7 +98,7 @@ def ray_session(runtime: RuntimeConfig, address: str | None, num_groups: int) ->
 
 
 def plan_placement(runtime: RuntimeConfig, num_groups: int) -> Placement:
-    """Decide on the device and the number of shards from what the cluster has.
+    """Decide on the device, the shards and their resources from what the cluster has.
 
     Raises:
         ConfigError: More shards were asked for than there are layer groups.
@@ -91,83 +109,126 @@ def plan_placement(runtime: RuntimeConfig, num_groups: int) -> Placement:
     device = runtime.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
-    if device == "cuda" and gpus < runtime.gpus_per_shard:
+    share = runtime.gpus_per_shard
+    if share == "auto":
+        share = 1.0 if device == "cuda" else 0.0
+    if device == "cuda" and gpus < share:
         raise PlacementError(
             "the cluster has no GPU for a layer shard",
             got=_format(resources),
-            expected=f"{runtime.gpus_per_shard:g} GPU for each shard",
+            expected=f"{share:g} GPU for each shard",
             hint="set runtime.device to cpu, or join a cluster with GPUs",
         )
-    if runtime.layer_shards != "auto":
-        if runtime.layer_shards > num_groups:
-            raise ConfigError(
-                "there are more layer shards than layer groups",
-                where="runtime.layer_shards",
-                got=runtime.layer_shards,
-                expected=f"at most {num_groups}",
-                hint="use fewer shards, or a smaller runtime.layers_per_group",
-            )
-        return Placement(runtime.layer_shards, device)
-    if device == "cuda":
-        slots = int(gpus / runtime.gpus_per_shard)
-    else:
-        slots = int(resources.get("CPU", 1) / runtime.threads)
-    return Placement(max(1, min(slots, num_groups)), device)
+    if runtime.layer_shards == "auto":
+        slots = gpus / share if share else resources.get("CPU", 1) / runtime.threads
+        return Placement(max(1, min(int(slots), num_groups)), device, share)
+    if runtime.layer_shards > num_groups:
+        raise ConfigError(
+            "there are more layer shards than layer groups",
+            where="runtime.layer_shards",
+            got=runtime.layer_shards,
+            expected=f"at most {num_groups}",
+            hint="use fewer shards, or a smaller runtime.layers_per_group",
+        )
+    return Placement(runtime.layer_shards, device, share)
 
 
-def place_shards(specs: Sequence[ShardSpec], runtime: RuntimeConfig) -> list[Any]:
-    """Make one actor for each shard, spread over the nodes, and wait until all run.
+@contextlib.contextmanager
+def placed_shards(
+    specs: Sequence[ShardSpec],
+    runtime: RuntimeConfig,
+    placement: Placement,
+    warn: Callable[[str], None],
+) -> Iterator[ShardGang]:
+    """Have one actor for each shard, in a placement group; they end with the context.
 
-    Returns:
-        The actor handles, in the order of the layers.
+    Args:
+        specs: The shards, in the order of the layers.
+        runtime: Threads, placement strategy, time-out and transport.
+        placement: What `plan_placement` decided.
+        warn: Called with a sentence if the wanted transport cannot be had.
 
     Raises:
         PlacementError: The cluster does not give the resources in time; says what was asked and
             what there is.
     """
-    resources: dict[str, float] = {"num_cpus": runtime.threads}
-    if specs[0].device == "cuda":
-        resources["num_gpus"] = runtime.gpus_per_shard
-    # cuBLAS is deterministic only with a workspace of fixed size.
-    env = {"OMP_NUM_THREADS": str(runtime.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    actor_class = ray.remote(LayerShard).options(
-        **resources, scheduling_strategy="SPREAD", runtime_env={"env_vars": env}
-    )
-    # The handles have methods that Ray makes at run time, which no type describes.
-    actors: list[Any] = [actor_class.remote(spec) for spec in specs]
+    bundle = {"CPU": float(runtime.threads)}
+    if placement.gpus_per_shard:
+        bundle["GPU"] = placement.gpus_per_shard
+    group = placement_group([bundle] * len(specs), strategy=runtime.placement_strategy)
+    actors: list[Any] = []
+    transport = choose_transport(runtime.transport, placement.device, len(specs))
     try:
-        pending = [actor.ready.remote() for actor in actors]
-        done, waiting = ray.wait(
-            pending, num_returns=len(pending), timeout=runtime.placement_timeout_s
-        )
-        if waiting:
-            raise PlacementError(
-                f"{len(waiting)} of {len(specs)} layer shards were not placed within "
-                f"{runtime.placement_timeout_s:g} s",
-                got=f"free: {_format(ray.available_resources())}; "
-                f"in all: {_format(ray.cluster_resources())}",
-                expected=f"{len(specs)} times {_format(resources)}",
-                hint="use fewer runtime.layer_shards, wait for other jobs, or add nodes",
-            )
-        ray.get(done)
-    except BaseException:
-        end_actors(actors)
-        raise
-    return actors
-
-
-def end_actors(actors: Sequence[Any]) -> None:
-    """End actors at once; those that are gone already are passed over."""
-    for actor in actors:
+        if not group.wait(runtime.placement_timeout_s):
+            raise _not_placed(runtime, len(specs), bundle)
+        actors = _start(specs, runtime, placement, group, transport)
+        # The actors import torch; that the group exists does not mean that they run.
+        ray.get([actor.ready.remote() for actor in actors])
+        if transport != "object_store":
+            problem = join_transport(actors, transport)
+            if problem:
+                warn(f"no direct transport, using the object store: {problem}")
+                transport = "object_store"
+                ray.get([actor.use_object_store.remote() for actor in actors])
+        yield ShardGang(actors, transport)
+    finally:
+        leave_transport(actors, transport)
+        for actor in actors:
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
         with contextlib.suppress(RayError):
-            ray.kill(actor)
+            remove_placement_group(group)
+
+
+def _start(
+    specs: Sequence[ShardSpec],
+    runtime: RuntimeConfig,
+    placement: Placement,
+    group: Any,
+    transport: Transport,
+) -> list[Any]:
+    threads = str(runtime.threads)
+    # cuBLAS is deterministic only with a workspace of fixed size.
+    env = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    options: dict[str, Any] = {
+        "num_cpus": runtime.threads,
+        "num_gpus": placement.gpus_per_shard,
+        "runtime_env": {"env_vars": env},
+        # `abandon` must get through while work is queued.
+        "concurrency_groups": {"control": 1},
+    }
+    if transport != "object_store":
+        options["enable_tensor_transport"] = True
+    actor_class: Any = ray.remote(**options)(LayerShard)
+    return [
+        actor_class.options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=index
+            ),
+        ).remote(dataclasses.replace(spec, transport=transport))
+        for index, spec in enumerate(specs)
+    ]
+
+
+def _not_placed(runtime: RuntimeConfig, count: int, bundle: dict[str, float]) -> PlacementError:
+    return PlacementError(
+        f"the cluster did not place {count} layer shards within {runtime.placement_timeout_s:g} s",
+        got=f"free: {_format(ray.available_resources())}; "
+        f"in all: {_format(ray.cluster_resources())} on {_alive_nodes()} node(s)",
+        expected=f"{count} times {_format(bundle)}, {runtime.placement_strategy}",
+        hint="use fewer runtime.layer_shards or another runtime.placement_strategy, wait for "
+        "other jobs, or add nodes",
+    )
+
+
+def _alive_nodes() -> int:
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 def _format(resources: dict[str, float]) -> str:
-    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    shown = [
-        f"{value:g} {names.get(key, key)}"
-        for key, value in sorted(resources.items())
-        if names.get(key, key) in ("CPU", "GPU")
-    ]
-    return ", ".join(shown) or "nothing"
+    shown = [f"{value:g} {key}" for key, value in resources.items() if key in ("CPU", "GPU")]
+    return ", ".join(sorted(shown)) or "nothing"

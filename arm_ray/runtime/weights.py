@@ -1,0 +1,139 @@
+"""The tensors of the states that one shard reads, kept where `runtime.residency` says.
+
+| residency | stored weights of the states in use | for the forward pass |
+|---|---|---|
+| `device` | on the device, from the first use to the last | the whole shard, cast |
+| `host` | in host memory, from the first use to the last | one layer group at a time |
+| `disk` | memory-mapped; one group is read while another computes | one layer group at a time |
+
+On a CPU, `device` leaves the base and the candidates memory-mapped: the page cache is the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.model.layout import EMBEDDING, ModelLayout, is_layer_tensor
+from arm_ray.schedule import iteration_of
+
+Residency = Literal["device", "host", "disk"]
+
+
+class WeightStore:
+    """Reads, caches and releases the weights of a shard's layer groups.
+
+    Args:
+        layout: The model.
+        checkpoints: State name -> checkpoint, for the base and the candidates.
+        run: The run directory, which holds the merged states.
+        device: Where the weights are computed with.
+        compute_dtype: Of the forward pass.
+        residency: Where stored weights live meanwhile.
+    """
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        checkpoints: Mapping[str, Checkpoint],
+        run: Path,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        residency: Residency,
+    ) -> None:
+        self._layout, self._checkpoints, self._run = layout, checkpoints, run
+        self._device, self._compute_dtype, self._residency = device, compute_dtype, residency
+        self._stored: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._compute: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._ahead: dict[tuple[str, int], Future[dict[str, Tensor]]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+
+    def layers(self, state: str, group: int) -> dict[str, Tensor]:
+        """The group's decoder-layer tensors on the device in the compute dtype."""
+        key = (state, group)
+        if key not in self._compute:
+            self._compute[key] = {
+                name: tensor.to(device=self._device, dtype=self._compute_dtype)
+                for name, tensor in self._group(state, group).items()
+                if is_layer_tensor(name)
+            }
+        return self._compute[key]
+
+    def embed(self, state: str, input_ids: Tensor) -> Tensor:
+        """Hidden states before the first layer `[batch, tokens, hidden]`; looks up, then casts."""
+        table = self._group(state, 0)[EMBEDDING]
+        hidden = nn.functional.embedding(input_ids.to(table.device), table)
+        return hidden.to(device=self._device, dtype=self._compute_dtype)
+
+    def rows(self, state: str, group: int, name: str, rows: slice) -> Tensor:
+        """Rows of one tensor, float32, on the device."""
+        return self._group(state, group)[name][rows].to(device=self._device, dtype=torch.float32)
+
+    def keep(self, state: str, group: int, tensors: dict[str, Tensor]) -> None:
+        """Take over the tensors of a new state, so that they need not be read back."""
+        if self._residency != "disk":
+            self._stored[state, group] = {
+                name: tensor if self._residency == "device" else tensor.cpu()
+                for name, tensor in tensors.items()
+            }
+
+    @property
+    def keeps_new_states(self) -> bool:
+        """Whether `keep` does anything."""
+        return self._residency != "disk"
+
+    def read_ahead(self, wanted: Iterable[str], group: int) -> None:
+        """Start reading a group of some states, where they live on disk."""
+        if self._residency != "disk":
+            return
+        for state in wanted:
+            key = (state, group)
+            if key not in self._stored and key not in self._ahead:
+                self._ahead[key] = self._reader.submit(self._read, state, group)
+
+    def release(self, group: int, inputs: Iterable[str], keep: Callable[[str], bool]) -> None:
+        """Let go of a group: of its compute copies, and of states that are not read again.
+
+        Args:
+            group: The layer group, just merged.
+            inputs: States that the forward pass used.
+            keep: Whether a later iteration reads a state.
+        """
+        for state in inputs:
+            self._compute.pop((state, group), None)
+        for state, index in [key for key in self._stored if key[1] == group]:
+            if self._residency == "disk" or not keep(state):
+                del self._stored[state, index]
+
+    def _group(self, state: str, group: int) -> dict[str, Tensor]:
+        key = (state, group)
+        if key not in self._stored:
+            ahead = self._ahead.pop(key, None)
+            self._stored[key] = ahead.result() if ahead else self._read(state, group)
+        return self._stored[key]
+
+    def _read(self, state: str, group: int) -> dict[str, Tensor]:
+        names = self._layout.groups[group].tensors
+        iteration = iteration_of(state)
+        if iteration is None:
+            mapped = self._checkpoints[state].read(names)
+        else:
+            directory = states.state_directory(self._run, iteration)
+            mapped = states.read_group(directory, group, names)
+        if self._residency == "device":
+            return {name: tensor.to(self._device) for name, tensor in mapped.items()}
+        if self._residency == "host":
+            return {name: tensor.clone() for name, tensor in mapped.items()}
+        # Layers are read here and now, perhaps ahead of their turn. The embedding and the head stay
+        # mapped: they are larger than a layer, and used a few rows at a time.
+        return {
+            name: tensor.clone() if is_layer_tensor(name) else tensor
+            for name, tensor in mapped.items()
+        }

@@ -1,0 +1,194 @@
+"""The command line: exit codes, messages on standard error, and how soon they come."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import arm_ray
+from arm_ray import cli
+from arm_ray.config import MergeConfig
+from arm_ray.errors import CheckpointError
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _keep_the_signal_handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    content = {
+        "base": str(tmp_path / "base"),
+        "candidates": [str(tmp_path / "one")],
+        "output": str(tmp_path / "run"),
+        "method": {"operator": "task_arithmetic"},
+    }
+    path = tmp_path / "merge.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[MergeConfig, dict[str, Any]]]:
+    """What the library was asked for, in place of doing it."""
+    asked: list[tuple[MergeConfig, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "arm_ray.runtime.merge.merge", lambda config, **options: asked.append((config, options))
+    )
+    return asked
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    monkeypatch.setattr("arm_ray.runtime.merge.merge", lambda *_args, **_options: action())
+
+
+def test_it_hands_over_the_configuration_and_options(config: Path, merges) -> None:
+    overrides = ["schedule.max_iterations=4", "method.coefficient=1e-1"]
+    options = ["--stop-after", "2", "--address", "ray://head:10001"]
+    code = cli.main(["merge", str(config), *overrides, *options])
+    assert code == 0
+    [(given, passed)] = merges
+    assert (given.schedule.max_iterations, given.method.coefficient) == (4, 0.1)
+    assert passed == {"address": "ray://head:10001", "stop_after": 2}
+
+
+def test_without_options_there_are_none(config: Path, merges) -> None:
+    assert cli.main(["merge", str(config)]) == 0
+    assert merges[0][1] == {"address": None, "stop_after": None}
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == arm_ray.__version__
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"]])
+def test_help_names_what_can_be_given(arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 0
+    assert ("merge" if len(arguments) == 1 else "section.key=value") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["mege"], ["merge"], ["merge", "c.yaml", "--stop", "x"], ["merge", "c.yaml", "--what"]],
+)
+def test_a_wrong_command_line_is_2(arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("usage: arm-ray")
+
+
+def test_a_missing_configuration_is_1(tmp_path: Path, capsys) -> None:
+    assert cli.main(["merge", str(tmp_path / "missing.yaml")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: the configuration file cannot be read\n  where:")
+    assert str(tmp_path / "missing.yaml") in captured.err
+
+
+def test_a_wrong_override_is_1(config: Path, merges, capsys) -> None:
+    assert cli.main(["merge", str(config), "schedule.max_iteration=3"]) == 1
+    assert "did you mean 'max_iterations'?" in capsys.readouterr().err
+    assert merges == []
+
+
+def test_an_error_of_the_merge_is_1_with_its_text(config: Path, monkeypatch, capsys) -> None:
+    def action() -> None:
+        raise CheckpointError("it is broken", where="here", hint="mend it")
+
+    failing(monkeypatch, action)
+    assert cli.main(["merge", str(config)]) == 1
+    assert capsys.readouterr() == (
+        "",
+        "error: it is broken\n  where:    here\n  to do:    mend it\n",
+    )
+
+
+def test_a_missing_checkpoint_is_1_before_ray_starts(config: Path, capsys) -> None:
+    assert cli.main(["merge", str(config)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: base: a checkpoint directory does not exist\n")
+    assert not (config.parent / "run").exists()
+
+
+def test_an_interruption_is_130(config: Path, monkeypatch, capsys) -> None:
+    def action() -> None:
+        raise KeyboardInterrupt
+
+    failing(monkeypatch, action)
+    assert cli.main(["merge", str(config)]) == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
+
+
+def test_being_told_to_end_is_an_interruption(config: Path, monkeypatch, capsys) -> None:
+    left = []
+
+    def action() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            left.append("clean-up")
+
+    failing(monkeypatch, action)
+    assert cli.main(["merge", str(config)]) == 130
+    assert left == ["clean-up"]
+
+
+def test_a_bug_is_not_hidden(config: Path, monkeypatch) -> None:
+    def action() -> None:
+        raise ZeroDivisionError("ours")
+
+    failing(monkeypatch, action)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        cli.main(["merge", str(config)])
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_wrong_configuration_is_reported_without_importing_anything_heavy(
+    config: Path,
+) -> None:
+    program = (
+        "import sys\n"
+        "from arm_ray.cli import main\n"
+        f"code = main(['merge', {str(config)!r}, 'metod.operator=arm'])\n"
+        "print(*sorted({'torch', 'ray', 'transformers', 'numpy'} & set(sys.modules)))\n"
+        "sys.exit(code)\n"
+    )
+    done = command("-c", program)
+    assert (done.returncode, done.stdout.strip()) == (1, "")
+    assert "metod: unknown key; did you mean 'method'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "start", [("-m", "arm_ray.cli", "merge"), ("-m", "jobs.merge")], ids=["command", "job"]
+)
+def test_as_a_program(start: tuple[str, ...], tmp_path: Path) -> None:
+    done = command(*start, str(tmp_path / "missing.yaml"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: the configuration file cannot be read")
+    assert "Traceback" not in done.stderr

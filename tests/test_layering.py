@@ -1,0 +1,151 @@
+"""Dependencies point one way, and what is pure imports nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Room -> the rooms of arm_ray that it may import. A room is a package or a module of arm_ray.
+CORE = {"errors", "config", "events", "schedule"}
+PURE = CORE | {"merging", "checkpoints", "model", "calibration", "evaluation", "report"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "events": {"errors"},
+    "config": {"errors"},
+    "schedule": {"errors", "config"},
+    "merging": {"errors"},
+    "checkpoints": CORE,
+    "calibration": CORE,
+    "model": CORE | {"checkpoints"},
+    "evaluation": CORE | {"calibration"},
+    "report": CORE | {"checkpoints"},
+    "runtime": PURE,
+    "cli": PURE | {"runtime"},
+}
+# Rooms that may import Ray, and the one module that does so when it is called.
+RAY_ROOMS = {"runtime", "evaluation"}
+RAY_AT_CALL_TIME = {"arm_ray/calibration/stream.py"}
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT / "arm_ray").with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path, top_level: bool = False) -> set[str]:
+    """Absolute names of the modules that a file imports; inside of functions too, or not."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped: set[int] = set()
+    if top_level:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                skipped |= {id(child) for child in ast.walk(node)}
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+MODULES = [p for p in sources("arm_ray") if p != ROOT / "arm_ray" / "__init__.py"]
+
+
+def test_there_is_something_to_check() -> None:
+    assert {room_of(p) for p in MODULES} >= {"errors", "merging", "checkpoints", "model", "runtime"}
+    assert "arm_ray.errors.ConfigError" in imports(ROOT / "arm_ray" / "config.py")
+    assert "arm_ray.runtime.merge.merge" in imports(ROOT / "arm_ray" / "cli.py")
+    assert "arm_ray.runtime.merge.merge" not in imports(ROOT / "arm_ray" / "cli.py", True)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = room_of(path)
+    assert room in ALLOWED, f"say in ALLOWED what {room} may import"
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        assert top not in ("jobs", "tests", "benchmarks"), name
+        if top == "arm_ray" and rest.split(".")[0] not in ("__version__", "", room):
+            assert rest.split(".")[0] in ALLOWED[room], f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_runtime_imports_ray(path: Path) -> None:
+    names = {name.split(".")[0] for name in imports(path)}
+    if room_of(path) not in RAY_ROOMS and str(path.relative_to(ROOT)) not in RAY_AT_CALL_TIME:
+        assert "ray" not in names
+    if room_of(path) != "evaluation":
+        assert "vllm" not in names
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert imports(ROOT / "arm_ray" / "__init__.py") == set()
+
+
+def loaded_by(modules: list[str]) -> dict[str, set[str]]:
+    """Import modules one after another in a fresh interpreter: module -> what is loaded then."""
+    program = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    print(name, *sorted({m.split('.')[0] for m in sys.modules}))\n"
+        "    print(name, *sorted(m for m in sys.modules if m.startswith('arm_ray')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found: dict[str, set[str]] = {}
+    for line in done.stdout.splitlines():
+        name, *names = line.split()
+        found.setdefault(name, set()).update(names)
+    return found
+
+
+def modules_of(*rooms: str) -> list[str]:
+    names = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in MODULES if room_of(p) in rooms
+    ]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+HEAVY = {"torch", "transformers", "ray", "vllm", "numpy", "safetensors", "datasets"}
+
+
+def test_the_core_and_the_command_line_import_nothing_heavy() -> None:
+    for name, loaded in loaded_by(["arm_ray", *modules_of(*CORE, "cli")]).items():
+        assert not loaded & HEAVY, name
+
+
+def test_merging_knows_no_files_no_ray_and_no_configuration() -> None:
+    for name, loaded in loaded_by(modules_of("merging")).items():
+        foreign = {"ray", "vllm", "transformers", "safetensors", "pydantic", "yaml"}
+        assert not loaded & foreign, name
+        assert all(
+            module in ("arm_ray", "arm_ray.errors") or module.startswith("arm_ray.merging")
+            for module in loaded
+            if module.startswith("arm_ray")
+        ), name
+
+
+def test_calibration_imports_neither_ray_nor_transformers() -> None:
+    for name, loaded in loaded_by(modules_of("calibration")).items():
+        assert not loaded & {"ray", "vllm", "transformers", "torch"}, name
+
+
+def test_checkpoints_models_and_reports_do_not_import_ray() -> None:
+    for name, loaded in loaded_by(modules_of("checkpoints", "report", "model")).items():
+        assert not loaded & {"ray", "vllm"}, name
