@@ -128,8 +128,9 @@ class MergeConfig(Section):
     candidates: Annotated[list[str], Field(min_length=1)]
     output: str
     """The run directory."""
-    keep_states: Literal["all", "last"] = "all"
-    """Merged states kept on disk; `last` removes those that no later iteration needs."""
+    keep_states: Literal["all", "last", "none"] = "all"
+    """Merged states kept on disk; `last` removes those that no later iteration needs, `none` also
+    the last one once the final model is written."""
     tokenizer: Literal["auto", "base", "last_candidate"] = "auto"
     """Whose tokenizer, chat template and generation settings the merged model gets; auto: the
     base's, unless it lacks a tokenizer or chat template that the last candidate has."""

@@ -780,15 +780,16 @@ def layer_shard(case: MergeCase, groups: range) -> LayerShard:
     config = case.config("method.operator=task_arithmetic")
     inputs = open_inputs(config)
     spec = ShardSpec(
-        inputs.layout,
-        groups,
-        inputs.checkpoints,
-        case.root / "run",
-        "task_arithmetic",
-        MergeSettings(),
-        "cpu",
-        torch.float32,
-        torch.get_num_threads(),
+        layout=inputs.layout,
+        groups=groups,
+        checkpoints=inputs.checkpoints,
+        run=case.root / "run",
+        schedule=config.schedule,
+        operator="task_arithmetic",
+        settings=MergeSettings(),
+        device="cpu",
+        compute_dtype=torch.float32,
+        threads=torch.get_num_threads(),
     )
     return LayerShard(spec)
 

@@ -133,15 +133,15 @@ def test_a_key_that_is_no_text_is_named() -> None:
         ({"calibration": {}}, "calibration.path: required, but absent"),
         ({"runtime": {"layer_shards": 0}}, "runtime.layer_shards: got 0 (int); "),
         ({"runtime": {"layer_shards": "many"}}, "runtime.layer_shards: got 'many' (str); "),
-        ({"runtime": {"gpus_per_shard": 0.0}}, "runtime.gpus_per_shard: got 0.0 (float); "),
-        ({"keep_states": "none"}, "keep_states: got 'none' (str); "),
+        ({"runtime": {"gpus_per_shard": -1.0}}, "runtime.gpus_per_shard: got -1.0 (float); "),
+        ({"keep_states": "first"}, "keep_states: got 'first' (str); "),
     ],
 )
 def test_a_wrong_value_is_shown_with_its_type_and_key(sections, start: str) -> None:
     [found] = problems(**sections)
     assert found.startswith(start)
     assert "literal[" not in found
-    assert "constrained-int" not in found
+    assert "constrained-" not in found
 
 
 def test_a_size_that_is_not_finite_is_refused_at_once() -> None:

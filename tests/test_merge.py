@@ -34,7 +34,10 @@ def run(config: MergeConfig, **options: Any) -> MergeOutcome:
 
 
 def state(config: MergeConfig, iteration: int) -> dict[str, torch.Tensor]:
-    directory = Path(config.output) / "states" / f"{iteration:04d}"
+    return load_all(Path(config.output) / "states" / f"{iteration:04d}")
+
+
+def load_all(directory: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         # Copies: the library maps files into memory, and a test may overwrite the file.
@@ -181,6 +184,64 @@ def test_shards_and_repetition_give_the_same_bits(case: MergeCase) -> None:
     ]
     assert len(cosines[0]) == 4
     assert all(row == cosines[0] for row in cosines)
+
+
+VARIANTS = {
+    "host": ["runtime.residency=host"],
+    "disk": ["runtime.residency=disk", "runtime.layer_shards=2"],
+    "one after another": ["runtime.lookahead=0", "runtime.layer_shards=2"],
+    "far ahead": ["runtime.lookahead=4", "runtime.layer_shards=3"],
+    "object store": ["runtime.transport=object_store", "runtime.layer_shards=3"],
+    "groups of two": ["runtime.layers_per_group=2", "runtime.layer_shards=2"],
+}
+
+
+def test_residency_transport_and_lookahead_give_the_same_bits(case: MergeCase) -> None:
+    case.make("qwen2.5", num_layers=4, dtype=torch.bfloat16)
+    run(case.config(output="plain"))
+    expected = load_file(case.root / "plain" / "model" / "model.safetensors")
+    for label, overrides in VARIANTS.items():
+        config = case.config(*overrides, output=label)
+        outcome = run(config)
+        events = read_events(outcome.run / "events.jsonl")
+        assert [e for e in events if e["event"] == "warning" and "transport" in e["message"]] == []
+        assert_same_bits(expected, load_file(outcome.run / "model" / "model.safetensors"))
+
+
+def test_speculative_iterations_leave_nothing_behind(case: MergeCase) -> None:
+    case.make("mistral")
+    schedule = "schedule={anchor_iterations: 9, max_iterations: 9, tolerance: 0.2}"
+    outcomes = {}
+    for label, lookahead in (("ahead", 8), ("not ahead", 0)):
+        overrides = (schedule, "runtime.layer_shards=2", f"runtime.lookahead={lookahead}")
+        outcome = outcomes[label] = run(case.config(*overrides, output=label))
+        assert outcome.reason == "converged"
+        assert 1 < outcome.iterations < 9
+        kept = sorted(p.name for p in (outcome.run / "states").iterdir())
+        assert kept == [f"{t:04d}" for t in range(1, outcome.iterations + 1)]
+    assert outcomes["ahead"].iterations == outcomes["not ahead"].iterations
+    left, right = (load_file(case.root / o / "model" / "model.safetensors") for o in outcomes)
+    assert_same_bits(left, right)
+
+
+def test_a_linear_merge_is_the_same_in_one_pass_and_in_parts(case: MergeCase) -> None:
+    case.make("qwen3", count=3, max_shard_size="60KB")
+    linear = "method.operator=task_arithmetic"
+    whole = case.config(linear, "runtime.max_weight_file_gb=0.0001", output="whole")
+    run(whole)
+    model = load_all(Path(whole.output) / "model")
+    assert_same_bits(state(whole, 4), model)
+    parts = case.config(linear, "keep_states=last", "runtime.layer_shards=3", output="parts")
+    for halt in (1, 3):
+        assert run(parts, stop_after=halt).model is None
+    assert run(parts, stop_after=3).iterations == 3
+    run(parts)
+    assert_same_bits(model, load_all(Path(parts.output) / "model"))
+    assert [p.name for p in (Path(parts.output) / "states").iterdir()] == ["0004"]
+    nothing = case.config(linear, "keep_states=none", output="nothing")
+    run(nothing)
+    assert_same_bits(model, load_all(Path(nothing.output) / "model"))
+    assert not (Path(nothing.output) / "states").exists()
 
 
 def test_halting_and_resuming_gives_the_same_bits(case: MergeCase) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from dataclasses import astuple
 from fractions import Fraction
 
 import hypothesis.strategies as st
@@ -18,7 +19,7 @@ from arm_ray.merging import arm, task_arithmetic
 from arm_ray.merging.operator import MergeSettings, TensorInputs
 from arm_ray.merging.registry import OPERATORS
 from arm_ray.merging.rotation import Rotation, SignRule, activation_rotation
-from arm_ray.merging.similarity import cosine, similarity_sums
+from arm_ray.merging.similarity import SimilaritySums, cosines, similarity_sums
 from arm_ray.model.group import mean_outputs
 from tests.reference import dense_rotation
 
@@ -125,11 +126,12 @@ def test_the_compact_form_equals_the_dense_one_where_samples_depend_on_each_othe
     shift = gaussian(d_out, rank, seed=seed) @ gaussian(rank, num_samples, seed=seed + 1)
     sigma = torch.linalg.svdvals(shift)
     assume(float(sigma[rank - 1] / sigma[0]) > 1e-3)
-    expected = dense_rotation(shift, "positive_diagonal", 1e-6)
+    sign = data.draw(signs)
+    expected = dense_rotation(shift, sign, 1e-6)
     assert expected is not None
     # A diagonal entry near zero would have an arbitrary sign.
-    assume(float(expected.diagonal().min()) > 1e-6)
-    rotation = rotation_of(shift)
+    assume(float(expected.diagonal().abs().min()) > 1e-6)
+    rotation = rotation_of(shift, sign)
     assert (rotation.rank, rotation.full_rank) == (rank, min(d_out, num_samples))
     assert_close(dense(rotation), expected, 1e-7)
 
@@ -203,9 +205,11 @@ def test_noise_below_the_tolerance_does_not_turn_anything(degenerate, d_out: int
 
 def test_rounding_of_the_activations_does_not_turn_a_low_rank_change() -> None:
     # As after LoRA: a change of rank 4, and the same inputs below it (the first layer's q_proj).
-    reference = gaussian(96, 64, seed=1, dtype=torch.float32) / 8
-    change = gaussian(96, 4, seed=2, dtype=torch.float32) @ gaussian(4, 64, seed=3).float()
-    contributor = reference + 1e-4 * change
+    # Whole multiples of powers of two, so that the weights and their difference are exact.
+    reference = (32 * gaussian(96, 64, seed=1)).round().float() / 256
+    left, right = (3 * gaussian(96, 4, seed=2)).round(), (3 * gaussian(4, 64, seed=3)).round()
+    contributor = reference + (left @ right).float() / 2**16
+    assert int(torch.linalg.matrix_rank((contributor - reference).double())) == 4
     mean_input = 3 * gaussian(20, 64, seed=4, dtype=torch.float32)
     activations = [mean_outputs(w, None, mean_input) for w in (reference, contributor)]
     inputs = inputs_of(reference, [contributor], activations, divisor=1)
@@ -387,59 +391,109 @@ def test_a_missing_activation_is_not_overlooked() -> None:
         arm.merge(inputs_of(tensors[0], tensors[1:3], tensors[3:]), MergeSettings())
 
 
-# Magnitudes whose products stay within float64.
-numbers = st.floats(-1e30, 1e30, allow_nan=False)
-squares = st.floats(1e-30, 1e30, allow_nan=False)
-triples = st.lists(st.tuples(numbers, squares, squares), min_size=1, max_size=20)
+def sums(values: tuple[float, ...]) -> SimilaritySums:
+    return SimilaritySums(*values)
+
+
+# Sums of squares of several tensors; of magnitudes at which addition is not associative.
+several_sums = st.lists(st.tuples(*[st.floats(1e-12, 1e12)] * 5).map(sums), min_size=1, max_size=12)
 
 
 @PROPERTY
-@given(triples, st.randoms(use_true_random=False))
-def test_cosine_does_not_depend_on_the_order(products, random) -> None:
-    shuffled = list(products)
+@given(several_sums, st.randoms(use_true_random=False))
+def test_cosines_do_not_depend_on_how_tensors_are_spread(parts, random) -> None:
+    shuffled = list(parts)
     random.shuffle(shuffled)
-    assert cosine(shuffled) == cosine(iter(products))
+    assert cosines(shuffled) == cosines(iter(parts))
 
 
 @PROPERTY
-@given(triples)
-def test_cosine_sums_exactly(products) -> None:
-    inner, left, right = (sum(map(Fraction, column)) for column in zip(*products, strict=True))
-    expected = float(inner) / math.sqrt(float(left)) / math.sqrt(float(right))
-    found = cosine(products)
-    assert found is not None
-    assert -1.0 <= found <= 1.0
-    assert found == max(-1.0, min(1.0, expected))
+@given(several_sums)
+def test_cosines_lie_between_minus_one_and_one(parts) -> None:
+    for value in cosines(parts):
+        assert value is not None
+        assert -1.0 <= value <= 1.0
 
 
-def test_cosine_does_not_lose_a_small_tensor_beside_large_ones() -> None:
-    products = [(1e16, 1e16, 1e16), (1.0, 0.0, 0.0), (-1e16, 0.0, 0.0)]
-    assert cosine(products) == 1e-16
+def test_sums_over_tensors_are_exact() -> None:
+    # cos = (|W|² + |P|² − |W − P|²) / (2 |W| |P|), with a small tensor beside large ones.
+    parts = [sums((v, v, v, v, v)) for v in (1e16, 1.0, 1.0)]
+    total = float(Fraction(10**16) + 2)
+    assert total != 1e16 + 1.0 + 1.0
+    only = cosines([sums((total,) * 5)])
+    assert cosines(parts) == only == (0.5, 0.5)
+    small = [sums((1.0, 1.0, c, 1.0, 1.0)) for c in (1e16, 1.0, -1e16)]
+    assert cosines(small) == cosines([sums((3.0, 3.0, 1.0, 3.0, 3.0))])
 
 
-@pytest.mark.parametrize("products", [[], [(0.0, 0.0, 2.0)], [(0.0, 2.0, 0.0), (0.0, 1.0, 0.0)]])
-def test_cosine_of_a_zero_side_is_none(products) -> None:
-    assert cosine(products) is None
+def test_the_cosine_of_a_zero_side_is_none() -> None:
+    assert cosines([]) == (None, None)
+    zero, moved = torch.zeros(4), torch.ones(4)
+    assert cosines([similarity_sums(moved, zero, zero)]) == (None, None)
+    assert cosines([similarity_sums(zero, moved, moved)]) == (None, None)
+    # The first iteration starts from the base: its state before has no task vector.
+    weight, task_vector = cosines([similarity_sums(2 * moved, moved, moved)])
+    assert (weight, task_vector) == (1.0, None)
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 3 * (1 << 16)])
-def test_similarity_sums_are_the_inner_products(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 7, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 3 * (1 << 16)])
+@pytest.mark.parametrize("from_base", [True, False])
+def test_similarity_sums_are_squared_norms(count: int, from_base: bool) -> None:
     new, previous, base = (gaussian(count, seed=i, dtype=torch.float32) for i in range(3))
-    sums = similarity_sums(new, previous, base)
-
-    def products(x: torch.Tensor, y: torch.Tensor) -> list[float]:
-        return [math.fsum((a.double() * b.double()).tolist()) for a, b in ((x, y), (x, x), (y, y))]
-
-    assert sums.weights == pytest.approx(products(new, previous), rel=1e-10, abs=1e-9)
-    moved = new.double() - base.double(), previous.double() - base.double()
-    assert sums.task_vectors == pytest.approx(products(*moved), rel=1e-10, abs=1e-9)
+    base = previous if from_base else base
+    w, p, b = (t.double() for t in (new, previous, base))
+    expected = [float(x @ x) for x in (w, p, w - p, w - b, p - b)]
+    found = similarity_sums(new, previous, base)
+    assert astuple(found) == pytest.approx(expected, rel=1e-5, abs=1e-12)
 
 
-def test_task_vectors_of_large_nearly_equal_weights_keep_their_angle() -> None:
-    base = gaussian(50, 40, seed=1, dtype=torch.float32) * 1e3
-    first, second = (base + 1e-2 * gaussian(50, 40, seed=s).float() for s in (2, 3))
-    sums = similarity_sums(first, second, base)
-    x, y = ((t.double() - base.double()).flatten() for t in (first, second))
-    expected = float(x @ y / x.norm() / y.norm())
-    assert cosine([sums.task_vectors]) == pytest.approx(expected, rel=1e-9)
-    assert cosine([sums.weights]) == pytest.approx(1.0, abs=1e-9)
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (5, 7)])
+def test_similarity_sums_of_every_shape(shape: tuple[int, ...]) -> None:
+    ones = torch.ones(shape)
+    count = float(ones.numel())
+    found = similarity_sums(3 * ones, 2 * ones, ones)
+    assert astuple(found) == (9 * count, 4 * count, count, 4 * count, count)
+    assert found.is_finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_similarity_sums_see_numbers_that_are_not_finite(bad: float) -> None:
+    new = torch.ones(1 << 17)
+    new[-1] = bad
+    assert not similarity_sums(new, torch.ones(1 << 17), torch.zeros(1 << 17)).is_finite
+
+
+def angle(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float(left @ right / left.norm() / right.norm())
+
+
+@PROPERTY
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=4), seeds, st.floats(-1.0, 1.0))
+def test_cosines_are_those_of_all_tensors_together(counts, seed: int, alike: float) -> None:
+    parts, whole = [], []
+    for i, count in enumerate(counts):
+        base, first, noise = (
+            gaussian(count, seed=seed + 10 * i + j, dtype=torch.float32) for j in range(3)
+        )
+        new, previous = base + 0.1 * first, base + 0.1 * (alike * first + 0.5 * noise)
+        parts.append(similarity_sums(new, previous, base))
+        whole.append(torch.stack([new, previous, base]).double())
+    w, p, b = torch.cat(whole, dim=1)
+    weight, task_vector = cosines(parts)
+    assert weight == pytest.approx(angle(w, p), abs=1e-6)
+    assert task_vector == pytest.approx(angle(w - b, p - b), abs=1e-6)
+
+
+def test_a_small_angle_keeps_its_digits() -> None:
+    base = gaussian(4000, seed=1, dtype=torch.float32)
+    step = gaussian(4000, seed=2, dtype=torch.float32)
+    previous = base + step
+    new = previous + 1e-4 * gaussian(4000, seed=3, dtype=torch.float32)
+    w, p, b = (t.double() for t in (new, previous, base))
+    for found, x, y in zip(
+        cosines([similarity_sums(new, previous, base)]), (w, w - b), (p, p - b), strict=True
+    ):
+        exact = 1.0 - angle(x, y)
+        assert 1e-10 < exact < 1e-7
+        assert found is not None
+        assert 1.0 - found == pytest.approx(exact, rel=1e-3)

@@ -311,8 +311,11 @@ def kept(output: Path) -> list[int]:
     return sorted(int(p.name) for p in (output / "states").iterdir())
 
 
-def test_pruning_keeps_what_later_iterations_need(configure: Configure, output: Path) -> None:
-    config = configure("keep_states=last")
+@pytest.mark.parametrize("keep", ["last", "none"])
+def test_pruning_keeps_what_later_iterations_need(
+    configure: Configure, output: Path, keep: str
+) -> None:
+    config = configure(f"keep_states={keep}")
     left = []
     with open_run(config) as run:
         for t in range(1, 7):

@@ -201,6 +201,62 @@ def write_weight_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterable
     return writer.num_bytes
 
 
+class SharedWeightFile:
+    """A weight file that several processes fill at once, each its own tensors.
+
+    One process calls `create`, all call `open`, and after the last has closed it, one renames the
+    file into place. Until then it has a name that nothing loads.
+
+    Attributes:
+        path: The unfinished file.
+        specs: All tensors in it, in order.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        self.path, self.specs = path, tuple(specs)
+
+    def create(self) -> int:
+        """Make the file: its header, and room for the data; returns its size in bytes."""
+        header = _encode_header(self.specs)
+        size = len(header) + sum(spec.num_bytes for spec in self.specs)
+        with self.path.open("wb") as file:
+            file.write(header)
+            file.truncate(size)
+        return size
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[SharedWriter]:
+        """Open it for writing tensors; what was written is on disk when the context ends."""
+        offsets, offset = {}, len(_encode_header(self.specs))
+        for spec in self.specs:
+            offsets[spec.name] = (offset, spec)
+            offset += spec.num_bytes
+        with self.path.open("r+b", buffering=0) as file:
+            yield SharedWriter(file, offsets)
+            os.fsync(file.fileno())
+
+
+class SharedWriter:
+    """Writes tensors of a `SharedWeightFile` at their places."""
+
+    def __init__(self, file: IO[bytes], offsets: Mapping[str, tuple[int, TensorSpec]]) -> None:
+        self._file, self._offsets = file, offsets
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._offsets
+
+    def write(self, name: str, first_row: int, rows: Tensor) -> None:
+        """Write some rows of a tensor, cast to the dtype of the file."""
+        offset, spec = self._offsets[name]
+        data = rows.detach().to(device="cpu", dtype=spec.dtype).contiguous()
+        view = data.reshape(-1).view(torch.uint8).numpy().data
+        row_bytes = spec.num_bytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
+        position = offset + first_row * row_bytes
+        while len(view):
+            written = os.pwrite(self._file.fileno(), view, position)
+            position, view = position + written, view[written:]
+
+
 def _encode_header(specs: Sequence[TensorSpec]) -> bytes:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -17,17 +18,25 @@ from rich.console import Console
 from arm_ray.calibration.minibatch import MicroBatch, micro_batches, unique_samples
 from arm_ray.calibration.stream import CalibrationStream
 from arm_ray.checkpoints import states
+from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, WorkerError
 from arm_ray.events import IterationFinished, Warned
+from arm_ray.merging.registry import OPERATORS
 from arm_ray.merging.similarity import cosines
 from arm_ray.model.partition import balanced_partition
 from arm_ray.runtime.inputs import MergeInputs
-from arm_ray.runtime.layer_shard import GroupReport, ShardSpec
 from arm_ray.runtime.placement import ShardGang
 from arm_ray.runtime.progress import MergeProgress
 from arm_ray.runtime.run_directory import RunDirectory
-from arm_ray.schedule import IterationPlan, has_converged, plan_iteration, should_stop
+from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
+from arm_ray.schedule import (
+    IterationPlan,
+    has_converged,
+    plan_iteration,
+    should_stop,
+    states_needed_after,
+)
 
 _MAX_MICRO_BATCH_SAMPLES = 64
 _POLL_S = 0.5
@@ -71,6 +80,7 @@ class StreamingDriver:
         self._actors = gang.actors
         self._stream, self._console = stream, console
         self._last_finished = 0.0
+        self._is_exported = False
 
     def check_weights(self) -> int:
         """Have every shard look for NaN and infinity in its layers; returns bytes read."""
@@ -95,20 +105,93 @@ class StreamingDriver:
             return self._reason(done)
         following = run.last_iteration + 1
         last = min(schedule.max_iterations, stop_after or schedule.max_iterations)
+        if following > last:
+            return "stop_after"
         progress = MergeProgress(self._console, following, last, len(self._inputs.layout.groups))
-        flights: deque[_InFlight] = deque()
         with progress.shown():
-            while flights or following <= last:
-                while following <= last and len(flights) <= self._config.runtime.lookahead:
-                    flights.append(self._submit(following))
-                    following += 1
-                manifest = self._finish(flights.popleft(), progress)
-                run.finished[manifest.iteration] = manifest
-                run.prune(len(self._config.candidates), manifest.iteration)
-                if should_stop(schedule, manifest.iteration, manifest.task_vector_cosine):
-                    self._drop(flights, manifest.iteration)
-                    return self._reason(manifest)
-        return "stop_after"
+            if OPERATORS[self._config.method.operator].needs_activations:
+                final = self._iterate_in_wavefront(following, last, progress)
+            else:
+                final = self._iterate_linear(following, last, progress)
+        return self._reason(final) if final else "stop_after"
+
+    def _iterate_in_wavefront(
+        self, following: int, last: int, progress: MergeProgress
+    ) -> states.StateManifest | None:
+        """Run iterations as far as `last`; returns the one that ended the schedule, or None."""
+        flights: deque[_InFlight] = deque()
+        while flights or following <= last:
+            while following <= last and len(flights) <= self._config.runtime.lookahead:
+                flights.append(self._submit(following))
+                following += 1
+            manifest = self._finish(flights.popleft(), progress)
+            if self._ends_with(manifest):
+                self._drop(flights, manifest.iteration)
+                return manifest
+        return None
+
+    def _iterate_linear(
+        self, following: int, last: int, progress: MergeProgress
+    ) -> states.StateManifest | None:
+        """The same for an operator without activations: all iterations in one pass."""
+        is_end = last == self._config.schedule.max_iterations
+        while True:
+            plans = [self._plan(t) for t in range(following, last + 1)]
+            columns = list(zip(*self._run_linear(plans, is_end), strict=True))
+            manifests = [_manifest(*pair) for pair in zip(plans, columns, strict=True)]
+            ending = next((m for m in manifests if self._ends_with(m)), None)
+            if ending is None or ending.iteration == last:
+                break
+            # It converged earlier: the iterations after that were for nothing. Once more.
+            for extra in range(ending.iteration + 1, last + 1):
+                states.discard_state(self._run.path, extra)
+            last, is_end = ending.iteration, True
+        for manifest, column in zip(manifests, columns, strict=True):
+            if states.state_directory(self._run.path, manifest.iteration).is_dir():
+                self._publish(manifest)
+            self._record(manifest, column, sum(report.seconds for report in column), progress)
+        return ending
+
+    def _run_linear(self, plans: Sequence[IterationPlan], is_end: bool) -> list[list[GroupReport]]:
+        """All groups through all iterations, and into the final model if that is the end."""
+        last = plans[-1].iteration
+        config = self._config
+        written = {last} if config.keep_states == "last" else set[int]()
+        if not is_end:
+            needed = states_needed_after(config.schedule, len(config.candidates), last)
+            written = {plan.iteration for plan in plans if plan.output in needed}
+        if config.keep_states == "all":
+            written = {plan.iteration for plan in plans}
+        files = self._create_model_files() if is_end else []
+        refs = [
+            actor.merge_linear.remote(plans, group, frozenset(written), files)
+            for actor, spec in zip(self._actors, self._specs, strict=True)
+            for group in spec.groups
+        ]
+        return self._get(refs)
+
+    def _create_model_files(self) -> list[SharedWeightFile]:
+        shutil.rmtree(self._run.partial_model, ignore_errors=True)
+        self._run.partial_model.mkdir()
+        files = [
+            SharedWeightFile(self._run.partial_model / file.name, file.specs)
+            for file in self._model_files()
+        ]
+        for file in files:
+            file.create()
+        self._is_exported = True
+        return files
+
+    def _model_files(self) -> list[states.ExportFile]:
+        return states.plan_export(
+            self._inputs.layout.shapes,
+            self._inputs.storage_dtypes,
+            int(self._config.runtime.max_weight_file_gb * 1e9),
+        )
+
+    def _ends_with(self, manifest: states.StateManifest) -> bool:
+        schedule = self._config.schedule
+        return should_stop(schedule, manifest.iteration, manifest.task_vector_cosine)
 
     def _drop(self, flights: Sequence[_InFlight], last: int) -> None:
         """Let go of speculative iterations, and remove what they have written."""
@@ -122,26 +205,25 @@ class StreamingDriver:
             states.discard_state(self._run.path, flight.plan.iteration)
 
     def export(self) -> int:
-        """Write `model/` from the last state, each weight file by one of the shards; bytes."""
-        iteration = self._run.last_iteration
-        partial = self._run.path / "model.partial"
-        partial.mkdir()
-        files = states.plan_export(
-            self._inputs.layout.shapes,
-            self._inputs.storage_dtypes,
-            int(self._config.runtime.max_weight_file_gb * 1e9),
-        )
-        actors = self._actors
-        sizes = self._get(
-            [
-                actors[i % len(actors)].export.remote(partial, file, iteration)
-                for i, file in enumerate(files)
-            ]
-        )
+        """Complete the final model in its unfinished directory; returns bytes of weights.
+
+        Each weight file is written by one of the shards from the last state, unless a linear merge
+        has written it already.
+        """
+        partial, files = self._run.partial_model, self._model_files()
+        if not self._is_exported:
+            partial.mkdir()
+            actors = self._actors
+            self._get(
+                [
+                    actors[i % len(actors)].export.remote(partial, file, self._run.last_iteration)
+                    for i, file in enumerate(files)
+                ]
+            )
         states.write_export_index(partial, files)
         dtype = self._inputs.storage_dtypes[self._inputs.layout.groups[0].tensors[-1]]
         states.write_companions(partial, self._inputs.model_config(dtype), self._inputs.tokenizer)
-        return int(sum(sizes))
+        return sum(file.num_bytes for file in files)
 
     def peak_bytes(self) -> tuple[int, ...]:
         """Largest resident memory of each shard so far."""
@@ -177,7 +259,7 @@ class StreamingDriver:
         for actor, spec in zip(self._actors, self._specs, strict=True):
             is_last_shard = spec is self._specs[-1]
             for chunk in spec.chunks:
-                sends = chunk is spec.chunks[-1] and not is_last_shard
+                sends = chunk == spec.chunks[-1] and not is_last_shard
                 forward = actor.forward
                 if sends and self._gang.transport != "object_store":
                     forward = forward.options(tensor_transport=self._gang.transport)
@@ -195,30 +277,15 @@ class StreamingDriver:
 
     def _finish(self, flight: _InFlight, progress: MergeProgress) -> states.StateManifest:
         """Wait for an iteration, publish its state and write it down."""
-        plan = flight.plan
         self._watch(flight, progress)
         reports: list[GroupReport] = self._get(flight.merges)
-        sums = [part for report in reports for part in report.similarity]
-        manifest = states.StateManifest(
-            plan.iteration,
-            plan.regime,
-            plan.reference,
-            plan.contributors,
-            *cosines(sums),
-        )
+        manifest = _manifest(flight.plan, reports)
         self._publish(manifest)
         # Iterations overlap: what counts is the time since the one before was done.
         now = time.monotonic()
         seconds = now - max(flight.started, self._last_finished)
         self._last_finished = now
-        self._record(manifest, reports, seconds)
-        progress.finish_iteration(
-            plan.iteration,
-            plan.regime,
-            manifest.weight_cosine,
-            manifest.task_vector_cosine,
-            seconds,
-        )
+        self._record(manifest, reports, seconds, progress)
         return manifest
 
     def _watch(self, flight: _InFlight, progress: MergeProgress) -> None:
@@ -247,8 +314,21 @@ class StreamingDriver:
         )
 
     def _record(
-        self, manifest: states.StateManifest, reports: Sequence[GroupReport], seconds: float
+        self,
+        manifest: states.StateManifest,
+        reports: Sequence[GroupReport],
+        seconds: float,
+        progress: MergeProgress,
     ) -> None:
+        self._run.finished[manifest.iteration] = manifest
+        self._run.prune(len(self._config.candidates), manifest.iteration)
+        progress.finish_iteration(
+            manifest.iteration,
+            manifest.regime,
+            manifest.weight_cosine,
+            manifest.task_vector_cosine,
+            seconds,
+        )
         deficient = tuple(text for report in reports for text in report.rank_deficient)
         if deficient:
             self._run.events.write(
@@ -306,6 +386,13 @@ def get_results(refs: list[Any]) -> list[Any]:
             hint="if it ran out of memory, use more runtime.layer_shards or nodes; "
             "run the same command again to go on after the last complete iteration",
         ) from None
+
+
+def _manifest(plan: IterationPlan, reports: Sequence[GroupReport]) -> states.StateManifest:
+    parts = [part for report in reports for part in report.similarity]
+    return states.StateManifest(
+        plan.iteration, plan.regime, plan.reference, plan.contributors, *cosines(parts)
+    )
 
 
 def shard_ranges(inputs: MergeInputs, num_shards: int) -> list[range]:

@@ -6,12 +6,10 @@ its own layers and nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,82 +19,22 @@ from torch import Tensor
 
 from arm_ray.calibration.minibatch import MicroBatch
 from arm_ray.checkpoints import states
-from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.validation import check_finite
-from arm_ray.checkpoints.weight_file import TensorSpec, WeightFileWriter
-from arm_ray.config import ScheduleConfig
+from arm_ray.checkpoints.weight_file import SharedWeightFile, TensorSpec
 from arm_ray.errors import NumericalError
-from arm_ray.merging.operator import MergedTensor, MergeSettings, TensorInputs
+from arm_ray.merging.operator import MergedTensor, TensorInputs
 from arm_ray.merging.registry import OPERATORS
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
 from arm_ray.model.group import GroupRunner, mean_outputs
-from arm_ray.model.layout import ModelLayout
-from arm_ray.runtime.transport import Transport, pack_tensor, unpack_tensor
-from arm_ray.runtime.weights import Residency, WeightStore
+from arm_ray.runtime.linear import merge_linear
+from arm_ray.runtime.pieces import group_specs, group_writer, not_finite, row_pieces
+from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
+from arm_ray.runtime.transport import pack_tensor, unpack_tensor
+from arm_ray.runtime.weights import WeightStore
 from arm_ray.schedule import BASE, IterationPlan, states_read_after
 
-# Elements of a tensor that is merged in one piece where it needs no activations.
+# Elements of a tensor that are merged at once where it needs no activations.
 _PIECE = 1 << 24
-
-
-@dataclass(frozen=True)
-class ShardSpec:
-    """What a layer shard is given once.
-
-    Attributes:
-        layout: The model.
-        groups: Indices of the shard's layer groups, consecutive.
-        checkpoints: State name (`base`, `candidate-1`, …) -> checkpoint.
-        run: The run directory.
-        schedule: To know which states are read again.
-        operator: Name of the merge operator.
-        settings: Its settings.
-        device: torch device of the shard, for example `cuda`; Ray gives each actor its own GPU.
-        compute_dtype: Of the forward pass.
-        threads: CPU threads.
-        residency: Where stored weights live.
-        transport: How hidden states leave the shard.
-    """
-
-    layout: ModelLayout
-    groups: range
-    checkpoints: Mapping[str, Checkpoint]
-    run: Path
-    schedule: ScheduleConfig
-    operator: str
-    settings: MergeSettings
-    device: str
-    compute_dtype: torch.dtype
-    threads: int
-    residency: Residency = "device"
-    transport: Transport = "object_store"
-
-    @property
-    def num_candidates(self) -> int:
-        """How many candidates there are."""
-        return len(self.checkpoints) - 1
-
-    @property
-    def chunks(self) -> list[range]:
-        """Groups that run one after another on a micro-batch before the next micro-batch comes.
-
-        All of them where all are on the device; else one, which is released before the next.
-        """
-        if self.residency == "device":
-            return [self.groups]
-        return [range(group, group + 1) for group in self.groups]
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """What merging one layer group gave; times in seconds, sizes in bytes."""
-
-    group: int
-    similarity: tuple[SimilaritySums, ...]
-    rotated: int
-    rank_deficient: tuple[str, ...]
-    seconds: float
-    num_bytes: int
 
 
 class LayerShard:
@@ -233,7 +171,8 @@ class LayerShard:
         similarity: list[SimilaritySums] = []
         kept: dict[str, Tensor] = {}
         rotated, deficient = 0, []
-        with self._group_writer(directory, group) as (writer, specs):
+        specs = group_specs(self._spec.layout, group)
+        with group_writer(directory, group, specs) as writer:
             for spec in specs:
                 pieces = []
                 for inputs in self._pieces(plan, group, spec, columns):
@@ -255,6 +194,30 @@ class LayerShard:
         return GroupReport(
             group, tuple(similarity), rotated, tuple(deficient), seconds, writer.num_bytes
         )
+
+    def merge_linear(
+        self,
+        plans: Sequence[IterationPlan],
+        group: int,
+        written: frozenset[int],
+        model: Sequence[SharedWeightFile],
+    ) -> list[GroupReport]:
+        """Run all iterations on one layer group, for an operator that needs no activations.
+
+        Each piece of a tensor goes through the whole schedule while it is in cache: every input
+        byte is read once, and only what was asked for is written.
+
+        Args:
+            plans: Consecutive iterations.
+            group: Index of the layer group.
+            written: Iterations whose states are written.
+            model: The weight files of the final model, which the last iteration's result goes to.
+
+        Returns:
+            One report for each iteration.
+        """
+        torch.set_num_threads(self._spec.threads)
+        return merge_linear(self._spec, self._store, plans, group, written, model)
 
     def take_forward_seconds(self) -> float:
         """Seconds spent in forward passes since the last call."""
@@ -306,33 +269,19 @@ class LayerShard:
             self._mean_inputs[key] = mean.new_empty(num_samples, mean.shape[1])
         self._mean_inputs[key][positions] = mean
 
-    @contextlib.contextmanager
-    def _group_writer(
-        self, directory: Path, group: int
-    ) -> Iterator[tuple[WeightFileWriter, Sequence[TensorSpec]]]:
-        shapes = self._spec.layout.shapes
-        names = self._spec.layout.groups[group].tensors
-        specs = [TensorSpec(name, torch.float32, shapes[name]) for name in names]
-        directory.mkdir(parents=True, exist_ok=True)
-        with WeightFileWriter(states.group_file(directory, group), specs) as writer:
-            yield writer, specs
-
     def _pieces(
         self, plan: IterationPlan, group: int, spec: TensorSpec, columns: NDArray[np.int64]
     ) -> Iterator[TensorInputs]:
         """What the operator is given of one tensor: all of it, or row by row in large pieces."""
         activations: list[Tensor] = []
-        rows_at_once = spec.shape[0]
+        pieces = row_pieces(spec, _PIECE)
         if self._operator.needs_activations and spec.name in self._spec.layout.rotated:
             chosen = torch.from_numpy(columns.copy()).to(self._device)
             activations = [
                 self._activation(plan, state, group, spec.name)[:, chosen] for state in plan.inputs
             ]
-        else:
-            width = max(1, spec.num_bytes // spec.dtype.itemsize // max(1, spec.shape[0]))
-            rows_at_once = max(1, _PIECE // width)
-        for start in range(0, spec.shape[0], rows_at_once):
-            rows = slice(start, start + rows_at_once)
+            pieces = [slice(0, spec.shape[0])]
+        for rows in pieces:
             reference, *contributors = (
                 self._store.rows(state, group, spec.name, rows) for state in plan.inputs
             )
@@ -355,11 +304,7 @@ class LayerShard:
                 by_state[state] = self._store.rows(state, group, inputs.name, inputs.rows)
         sums = similarity_sums(result.tensor, by_state[plan.previous], by_state[BASE])
         if not sums.is_finite:
-            raise NumericalError(
-                f"merging {inputs.name} gave NaN, infinity or numbers too large",
-                where=f"iteration {plan.iteration}",
-                hint="use a smaller method.coefficient",
-            )
+            raise not_finite(inputs.name, plan)
         return sums
 
     def _activation(self, plan: IterationPlan, state: str, group: int, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from arm_ray.merging.registry import OPERATORS
 from arm_ray.report.model_card import write_model_card
 from arm_ray.runtime.driver import StreamingDriver, shard_ranges
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
-from arm_ray.runtime.layer_shard import ShardSpec
 from arm_ray.runtime.placement import (
     Placement,
     in_submitted_job,
@@ -31,6 +31,7 @@ from arm_ray.runtime.placement import (
 )
 from arm_ray.runtime.progress import cosine_text, duration, print_summary
 from arm_ray.runtime.run_directory import RunDirectory, open_run
+from arm_ray.runtime.shard_spec import ShardSpec
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def _merge_on_ray(
     specs = _shard_specs(config, inputs, run, placement)
     with placed_shards(specs, config.runtime, placement, warn) as gang:
         driver = StreamingDriver(config, inputs, run, gang, specs, stream, console)
-        driver.check_weights()
+        if OPERATORS[config.method.operator].needs_activations:
+            # A linear merge reads every byte once, and looks at it then.
+            driver.check_weights()
         _announce(config, inputs, run, placement, stream, console)
         reason = driver.iterate(stop_after)
         model = None if reason == "stop_after" else _publish_model(config, run, driver)
@@ -220,12 +223,14 @@ def _announce(
 def _publish_model(config: MergeConfig, run: RunDirectory, driver: StreamingDriver) -> Path:
     started = time.monotonic()
     num_bytes = driver.export()
-    partial = run.path / "model.partial"
+    partial = run.partial_model
     write_model_card(partial, config, run.finished[run.last_iteration])
     # The rename is the moment of publication: `model/` is whole or absent.
     partial.rename(run.model)
     seconds = round(time.monotonic() - started, 3)
     state = states.state_directory(run.path, run.last_iteration).name
+    if config.keep_states == "none":
+        shutil.rmtree(run.path / "states", ignore_errors=True)
     run.events.write(ModelWritten(state, str(run.model), num_bytes, seconds))
     return run.model
 

@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 import arm_ray
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import ConfigError, PlacementError, WorkerError
-from arm_ray.runtime.layer_shard import LayerShard, ShardSpec
+from arm_ray.runtime.layer_shard import LayerShard
+from arm_ray.runtime.shard_spec import ShardSpec
 from arm_ray.runtime.transport import (
     Transport,
     choose_transport,

@@ -45,6 +45,11 @@ class RunDirectory:
         return self.path / "model"
 
     @property
+    def partial_model(self) -> Path:
+        """Where the final model is made, before it is renamed to `model`."""
+        return self.path / "model.partial"
+
+    @property
     def is_complete(self) -> bool:
         """Whether the final model is there."""
         return self.model.is_dir()
@@ -74,8 +79,8 @@ class RunDirectory:
         write_json(file, {**known, **digests})
 
     def prune(self, num_candidates: int, iteration: int) -> None:
-        """Remove states that no later iteration needs, where `keep_states` is `last`."""
-        if self.config.keep_states != "last":
+        """Remove states that no later iteration needs, unless `keep_states` is `all`."""
+        if self.config.keep_states == "all" or not (self.path / "states").is_dir():
             return
         needed = states_needed_after(self.config.schedule, num_candidates, iteration)
         keep = {iteration_of(name) for name in needed}
@@ -92,7 +97,7 @@ class RunDirectory:
         schedule = self.config.schedule
         remaining = schedule.max_iterations - self.last_iteration
         count = remaining
-        if self.config.keep_states == "last":
+        if self.config.keep_states != "all":
             # A new state is written before an old one goes.
             kept = (
                 len(states_needed_after(schedule, num_candidates, t)) + 1
@@ -151,7 +156,7 @@ def open_run(config: MergeConfig) -> Iterator[RunDirectory]:
             ) from None
         run = RunDirectory(path, config)
         states.discard_unfinished_states(path)
-        shutil.rmtree(path / "model.partial", ignore_errors=True)
+        shutil.rmtree(run.partial_model, ignore_errors=True)
         run.finished = states.finished_states(path)
         with atomic_file(path / CONFIG_NAME) as file:
             file.write(config.to_yaml().encode())

@@ -1,0 +1,98 @@
+"""Merging without forward passes: each piece of a tensor goes through all iterations at once."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.validation import check_finite
+from arm_ray.checkpoints.weight_file import SharedWeightFile, TensorSpec
+from arm_ray.merging.operator import TensorInputs
+from arm_ray.merging.registry import OPERATORS
+from arm_ray.merging.similarity import SimilaritySums, similarity_sums
+from arm_ray.runtime.pieces import group_specs, group_writer, not_finite, row_pieces
+from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
+from arm_ray.runtime.weights import WeightStore
+from arm_ray.schedule import BASE, IterationPlan
+
+# Elements merged at once: a piece of every state in use should stay in cache.
+_PIECE = 1 << 20
+
+
+def merge_linear(
+    spec: ShardSpec,
+    store: WeightStore,
+    plans: Sequence[IterationPlan],
+    group: int,
+    written: frozenset[int],
+    model: Sequence[SharedWeightFile],
+) -> list[GroupReport]:
+    """Run consecutive iterations on one layer group; see `LayerShard.merge_linear`."""
+    started = time.monotonic()
+    sums: list[list[SimilaritySums]] = [[] for _ in plans]
+    num_bytes = [0 for _ in plans]
+    tensors = group_specs(spec.layout, group)
+    with contextlib.ExitStack() as stack:
+        writers = {}
+        for position, plan in enumerate(plans):
+            if plan.iteration in written:
+                directory = states.state_directory(spec.run, plan.iteration)
+                writer = stack.enter_context(group_writer(directory, group, tensors))
+                writers[plan.iteration] = writer
+                num_bytes[position] = writer.num_bytes
+        files = [stack.enter_context(file.open()) for file in model]
+        for tensor in tensors:
+            for rows in row_pieces(tensor, _PIECE):
+                merged = _run_piece(spec, store, plans, group, tensor, rows, sums)
+                for iteration, piece in merged:
+                    if iteration in writers:
+                        writers[iteration].write(tensor, piece)
+                for file in files:
+                    if tensor.name in file:
+                        file.write(tensor.name, rows.start, merged[-1][1])
+    store.release(group, (), lambda _state: False)
+    share = (time.monotonic() - started) / len(plans)
+    return [
+        GroupReport(group, tuple(part), 0, (), share, size)
+        for part, size in zip(sums, num_bytes, strict=True)
+    ]
+
+
+def _run_piece(
+    spec: ShardSpec,
+    store: WeightStore,
+    plans: Sequence[IterationPlan],
+    group: int,
+    tensor: TensorSpec,
+    rows: slice,
+    sums: Sequence[list[SimilaritySums]],
+) -> list[tuple[int, Tensor]]:
+    """The same rows of one tensor after each iteration; adds to `sums`."""
+    operator = OPERATORS[spec.operator]
+    known: dict[str, Tensor] = {}
+    merged: list[tuple[int, Tensor]] = []
+
+    def get(state: str) -> Tensor:
+        if state not in known:
+            known[state] = store.rows(state, group, tensor.name, rows)
+        return known[state]
+
+    for plan, parts in zip(plans, sums, strict=True):
+        reference, *contributors = (get(state) for state in plan.inputs)
+        inputs = TensorInputs(tensor.name, reference, contributors, plan.divisor, rows=rows)
+        result = operator.merge(inputs, spec.settings).tensor
+        compared = similarity_sums(result, get(plan.previous), get(BASE))
+        if not compared.is_finite:
+            # The weights were not looked at before: tell a bad input from a bad coefficient.
+            for state, checkpoint in spec.checkpoints.items():
+                where = f"{state}: {checkpoint.tensors[tensor.name].file}"
+                check_finite(checkpoint.read([tensor.name])[tensor.name], tensor.name, where)
+            raise not_finite(tensor.name, plan)
+        parts.append(compared)
+        known[plan.output] = result
+        merged.append((plan.iteration, result))
+    return merged

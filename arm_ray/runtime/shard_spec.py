@@ -1,0 +1,77 @@
+"""What a layer shard is given, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.config import ScheduleConfig
+from arm_ray.merging.operator import MergeSettings
+from arm_ray.merging.similarity import SimilaritySums
+from arm_ray.model.layout import ModelLayout
+from arm_ray.runtime.transport import Transport
+from arm_ray.runtime.weights import Residency
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What a layer shard is given once.
+
+    Attributes:
+        layout: The model.
+        groups: Indices of the shard's layer groups, consecutive.
+        checkpoints: State name (`base`, `candidate-1`, …) -> checkpoint.
+        run: The run directory.
+        schedule: To know which states are read again.
+        operator: Name of the merge operator.
+        settings: Its settings.
+        device: torch device of the shard, for example `cuda`; Ray gives each actor its own GPU.
+        compute_dtype: Of the forward pass.
+        threads: CPU threads.
+        residency: Where stored weights live.
+        transport: How hidden states leave the shard.
+    """
+
+    layout: ModelLayout
+    groups: range
+    checkpoints: Mapping[str, Checkpoint]
+    run: Path
+    schedule: ScheduleConfig
+    operator: str
+    settings: MergeSettings
+    device: str
+    compute_dtype: torch.dtype
+    threads: int
+    residency: Residency = "device"
+    transport: Transport = "object_store"
+
+    @property
+    def num_candidates(self) -> int:
+        """How many candidates there are."""
+        return len(self.checkpoints) - 1
+
+    @property
+    def chunks(self) -> list[range]:
+        """Groups that run one after another on a micro-batch before the next micro-batch comes.
+
+        All of them where all are on the device; else one, which is released before the next.
+        """
+        if self.residency == "device":
+            return [self.groups]
+        return [range(group, group + 1) for group in self.groups]
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What merging one layer group gave; times in seconds, sizes in bytes."""
+
+    group: int
+    similarity: tuple[SimilaritySums, ...]
+    rotated: int
+    rank_deficient: tuple[str, ...]
+    seconds: float
+    num_bytes: int

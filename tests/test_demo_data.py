@@ -1,0 +1,101 @@
+"""The demo's data files: well-formed, and no problem in two of them."""
+
+import importlib.util
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import yaml
+
+from arm_ray.config import load_merge_config
+from jobs.sft import load_config
+
+DEMO = Path(__file__).parents[1] / "examples" / "smollm2"
+ROWS = {"train": 1280, "calibration": 256, "validation": 256, "heldout": 329}
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, DEMO / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_data = load_script("make_data")
+
+
+def read(name):
+    lines = (DEMO / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_well_formed(name):
+    rows = read(name)
+    assert len(rows) == ROWS[name]
+    for row in rows:
+        assert sorted(row) == ["completion", "prompt"]
+        assert re.fullmatch(r"Question: \S.*\nAnswer:", row["prompt"])
+        assert re.fullmatch(r" \S.* #### -?\d+", row["completion"])
+        assert "<<" not in row["completion"]
+
+
+def test_no_problem_is_in_two_files_or_twice_in_one():
+    texts = {name: [make_data.normalise(row["prompt"]) for row in read(name)] for name in ROWS}
+    for name, found in texts.items():
+        assert len(set(found)) == len(found), name
+    for first, second in combinations(texts, 2):
+        assert not set(texts[first]) & set(texts[second]), (first, second)
+
+
+def test_data_stays_small_and_carries_its_licence():
+    data = DEMO / "data"
+    assert sum(file.stat().st_size for file in data.iterdir()) < 1_500_000
+    assert "Copyright (c) 2021 OpenAI" in (data / "LICENSE.gsm8k").read_text(encoding="utf-8")
+    assert "MIT" in (data / "README.md").read_text(encoding="utf-8")
+
+
+def test_rows_are_made_from_upstream_form():
+    row = make_data.to_row(
+        "Tom has 2 bags of 600.  How many?", "2*600=<<2*600=1200>>1200\n#### 1,200"
+    )
+    assert row == {
+        "prompt": "Question: Tom has 2 bags of 600.  How many?\nAnswer:",
+        "completion": " 2*600=1200 #### 1200",
+    }
+    assert make_data.to_row("One line\nand another", "1\n#### 1") is None
+    assert make_data.to_row("Long", "a\nb\nc\nd\n#### 1") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (" 2 + 2 = 4 #### 4", "4"),
+        ("so #### $1,200.00 and 7", "1200"),
+        ("He has 3.50 left", "3.5"),
+        ("10 then 20", "20"),
+        ("#### -5", "-5"),
+        ("none", None),
+    ],
+)
+def test_final_number(text, number):
+    assert load_script("evaluate").final_number(text) == number
+
+
+def test_configurations_fit_together():
+    training = load_config(DEMO / "sft.yaml")
+    saved = [str(training.output / f"checkpoint-{step}") for step in training.steps_to_save()]
+    merges = [load_merge_config(DEMO / f"{name}.yaml") for name in
+              ("merge_task_arithmetic", "merge_arm")]  # fmt: skip
+    for merge in merges:
+        assert set(merge.candidates) <= set(saved)
+        assert merge.base == str(training.model)
+    first, second = ({**merge.model_dump(), "output": None} for merge in merges)
+    first["method"].pop("operator")
+    second["method"].pop("operator")
+    assert {**first, "calibration": None} == {**second, "calibration": None}
+    assert Path(merges[1].calibration.path).name == "calibration.jsonl"
+    for file in DEMO.glob("*.yaml"):
+        assert yaml.safe_load(file.read_text(encoding="utf-8"))
