@@ -19,7 +19,13 @@ from arm_ray.errors import ArmRayError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes overrides before an option only; take those after it as well.
+    unknown = [text for text in rest if text.startswith("-") or "=" not in text]
+    if unknown or not hasattr(options, "overrides"):
+        parser.parse_args(arguments)
+    options.overrides += rest
     # `ray job stop` and schedulers send SIGTERM: leave through the same clean-up as Ctrl-C.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -30,6 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected 1 or more")
+    return value
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -51,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
     merge.add_argument(
-        "--stop-after", type=int, metavar="N", help="halt after iteration N; run again to go on"
+        "--stop-after",
+        type=_positive,
+        metavar="N",
+        help="halt after iteration N; run again to go on",
     )
     merge.set_defaults(run=_merge)
     return parser

@@ -6,11 +6,12 @@ reported in a fraction of a second.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +20,7 @@ from arm_ray.errors import ConfigError
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
+SectionT = TypeVar("SectionT", bound=BaseModel)
 PositiveInt = Annotated[int, Field(ge=1)]
 DTypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -26,7 +28,9 @@ DTypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values keep their types."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class CalibrationConfig(Section):
@@ -142,7 +146,8 @@ class MergeConfig(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, every key written out."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        content = self.model_dump(mode="json")
+        return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False))
 
 
 def load_merge_config(path: str | Path, overrides: Sequence[str] = ()) -> MergeConfig:
@@ -162,16 +167,30 @@ def parse_merge_config(
     content: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
 ) -> MergeConfig:
     """Validate configuration content that is already parsed. See `load_merge_config`."""
+    config = validate(MergeConfig, content, overrides, source=source)
+    _check_combinations(config, source)
+    return config
+
+
+def validate(
+    model: type[SectionT], content: dict[str, Any], overrides: Sequence[str] = (), *, source: str
+) -> SectionT:
+    """Apply overrides to parsed content and validate it against any configuration model.
+
+    Raises:
+        ConfigError: All problems, one line each, with the nearest known key.
+    """
+    content = copy.deepcopy(content)
     for text in overrides:
         apply_override(content, text)
     try:
-        config = MergeConfig.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
         raise ConfigError(
-            _describe_all(error), where=source, hint="correct the keys above; nothing was started"
+            _describe_all(model, error),
+            where=source,
+            hint="correct the keys above; nothing was started",
         ) from None
-    _check_combinations(config, source)
-    return config
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -191,8 +210,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             hint="check the path",
         ) from None
     try:
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
-    except yaml.YAMLError as error:
+        content = _parse_yaml(text)
+    except _YAML_ERRORS as error:
         raise ConfigError(
             "the configuration file is not valid YAML", where=path, got=" ".join(str(error).split())
         ) from None
@@ -235,8 +254,8 @@ def apply_override(content: dict[str, Any], text: str) -> None:
             )
         section = child
     try:
-        section[parts[-1]] = yaml.load(value, Loader=_Loader)  # noqa: S506 -- a SafeLoader
-    except yaml.YAMLError as error:
+        section[parts[-1]] = _parse_yaml(value)
+    except _YAML_ERRORS as error:
         raise ConfigError(
             f"the value of the override {text!r} is not valid YAML",
             got=value,
@@ -259,10 +278,19 @@ def config_difference(old: MergeConfig, new: MergeConfig) -> list[str]:
     ]
 
 
+# Besides its own errors the library lets those of nested text and impossible dates through.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-4` as a number (as YAML 1.2 does) and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for position, key in enumerate(keys):
             if key in keys[:position]:
@@ -272,14 +300,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_Loader` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    # The class attribute is shared with the base class: copy it before adding to it.
+    _class.yaml_implicit_resolvers = {
+        first: list(resolvers) for first, resolvers in _class.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -293,22 +327,26 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 _UNION_MEMBERS = ("constrained-int", "constrained-float", "literal['auto']")
 
 
-def _describe_all(error: ValidationError) -> str:
-    by_key: dict[str, list[Any]] = {}
+def _describe_all(model: type[BaseModel], error: ValidationError) -> str:
+    by_key: dict[tuple[str, ...], list[Any]] = {}
     for item in error.errors():
         # Pydantic names the members of a union in the location; they are no keys.
-        location = [p for p in item["loc"] if str(p) not in _UNION_MEMBERS]
-        by_key.setdefault(".".join(map(str, location)), []).append(item)
-    problems = [_describe(key, items) for key, items in by_key.items()]
+        location = tuple(str(p) for p in item["loc"] if str(p) not in _UNION_MEMBERS)
+        by_key.setdefault(location, []).append(item)
+    problems = [_describe(model, location, items) for location, items in by_key.items()]
     head = f"the configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}"
     return "\n".join([head, *(f"  - {problem}" for problem in problems)])
 
 
-def _describe(key: str, items: Sequence[Any]) -> str:
-    item = items[0]
+def _describe(model: type[BaseModel], location: Sequence[str], items: Sequence[Any]) -> str:
+    item, key = items[0], ".".join(location)
     if item["type"] == "extra_forbidden":
-        *parents, name = key.split(".")
-        known = _known_keys(parents)
+        *parents, name = location
+        known = _known_keys(model, parents)
+        if "." in name:
+            return (
+                f"{key}: unknown key; in a file, sections are nested: {name.split('.')[0]}: {{…}}"
+            )
         return f"{key}: unknown key; {_nearest(name, known) or 'known here: ' + ', '.join(known)}"
     if item["type"] == "missing":
         return f"{key}: required, but absent"
@@ -325,8 +363,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def _known_keys(location: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = MergeConfig
+def _known_keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     for part in location:
         annotation = model.model_fields[part].annotation
         options = getattr(annotation, "__args__", (annotation,))

@@ -110,8 +110,12 @@ class EventLog:
     def write(self, event: Event) -> None:
         """Append one event with the time (seconds since 1970)."""
         record = {"time": round(time.time(), 3), "event": event.name, **dataclasses.asdict(event)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with self.path.open("a+b") as file:
+            # A crash may have left half a line: do not glue this one to it.
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 1))
+            start = b"\n" if size and file.read(1) != b"\n" else b""
+            file.write(start + json.dumps(record).encode() + b"\n")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

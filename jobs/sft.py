@@ -27,12 +27,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from arm_ray.config import read_yaml, validate
 from arm_ray.errors import (
     ArmRayError,
     CalibrationError,
@@ -121,34 +121,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SftConfig:
     Raises:
         ConfigError: The file is missing or no mapping, or a key or value is wrong.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError("cannot read the configuration", where=path, got=error) from error
-    if not isinstance(raw, dict):
-        raise ConfigError("the configuration is no mapping", where=path, got=type(raw).__name__)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        *parents, last = key.split(".")
-        target = raw
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                break
-        if not equals or not isinstance(target, dict):
-            raise ConfigError("not an override", got=override, expected="key=value")
-        target[last] = yaml.safe_load(text)
-    try:
-        config = SftConfig.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"{error.error_count()} wrong key(s) or value(s) in the configuration",
-            where=f"{path}: {'.'.join(str(part) for part in first['loc'])}",
-            got=first["input"],
-            expected=first["msg"],
-            hint="the keys are the fields of SftConfig in jobs/sft.py",
-        ) from error
+    config = validate(SftConfig, read_yaml(path), overrides, source=str(path))
     config.steps_to_save()
     return config
 

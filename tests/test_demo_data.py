@@ -13,7 +13,7 @@ from arm_ray.config import load_merge_config
 from jobs.sft import load_config
 
 DEMO = Path(__file__).parents[1] / "examples" / "smollm2"
-ROWS = {"train": 1280, "calibration": 256, "validation": 256, "heldout": 329}
+ROWS = {"train": 496, "calibration": 100, "validation": 103, "heldout": 301}
 
 
 def load_script(name):
@@ -38,8 +38,7 @@ def test_rows_are_well_formed(name):
     for row in rows:
         assert sorted(row) == ["completion", "prompt"]
         assert re.fullmatch(r"Question: \S.*\nAnswer:", row["prompt"])
-        assert re.fullmatch(r" \S.* #### -?\d+", row["completion"])
-        assert "<<" not in row["completion"]
+        assert re.fullmatch(r" [\d(][-+*/(). \d]* = -?\d+(\.\d+)?", row["completion"])
 
 
 def test_no_problem_is_in_two_files_or_twice_in_one():
@@ -53,30 +52,47 @@ def test_no_problem_is_in_two_files_or_twice_in_one():
 def test_data_stays_small_and_carries_its_licence():
     data = DEMO / "data"
     assert sum(file.stat().st_size for file in data.iterdir()) < 1_500_000
-    assert "Copyright (c) 2021 OpenAI" in (data / "LICENSE.gsm8k").read_text(encoding="utf-8")
+    assert "Copyright (c) 2021 Arkil Patel" in (data / "LICENSE.svamp").read_text(encoding="utf-8")
     assert "MIT" in (data / "README.md").read_text(encoding="utf-8")
 
 
 def test_rows_are_made_from_upstream_form():
-    row = make_data.to_row(
-        "Tom has 2 bags of 600.  How many?", "2*600=<<2*600=1200>>1200\n#### 1,200"
-    )
-    assert row == {
-        "prompt": "Question: Tom has 2 bags of 600.  How many?\nAnswer:",
-        "completion": " 2*600=1200 #### 1200",
+    problem = {
+        "Body": "Tom has 2 bags of 600.",
+        "Question": "How many\n are there?",
+        "Equation": "( 2.0 * 600.0 )",
+        "Answer": 1200.0,
     }
-    assert make_data.to_row("One line\nand another", "1\n#### 1") is None
-    assert make_data.to_row("Long", "a\nb\nc\nd\n#### 1") is None
+    assert make_data.to_row(problem) == {
+        "prompt": "Question: Tom has 2 bags of 600. How many are there?\nAnswer:",
+        "completion": " 2 * 600 = 1200",
+    }
+    nested = {**problem, "Equation": "( ( 4.0 + 2.5 ) - 1.0 )", "Answer": 5.5}
+    assert make_data.to_row(nested)["completion"] == " ( 4 + 2.5 ) - 1 = 5.5"
+
+
+def test_variants_of_a_story_stay_together():
+    problems = [
+        {"Body": f"Story {chr(97 + s)} {n}", "Question": "Q", "Equation": "( 1 )", "Answer": n}
+        for s in range(20)
+        for n in range(40)
+    ]
+    files = make_data.split(problems)
+    assert sum(map(len, files.values())) == 800
+    homes = {}
+    for name, rows in files.items():
+        for row in rows:
+            letter = row["prompt"].split()[2]
+            assert homes.setdefault(letter, name) == name
 
 
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        (" 2 + 2 = 4 #### 4", "4"),
-        ("so #### $1,200.00 and 7", "1200"),
+        (" 2 + 2 = 4", "4"),
+        (" 1,000 + 200 = 1,200.00", "1200"),
         ("He has 3.50 left", "3.5"),
-        ("10 then 20", "20"),
-        ("#### -5", "-5"),
+        (" 4 - 9 = -5", "-5"),
         ("none", None),
     ],
 )

@@ -65,7 +65,7 @@ def test_mean_outputs_are_the_masked_means_of_hooked_outputs(family: str) -> Non
         for name, mean in means.items():
             bias = weights.get(name.removesuffix("weight") + "bias")
             found = mean_outputs(weights[name], bias, mean)
-            torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.float(), expected[name], rtol=1e-5, atol=1e-5)
             seen.add(name)
     assert seen == layout.rotated == set(expected)
 

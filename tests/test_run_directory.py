@@ -393,9 +393,10 @@ def fits(run: RunDirectory) -> bool:
         ((), 0, 6),
         ((), 2, 4),
         ((), 6, 0),
-        (("keep_states=last",), 0, 3),  # two kept, and the one that is being written
+        (("keep_states=last",), 0, 5),  # two kept, and three being written
+        (("keep_states=last", "runtime.lookahead=0"), 0, 3),
         (("keep_states=last",), 5, 1),
-        (("keep_states=last", "schedule.anchor_iterations=6"), 0, 2),
+        (("keep_states=last", "schedule.anchor_iterations=6"), 0, 4),
         (("keep_states=last", "schedule.max_iterations=1"), 0, 1),
     ],
 )

@@ -195,7 +195,7 @@ def test_wrong_configuration(config_file, override, named):
 
 
 def test_missing_files(config_file, tmp_path):
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         sft.load_config(tmp_path / "none.yaml")
     with pytest.raises(CalibrationError, match=r"none\.jsonl"):
         sft.train(sft.load_config(config_file, [f"data.path={tmp_path / 'none.jsonl'}"]))

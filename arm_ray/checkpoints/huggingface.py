@@ -47,8 +47,8 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the tables of tensors, file sizes and modification times: cheap, no data."""
-        digest = hashlib.sha256()
+        """A digest of configuration, tables of tensors, file sizes and times: cheap, no data."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in sorted({entry.file for entry in self.tensors.values()}):
             status = file.stat()
             digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
@@ -63,9 +63,14 @@ def resolve_path(path_or_id: str) -> Path:
     Raises:
         NotACheckpointError: Neither a directory nor a model that the hub can give.
     """
-    path = Path(path_or_id).expanduser()
-    if path.exists():
-        return path.resolve()
+    try:
+        path = Path(path_or_id).expanduser()
+        if path.exists():
+            return path.resolve()
+    except (OSError, RuntimeError) as error:  # no such user, too long, or a closed parent
+        raise NotACheckpointError(
+            "a checkpoint path cannot be read", where=path_or_id, got=error, hint="check the path"
+        ) from None
     looks_like_path = path.is_absolute() or path_or_id.startswith((".", "~"))
     if looks_like_path or path_or_id.count("/") > 1:
         raise NotACheckpointError(
@@ -137,7 +142,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError("a JSON file is malformed", where=file, got=error) from None
     if not isinstance(content, dict):
         raise CorruptCheckpointError(
@@ -148,10 +153,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read_entries(path: Path) -> dict[str, TensorEntry]:
     index = path / INDEX_NAME
-    if index.exists():
-        return _read_indexed(path, index)
+    # Where both are there, transformers takes the single file, and so do we.
     if (path / SINGLE_NAME).exists():
         return read_header(path / SINGLE_NAME)
+    if index.exists():
+        return _read_indexed(path, index)
     stray = sorted(p.name for p in path.glob("*.safetensors"))
     if stray:
         raise CorruptCheckpointError(

@@ -8,6 +8,7 @@ without `state.json` is unfinished and is thrown away when a run resumes.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -111,25 +112,29 @@ def read_manifest(directory: Path) -> StateManifest | None:
     """The manifest of a state, or None if the state is not complete."""
     try:
         content = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return StateManifest(**{**content, "contributors": tuple(content["contributors"])})
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return StateManifest(**{**content, "contributors": tuple(content["contributors"])})
+
+
+def state_directories(run: Path) -> dict[int, Path]:
+    """Iteration -> directory, of all states of a run, complete or not; other names are not ours."""
+    root = run / "states"
+    found = root.iterdir() if root.is_dir() else ()
+    numbered = {int(p.name): p for p in found if re.fullmatch(r"[0-9]{4,}", p.name) and p.is_dir()}
+    return dict(sorted(numbered.items()))
 
 
 def finished_states(run: Path) -> dict[int, StateManifest]:
     """Iteration -> manifest of each complete state of a run."""
-    found = {}
-    for directory in sorted((run / "states").glob("[0-9][0-9][0-9][0-9]*")):
-        manifest = read_manifest(directory)
-        if manifest is not None:
-            found[manifest.iteration] = manifest
-    return found
+    manifests = {t: read_manifest(path) for t, path in state_directories(run).items()}
+    return {t: manifest for t, manifest in manifests.items() if manifest is not None}
 
 
 def discard_unfinished_states(run: Path) -> list[str]:
     """Remove states that a stopped run left half-written; returns their names."""
     removed = []
-    for directory in sorted((run / "states").glob("[0-9][0-9][0-9][0-9]*")):
+    for directory in state_directories(run).values():
         if read_manifest(directory) is None:
             shutil.rmtree(directory)
             removed.append(directory.name)

@@ -77,7 +77,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         table = json.loads(raw)
         table.pop("__metadata__", None)
         entries = {name: _entry(path, name, row, length) for name, row in table.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise _corrupt(path, f"a header that cannot be parsed: {error}") from None
     expected = max((entry.end for entry in entries.values()), default=_LENGTH_BYTES + length)
     if size != expected:
@@ -93,7 +100,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def _entry(path: Path, name: str, row: Mapping[str, Any], header_bytes: int) -> TensorEntry:
     begin, end = (int(offset) + _LENGTH_BYTES + header_bytes for offset in row["data_offsets"])
-    return TensorEntry(name, str(row["dtype"]), tuple(map(int, row["shape"])), path, begin, end)
+    entry = TensorEntry(name, str(row["dtype"]), tuple(map(int, row["shape"])), path, begin, end)
+    dtype = DTYPES.get(entry.code)
+    if dtype is not None and prod(entry.shape) * dtype.itemsize != entry.num_bytes:
+        raise ValueError(f"{name}: {entry.num_bytes} bytes for shape {list(entry.shape)}")
+    return entry
 
 
 def _corrupt(path: Path, got: str) -> CorruptCheckpointError:

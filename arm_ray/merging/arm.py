@@ -17,14 +17,14 @@ def merge(inputs: TensorInputs, settings: MergeSettings) -> MergedTensor:
     """
     if inputs.reference_activation is None:
         return task_arithmetic.merge(inputs, settings)
-    reference_activation = inputs.reference_activation.to(torch.float64)
+    reference_activation = inputs.reference_activation
     total = torch.zeros_like(inputs.reference)
     result = MergedTensor(total)
     pairs = zip(inputs.contributors, inputs.contributor_activations, strict=True)
     for weight, activation in pairs:
         task_vector = weight - inputs.reference
         rotation = activation_rotation(
-            activation.to(torch.float64) - reference_activation,
+            activation - reference_activation,
             sign=settings.sign,
             rank_tolerance=settings.rank_tolerance,
         )

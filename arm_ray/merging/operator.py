@@ -36,7 +36,7 @@ class TensorInputs:
         reference: `W_ref`, float32, any shape.
         contributors: The `W_i`, float32, of the reference's shape.
         divisor: `m`.
-        reference_activation: `A_ref` `[d_out, N]` float32, for the weight of a linear module in
+        reference_activation: `A_ref` `[d_out, N]` float64, for the weight of a linear module in
             the decoder layers where the operator asked for activations; else None.
         contributor_activations: The `A_i`, one for each contributor; empty where
             `reference_activation` is None.

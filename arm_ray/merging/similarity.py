@@ -83,4 +83,5 @@ def _cosine(left: float, right: float, change: float) -> float | None:
         return None
     a, b = math.sqrt(left), math.sqrt(right)
     # 1 - cos, so that small angles keep their digits.
-    return max(-1.0, 1.0 - max(0.0, change - (a - b) ** 2) / (2.0 * a * b))
+    angle = (change - (a - b) ** 2) / (2.0 * a * b)
+    return max(-1.0, 1.0 - (angle if angle > 0.0 or math.isnan(angle) else 0.0))

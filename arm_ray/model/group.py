@@ -22,6 +22,9 @@ from transformers import AutoModel
 
 from arm_ray.model.layout import EMBEDDING, LayerGroup, ModelLayout
 
+# Elements of a weight that are in float64 at once.
+_FLOAT64_ELEMENTS = 1 << 20
+
 
 class GroupRunner:
     """Runs the decoder layers of groups of one shape.
@@ -99,15 +102,21 @@ def embed(weights: Mapping[str, Tensor], input_ids: Tensor) -> Tensor:
 
 
 def mean_outputs(weight: Tensor, bias: Tensor | None, mean_input: Tensor) -> Tensor:
-    """`A = W X̄ (+ b)`, `[d_out, N]` float32.
+    """`A = W X̄ (+ b)`, `[d_out, N]` float64.
+
+    The shift between two models is far smaller than `A` itself: rounding `A` to float32 would give
+    a low-rank shift a full set of small singular values, and so turn noise into rotation.
 
     Args:
         weight: `[d_out, d_in]`, as the forward pass used it.
         bias: `[d_out]` or None.
         mean_input: `X̄ᵀ` `[N, d_in]` float32.
     """
-    outputs = weight.to(torch.float32) @ mean_input.T
-    return outputs if bias is None else outputs + bias.to(torch.float32)[:, None]
+    inputs = mean_input.T.to(torch.float64)
+    # By rows, so that no float64 copy of the whole weight is made.
+    step = max(1, _FLOAT64_ELEMENTS // weight.shape[1])
+    outputs = torch.cat([rows.to(torch.float64) @ inputs for rows in torch.split(weight, step)])
+    return outputs if bias is None else outputs + bias.to(torch.float64)[:, None]
 
 
 def _meta_decoder(

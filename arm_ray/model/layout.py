@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.weight_file import DTYPES
-from arm_ray.errors import MismatchError, NotACheckpointError
+from arm_ray.errors import CorruptCheckpointError, MismatchError, NotACheckpointError
 
 # Families whose decoder gives the same bits run group by group as run whole (tests/test_group.py).
 # Others scale embeddings or share weights between layers, and are refused until they are tested.
@@ -97,15 +97,29 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
             got=f"model_type {family!r}",
             expected=", ".join(FAMILIES),
         )
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.config.get("quantization_config") is not None:
         raise NotACheckpointError(
             "the checkpoint is quantised",
             where=checkpoint.path / "config.json",
             expected="weights in float32, bfloat16 or float16",
             hint="merge the full-precision checkpoints, and quantise the result",
         )
-    config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            checkpoint.path, trust_remote_code=False
+        )
+    except Exception as error:  # each family validates in its own way
+        raise _bad_config(checkpoint, error) from None
     return config
+
+
+def _bad_config(checkpoint: Checkpoint, error: Exception) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        "the configuration of a checkpoint is refused by its family",
+        where=checkpoint.path / "config.json",
+        got=" ".join(str(error).split())[:300],
+        hint="restore config.json from the training run",
+    )
 
 
 def model_layout(config: PretrainedConfig, layers_per_group: int = 1) -> ModelLayout:
@@ -194,7 +208,7 @@ def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> Non
 def _check_setting(key: str, config: Any, expected: Any, where: str) -> None:
     found, wanted = getattr(config, key, None), getattr(expected, key, None)
     if found != wanted:
-        raise _mismatch(f"{key} differs from the base's", where, found, wanted)
+        raise _mismatch(f"{key} differs from the base's", where, str(found), str(wanted))
 
 
 def _mismatch(what: str, where: str, got: object, expected: object) -> MismatchError:

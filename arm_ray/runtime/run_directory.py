@@ -38,6 +38,7 @@ class RunDirectory:
         self.config = config
         self.events = EventLog(path / "events.jsonl")
         self.finished: dict[int, states.StateManifest] = {}
+        self.inputs: dict[str, str] = {}
 
     @property
     def model(self) -> Path:
@@ -65,18 +66,17 @@ class RunDirectory:
         Raises:
             RunDirectoryError: An input has changed since the run began.
         """
-        file = self.path / _INPUTS_NAME
-        known: dict[str, str] = {}
-        if file.exists() and self.finished:
-            known = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name, digest in digests.items() if known.get(name, digest) != digest]
+        changed = [
+            name for name, digest in digests.items() if self.inputs.get(name, digest) != digest
+        ]
         if changed:
             raise RunDirectoryError(
                 f"the run cannot go on: {', '.join(changed)} changed since it began",
                 where=self.path,
                 hint="restore the data, or choose another output directory",
             )
-        write_json(file, {**known, **digests})
+        self.inputs.update(digests)
+        write_json(self.path / _INPUTS_NAME, self.inputs)
 
     def prune(self, num_candidates: int, iteration: int) -> None:
         """Remove states that no later iteration needs, unless `keep_states` is `all`."""
@@ -84,9 +84,9 @@ class RunDirectory:
             return
         needed = states_needed_after(self.config.schedule, num_candidates, iteration)
         keep = {iteration_of(name) for name in needed}
-        for directory in (self.path / "states").iterdir():
-            if int(directory.name) not in keep and int(directory.name) <= iteration:
-                states.discard_state(self.path, int(directory.name))
+        for found in states.state_directories(self.path):
+            if found not in keep and found <= iteration:
+                states.discard_state(self.path, found)
 
     def check_disk_space(self, state_bytes: int, model_bytes: int, num_candidates: int) -> None:
         """Check that the states still to come and the final model fit on the disk.
@@ -98,12 +98,16 @@ class RunDirectory:
         remaining = schedule.max_iterations - self.last_iteration
         count = remaining
         if self.config.keep_states != "all":
-            # A new state is written before an old one goes.
-            kept = (
-                len(states_needed_after(schedule, num_candidates, t)) + 1
+            # States are written before older ones go, and ahead of their turn.
+            ahead = 1 + self.config.runtime.lookahead
+            most = ahead + max(
+                len(states_needed_after(schedule, num_candidates, t))
                 for t in range(1, schedule.max_iterations + 1)
             )
-            count = min(remaining, max(kept))
+            present = self.finished and states_needed_after(
+                schedule, num_candidates, self.last_iteration
+            )
+            count = min(remaining, most - len(present))
         needed = count * state_bytes + model_bytes
         free = shutil.disk_usage(self.path).free
         if needed > free:
@@ -158,6 +162,9 @@ def open_run(config: MergeConfig) -> Iterator[RunDirectory]:
         states.discard_unfinished_states(path)
         shutil.rmtree(run.partial_model, ignore_errors=True)
         run.finished = states.finished_states(path)
+        if run.finished:
+            with contextlib.suppress(OSError, ValueError):
+                run.inputs = json.loads((path / _INPUTS_NAME).read_text(encoding="utf-8"))
         with atomic_file(path / CONFIG_NAME) as file:
             file.write(config.to_yaml().encode())
         yield run
@@ -169,7 +176,8 @@ def _existing_config(path: Path) -> MergeConfig | None:
     if not path.is_dir():
         raise RunDirectoryError("the output is not a directory", where=path)
     try:
-        content = sorted(p.name for p in path.iterdir() if p.name != _LOCK_NAME)
+        ours = (_LOCK_NAME, f".{CONFIG_NAME}.partial")
+        content = sorted(p.name for p in path.iterdir() if p.name not in ours)
     except OSError as error:
         raise RunDirectoryError(
             "the output directory cannot be read", where=path, got=error

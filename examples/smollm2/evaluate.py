@@ -55,10 +55,8 @@ def weights_digest(model: Path) -> str:
 
 
 def final_number(text: str) -> str | None:
-    """The number after ``####``; without that mark, the last number in the text."""
-    pattern = r"-?\d[\d,]*(?:\.\d+)?"
-    marked = re.search(rf"####\s*\$?({pattern})", text)
-    found = [marked.group(1)] if marked else re.findall(pattern, text)
+    """The last number in the text, which is the right-hand side of an equation."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     if not found:
         return None
     number = found[-1].replace(",", "")
@@ -155,8 +153,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("models", nargs="+", metavar="NAME=DIR")
     parser.add_argument("--data", type=Path, default=here / "data" / "heldout.jsonl")
     parser.add_argument("--output", type=Path, default=Path("runs/smollm2/evaluation.json"))
-    parser.add_argument("--generate-rows", type=int, default=200)
-    parser.add_argument("--max-new-tokens", type=int, default=80)
+    parser.add_argument("--generate-rows", type=int, default=400)
+    parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=32, help="for the loss")
     parser.add_argument("--generate-batch-size", type=int, default=100)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

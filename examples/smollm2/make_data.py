@@ -1,12 +1,13 @@
-"""Make the demo's data files from the upstream files of GSM8K.
+"""Make the demo's data files from SVAMP.
 
 ::
 
-    python examples/smollm2/make_data.py --gsm8k-dir DIR [--output examples/smollm2/data]
+    python examples/smollm2/make_data.py --svamp FILE.jsonl [--output examples/smollm2/data]
 
-``DIR`` holds ``train.jsonl`` and ``test.jsonl`` of GSM8K. The result is the same on every machine:
-rows are put in the order of a digest of their text, no random numbers are drawn. ``data/README.md``
-says what is kept and why.
+``FILE`` has the 1,000 problems of SVAMP, one JSON object a line with the upstream fields ``Body``,
+``Question``, ``Equation`` and ``Answer``. The result is the same on every machine: problems are
+put in the order of a digest of their text, no random numbers are drawn. ``data/README.md`` says
+what is kept and why.
 """
 
 from __future__ import annotations
@@ -17,14 +18,8 @@ import json
 import re
 from pathlib import Path
 
-# Short problems with short answers, so that training and scoring take minutes on two cores.
-MAX_QUESTION_CHARACTERS = 220
-MAX_RATIONALE_CHARACTERS = 200
-MAX_RATIONALE_LINES = 3
-
-# From the upstream training file, in this order. All fitting rows of the upstream test file are
-# held out.
-SPLIT_ROWS = {"train": 1280, "calibration": 256, "validation": 256}
+# Filled in this order; what is left over is trained on.
+SPLIT_ROWS = {"heldout": 300, "calibration": 100, "validation": 100}
 
 
 def normalise(text: str) -> str:
@@ -32,65 +27,59 @@ def normalise(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-def to_row(question: str, answer: str) -> dict[str, str] | None:
-    """A prompt and a one-line completion, or None where the problem does not fit the limits."""
-    rationale, mark, number = answer.rpartition("####")
-    # The upstream answers hold marks such as <<48/2=24>> for a calculator that is not used here.
-    lines = [" ".join(line.split()) for line in re.sub(r"<<.*?>>", "", rationale).splitlines()]
-    lines = [line for line in lines if line]
-    question, number = question.strip(), number.strip()
-    fits = (
-        mark
-        and "\n" not in question
-        and len(question) <= MAX_QUESTION_CHARACTERS
-        and 1 <= len(lines) <= MAX_RATIONALE_LINES
-        and len(" ".join(lines)) <= MAX_RATIONALE_CHARACTERS
-        and re.fullmatch(r"-?[\d,]+(\.\d+)?", number)
-    )
-    if not fits:
-        return None
+def story(problem: dict[str, object]) -> str:
+    """The problem without its numbers. SVAMP varies one story; its variants stay together."""
+    return re.sub(r"\d+", "", normalise(str(problem["Body"])))
+
+
+def number(text: str) -> str:
+    """`290.0` as `290`."""
+    return re.sub(r"\.0$", "", text)
+
+
+def to_row(problem: dict[str, object]) -> dict[str, str]:
+    """A prompt of one line, and the equation with its result."""
+    body = " ".join(str(problem["Body"]).split()).rstrip(".")
+    question = " ".join(str(problem["Question"]).split())
+    parts = str(problem["Equation"]).split()
+    if parts[0] == "(" and parts[-1] == ")":
+        parts = parts[1:-1]
+    equation = " ".join(number(part) for part in parts)
     return {
-        "prompt": f"Question: {question}\nAnswer:",
-        "completion": f" {' '.join(lines)} #### {number.replace(',', '')}",
+        "prompt": f"Question: {body}. {question}\nAnswer:",
+        "completion": f" {equation} = {number(str(problem['Answer']))}",
     }
 
 
-def fitting_rows(path: Path, seen: set[str]) -> list[dict[str, str]]:
-    """The rows of one upstream file, in digest order, without those whose prompt is in ``seen``."""
-    rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        upstream = json.loads(line)
-        row = to_row(upstream["question"], upstream["answer"])
-        if row is not None and normalise(row["prompt"]) not in seen:
-            seen.add(normalise(row["prompt"]))
-            rows[hashlib.sha256(row["prompt"].encode()).hexdigest()] = row
-    return [rows[digest] for digest in sorted(rows)]
-
-
-def write(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write JSON Lines."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
-    print(f"{path}: {len(rows)} rows")
+def split(problems: list[dict[str, object]]) -> dict[str, list[dict[str, str]]]:
+    """The rows of each file; problems of one story are in one file, equal prompts are left out."""
+    stories: dict[str, dict[str, dict[str, str]]] = {}
+    for problem in problems:
+        row = to_row(problem)
+        stories.setdefault(story(problem), {})[normalise(row["prompt"])] = row
+    order = sorted(stories, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    files: dict[str, list[dict[str, str]]] = {name: [] for name in [*SPLIT_ROWS, "train"]}
+    for text in order:
+        name = next((n for n, size in SPLIT_ROWS.items() if len(files[n]) < size), "train")
+        files[name] += stories[text].values()
+    return {
+        name: sorted(rows, key=lambda row: hashlib.sha256(row["prompt"].encode()).hexdigest())
+        for name, rows in files.items()
+    }
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description="Make the demo's data files.")
-    parser.add_argument("--gsm8k-dir", type=Path, required=True)
+    parser.add_argument("--svamp", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "data")
     arguments = parser.parse_args()
-    seen: set[str] = set()
-    # Held out first: a problem that is in both upstream files must not be trained on.
-    write(
-        arguments.output / "heldout.jsonl", fitting_rows(arguments.gsm8k_dir / "test.jsonl", seen)
-    )
-    pool = fitting_rows(arguments.gsm8k_dir / "train.jsonl", seen)
-    for name, count in SPLIT_ROWS.items():
-        rows, pool = pool[:count], pool[count:]
-        if len(rows) < count:
-            raise SystemExit(f"{name}: {len(rows)} rows fit, expected {count}")
-        write(arguments.output / f"{name}.jsonl", rows)
+    lines = arguments.svamp.read_text(encoding="utf-8").splitlines()
+    for name, rows in split([json.loads(line) for line in lines]).items():
+        path = arguments.output / f"{name}.jsonl"
+        texts = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        path.write_text("".join(texts), encoding="utf-8")
+        print(f"{path}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def check(target: Path) -> None:
         raise RuntimeError(f"{target}: not a plain bfloat16 model")
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         raise RuntimeError(f"{target}: the output layer is not tied to the embedding")
-    text = "48 / 2 = 24 clips.\n#### 145"
+    text = "48 / 2 = 24 clips.\nAnswer: 145"
     ids = tokenizer(text)["input_ids"]
     if tokenizer.decode(ids) != text or tokenizer.eos_token != "<|im_end|>":  # noqa: S105
         raise RuntimeError(f"{target}: the tokenizer does not give back {text!r}")
