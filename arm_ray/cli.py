@@ -7,6 +7,7 @@ Exit codes: 0 success, 1 an error that the message explains, 2 a wrong command l
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -70,6 +71,32 @@ def _parser() -> argparse.ArgumentParser:
         help="halt after iteration N; run again to go on",
     )
     merge.set_defaults(run=_merge)
+    plan = commands.add_parser(
+        "plan", help="memory, disk, work and time of a merge", description=_plan.__doc__
+    )
+    plan.add_argument("config", metavar="CONFIG.yaml")
+    plan.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="take precedence over the file"
+    )
+    plan.add_argument("--gpus", type=_positive, metavar="N", help="GPUs in all; default: enough")
+    plan.add_argument(
+        "--gpu-memory", type=float, metavar="GB", help="of one GPU; default: the device's"
+    )
+    plan.add_argument("--nodes", type=_positive, default=1, metavar="M", help="default: 1")
+    plan.add_argument(
+        "--device",
+        metavar="NAME",
+        help="h100-80gb, a100-80gb, h200, cpu, or this-cpu (measured); "
+        "default: h100-80gb with --gpus, else cpu",
+    )
+    plan.add_argument(
+        "--tokens-per-sample",
+        type=_positive,
+        metavar="N",
+        help="default: calibration.max_length, the most there can be",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -81,6 +108,30 @@ def _merge(options: argparse.Namespace) -> int:
 
     merge(config, address=options.address, stop_after=options.stop_after)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """Say what a merge will need, from its configuration and headers; starts and reads nothing.
+
+    The exit code is 1 where it does not fit.
+    """
+    config = load_merge_config(options.config, options.overrides)
+    from arm_ray.planning.cluster import make_cluster
+    from arm_ray.planning.plan import make_plan
+    from arm_ray.planning.render import render
+
+    cluster = make_cluster(
+        config.runtime,
+        gpus=options.gpus,
+        gpu_memory_gb=options.gpu_memory,
+        nodes=options.nodes,
+        device=options.device,
+    )
+    plan = make_plan(config, cluster, options.tokens_per_sample)
+    print(json.dumps(plan.to_dict(), indent=2) if options.json else render(plan), end="")
+    if options.json:
+        print()
+    return 0 if plan.fits else 1
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def _merge_on_ray(
 
     # Before the actors: they may take every CPU slot, and Ray Data would wait for one for ever.
     stream = _open_calibration(config, inputs, run, warn)
-    specs = _shard_specs(config, inputs, run, placement)
+    specs = shard_specs(config, inputs, run.path, placement)
     with placed_shards(specs, config.runtime, placement, warn) as gang:
         driver = StreamingDriver(config, inputs, run, gang, specs, stream, console)
         if OPERATORS[config.method.operator].needs_activations:
@@ -159,9 +159,17 @@ def _open_calibration(
     return stream
 
 
-def _shard_specs(
-    config: MergeConfig, inputs: MergeInputs, run: RunDirectory, placement: Placement
+def shard_specs(
+    config: MergeConfig, inputs: MergeInputs, run: Path, placement: Placement
 ) -> list[ShardSpec]:
+    """What each layer shard of a merge is given, in the order of the layers.
+
+    Args:
+        config: The configuration.
+        inputs: The checked checkpoints.
+        run: The run directory.
+        placement: Number of shards, and their device.
+    """
     method = config.method
     settings = MergeSettings(
         method.coefficient, method.rotation.sign, method.rotation.rank_tolerance
@@ -171,7 +179,7 @@ def _shard_specs(
             inputs.layout,
             groups,
             inputs.checkpoints,
-            run.path,
+            run,
             config.schedule,
             method.operator,
             settings,

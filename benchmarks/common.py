@@ -1,0 +1,96 @@
+"""What all benchmarks share: the machine they ran on, repeated timing, and how results are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("arm-ray", "torch", "transformers", "ray", "safetensors", "numpy")
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions, for the result file."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    flags: list[str] = []
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+            if line.startswith("flags"):
+                flags = [f for f in line.split() if f in ("avx2", "avx512f", "amx_bf16")]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": model,
+        "features": sorted(set(flags)),
+        "cores": os.cpu_count(),
+        "memory_gb": round(pages / 1e9, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def timed(function: Callable[[], Any], repeats: int, warm_up: int = 1) -> float:
+    """Median seconds of a call, after some that do not count."""
+    for _ in range(warm_up):
+        function()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def report(
+    name: str, title: str, rows: Sequence[dict[str, Any]], goals: Sequence[tuple[str, bool]]
+) -> None:
+    """Print the rows as a table and the goals with their outcome, and write both as JSON.
+
+    Args:
+        name: Of the benchmark; the file is `benchmarks/results/NAME.json`.
+        title: What the table shows.
+        rows: Column -> value; all with the same columns.
+        goals: What was aimed at, with the measured figure in words, and whether it was reached.
+    """
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    console = Console(width=140)
+    console.print(table)
+    for goal, reached in goals:
+        console.print(f"{'reached' if reached else 'MISSED '}  {goal}", highlight=False)
+    RESULTS.mkdir(exist_ok=True)
+    content = {
+        "benchmark": name,
+        "command": f"python -m benchmarks.{name}",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "rows": list(rows),
+        "goals": [{"goal": goal, "reached": reached} for goal, reached in goals],
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    console.print(f"written: benchmarks/results/{name}.json", highlight=False)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
