@@ -9,8 +9,12 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +41,10 @@ from arm_ray.schedule import BASE, IterationPlan, states_read_after
 _PIECE = 1 << 24
 
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
 class LayerShard:
     """Runs, merges and writes the layer groups of one shard."""
 
@@ -58,6 +66,10 @@ class LayerShard:
         self._runners: dict[int, GroupRunner] = {}
         self._hidden: dict[tuple[int, str, int], Tensor] = {}
         self._mean_inputs: dict[tuple[int, str, str], Tensor] = {}
+        # torch and MKL keep the number of threads for each thread that calls them.
+        self._workers = ThreadPoolExecutor(
+            spec.threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._forward_seconds = 0.0
         self._transport = spec.transport
         self._last_wanted = sys.maxsize
@@ -169,22 +181,22 @@ class LayerShard:
             return None
         directory = states.state_directory(self._spec.run, plan.iteration)
         similarity: list[SimilaritySums] = []
-        kept: dict[str, Tensor] = {}
+        kept: dict[str, list[Tensor]] = {}
         rotated, deficient = 0, []
         specs = group_specs(self._spec.layout, group)
+        pieces = (
+            (spec, inputs) for spec in specs for inputs in self._pieces(plan, group, spec, columns)
+        )
         with group_writer(directory, group, specs) as writer:
-            for spec in specs:
-                pieces = []
-                for inputs in self._pieces(plan, group, spec, columns):
-                    result = self._operator.merge(inputs, self._spec.settings)
-                    similarity.append(self._compare(plan, group, inputs, result))
-                    writer.write(spec, result.tensor)
-                    rotated += result.rotated
-                    deficient += [f"{spec.name} ({r} of {n})" for r, n in result.rank_deficient]
-                    if self._store.keeps_new_states:
-                        pieces.append(result.tensor)
-                if pieces:
-                    kept[spec.name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            for spec, result, sums in self._in_order(
+                partial(self._merge_piece, plan, group), pieces
+            ):
+                writer.write(spec, result.tensor)
+                similarity.append(sums)
+                rotated += result.rotated
+                deficient += [f"{spec.name} ({r} of {n})" for r, n in result.rank_deficient]
+                if self._store.keeps_new_states:
+                    kept.setdefault(spec.name, []).append(result.tensor)
         self._store.keep(plan.output, group, kept)
         read_again = states_read_after(
             self._spec.schedule, self._spec.num_candidates, plan.iteration
@@ -271,29 +283,65 @@ class LayerShard:
 
     def _pieces(
         self, plan: IterationPlan, group: int, spec: TensorSpec, columns: NDArray[np.int64]
-    ) -> Iterator[TensorInputs]:
-        """What the operator is given of one tensor: all of it, or row by row in large pieces."""
+    ) -> Iterator[Callable[[], TensorInputs]]:
+        """What the operator is given of one tensor: all of it, or row by row in large pieces.
+
+        Yields calls that make it, so that the work is done where the piece is merged.
+        """
+        is_rotated = self._operator.needs_activations and spec.name in self._spec.layout.rotated
+        whole = [slice(0, spec.shape[0])]
+        for rows in whole if is_rotated else row_pieces(spec, _PIECE):
+            yield partial(self._inputs, plan, group, spec, rows, columns if is_rotated else None)
+
+    def _inputs(
+        self,
+        plan: IterationPlan,
+        group: int,
+        spec: TensorSpec,
+        rows: slice,
+        columns: NDArray[np.int64] | None,
+    ) -> TensorInputs:
         activations: list[Tensor] = []
-        pieces = row_pieces(spec, _PIECE)
-        if self._operator.needs_activations and spec.name in self._spec.layout.rotated:
+        if columns is not None:
             chosen = torch.from_numpy(columns.copy()).to(self._device)
             activations = [
                 self._activation(plan, state, group, spec.name)[:, chosen] for state in plan.inputs
             ]
-            pieces = [slice(0, spec.shape[0])]
-        for rows in pieces:
-            reference, *contributors = (
-                self._store.rows(state, group, spec.name, rows) for state in plan.inputs
-            )
-            yield TensorInputs(
-                spec.name,
-                reference,
-                contributors,
-                plan.divisor,
-                activations[0] if activations else None,
-                activations[1:],
-                rows,
-            )
+        reference, *contributors = (
+            self._store.rows(state, group, spec.name, rows) for state in plan.inputs
+        )
+        first = activations[0] if activations else None
+        return TensorInputs(
+            spec.name, reference, contributors, plan.divisor, first, activations[1:], rows
+        )
+
+    def _in_order(self, work: Callable[[_T], _R], items: Iterator[_T]) -> Iterator[_R]:
+        """`map` over pieces, as many at a time as there are threads, in order.
+
+        The products of one tensor are too small to share: each piece has one thread to itself, so
+        what comes out does not depend on how many there are.
+        """
+        if self._spec.threads == 1:
+            yield from map(work, items)
+            return
+        running: deque[Future[_R]] = deque()
+        for item in items:
+            running.append(self._workers.submit(work, item))
+            if len(running) > self._spec.threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+    def _merge_piece(
+        self,
+        plan: IterationPlan,
+        group: int,
+        piece: tuple[TensorSpec, Callable[[], TensorInputs]],
+    ) -> tuple[TensorSpec, MergedTensor, SimilaritySums]:
+        spec, inputs = piece
+        given = inputs()
+        result = self._operator.merge(given, self._spec.settings)
+        return spec, result, self._compare(plan, group, given, result)
 
     def _compare(
         self, plan: IterationPlan, group: int, inputs: TensorInputs, result: MergedTensor

@@ -76,12 +76,13 @@ class WeightStore:
         """Rows of one tensor, float32, on the device."""
         return self._group(state, group)[name][rows].to(device=self._device, dtype=torch.float32)
 
-    def keep(self, state: str, group: int, tensors: dict[str, Tensor]) -> None:
-        """Take over the tensors of a new state, so that they need not be read back."""
+    def keep(self, state: str, group: int, pieces: Mapping[str, list[Tensor]]) -> None:
+        """Take over a new state's tensors, in pieces of rows, so that they are not read back."""
         if self._residency != "disk":
+            whole = {n: p[0] if len(p) == 1 else torch.cat(p) for n, p in pieces.items()}
             self._stored[state, group] = {
                 name: tensor if self._residency == "device" else tensor.cpu()
-                for name, tensor in tensors.items()
+                for name, tensor in whole.items()
             }
 
     @property
