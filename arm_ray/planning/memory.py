@@ -1,0 +1,318 @@
+"""The most memory that an actor needs, term by term.
+
+This follows `runtime.weights.WeightStore` and `runtime.layer_shard.LayerShard`: for each iteration
+it looks at the end of the forward passes and at the merge of each layer group, tensor by tensor,
+and keeps the instant with the largest sum. What is memory-mapped is counted apart: the page cache
+holds it, and gives it back when memory is short.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from arm_ray.config import RuntimeConfig
+from arm_ray.model.layout import is_layer_tensor
+from arm_ray.planning.devices import GB
+from arm_ray.planning.workload import (
+    FLOAT32,
+    LINEAR_PIECE,
+    StateUse,
+    Workload,
+    state_uses,
+)
+from arm_ray.planning.workspace import largest_piece, merge_workspace
+from arm_ray.schedule import BASE, IterationPlan
+
+Terms = dict[str, int]
+
+# A process with torch and transformers; measured on Linux with a CPU build.
+PROCESS_CPU = round(0.45 * GB)
+# Assumed: the same with the CUDA libraries; and the context, cuBLAS and NCCL on the GPU.
+PROCESS_CUDA = round(2.0 * GB)
+CONTEXT_CUDA = round(1.0 * GB)
+# What allocators hold without using it. On a CPU glibc's heap and oneDNN's cache after forward
+# passes, at most what was measured on a model of 135 M parameters; on a GPU assumed, a share of
+# the tensors.
+FRAGMENTS_CPU = round(0.5 * GB)
+FRAGMENTS_CUDA = 0.05
+
+PROCESS, ALLOCATOR = "process", "allocator fragments"
+CHECKPOINTS, MERGED = "base and candidates", "merged states (float32)"
+COMPUTE, ACTIVATIONS = "compute copies", "activations of a micro-batch"
+HIDDEN, MEANS = "hidden states", "mean inputs"
+NEW_STATE, WORKSPACE = "new state of a group", "merge workspace"
+TRANSFER = "transfer buffers"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest sum in one kind of memory; bytes.
+
+    Attributes:
+        total: The sum.
+        terms: What it consists of.
+        when: At which instant.
+    """
+
+    total: int = 0
+    terms: Terms = field(default_factory=dict)
+    when: str = ""
+
+
+@dataclass(frozen=True)
+class ActorMemory:
+    """What one actor needs at most.
+
+    Attributes:
+        host: Process memory on the host, without memory-mapped files.
+        gpu: Memory of its GPU; None on a CPU.
+        page_cache: Memory-mapped weights that are in use; faster if they stay in memory.
+    """
+
+    host: Peak
+    gpu: Peak | None
+    page_cache: int
+
+    @property
+    def limiting(self) -> Peak:
+        """The GPU's where there is one, else the host's."""
+        return self.gpu or self.host
+
+
+def actor_memory(
+    workload: Workload, groups: range, runtime: RuntimeConfig, *, on_gpu: bool
+) -> ActorMemory:
+    """The most memory of one actor over the whole schedule.
+
+    Args:
+        workload: The merge.
+        groups: The actor's layer groups.
+        runtime: For the residency and the transport.
+        on_gpu: Whether it computes on a GPU.
+    """
+    walk = _Walk(workload, groups, runtime, on_gpu)
+    if not workload.needs_forward:
+        for group in groups:
+            walk.linear(group)
+        return walk.result()
+    seen = set()
+    for use in state_uses(workload):
+        signature = _signature(workload, use)
+        if signature not in seen:
+            seen.add(signature)
+            walk.iteration(use)
+    return walk.result()
+
+
+def _signature(workload: Workload, use: StateUse) -> tuple[object, ...]:
+    """Iterations with the same signature need the same memory."""
+
+    def kinds(states: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(s if s in workload.dtypes else "merged" for s in states))
+
+    plan = use.plan
+    return (
+        kinds(plan.inputs),
+        kinds({plan.previous, BASE} - set(plan.inputs)),
+        kinds(use.held),
+        kinds(use.read),
+        kinds(use.kept),
+    )
+
+
+class _Walk:
+    """Goes through the instants of a schedule on one actor and remembers the largest."""
+
+    def __init__(
+        self, workload: Workload, groups: range, runtime: RuntimeConfig, on_gpu: bool
+    ) -> None:
+        self._workload, self._groups, self._on_gpu = workload, groups, on_gpu
+        self._residency, self._threads = runtime.residency, runtime.threads
+        self._object_store = runtime.transport == "object_store"
+        self._host, self._gpu, self._mapped = Peak(), Peak(), 0
+        self._is_first = groups[0] == 0
+        self._is_last = groups[-1] == len(workload.layout.groups) - 1
+        self._transfer = self._transfer_bytes()
+
+    def result(self) -> ActorMemory:
+        return ActorMemory(self._host, self._gpu if self._on_gpu else None, self._mapped)
+
+    def iteration(self, use: StateUse) -> None:
+        """All instants of one iteration."""
+        if self._residency == "device":
+            chunks = [self._groups]
+        else:
+            chunks = [range(group, group + 1) for group in self._groups]
+        for chunk in chunks:
+            means = {group: self._means(use.plan, group) for group in chunk}
+            copies = {group: self._compute(use.plan, group) for group in chunk}
+            self._note(
+                f"{use.plan.regime}, forward",
+                self._stored(use, chunk[0], use.held | set(use.plan.inputs)),
+                {
+                    COMPUTE: sum(copies.values()),
+                    MEANS: sum(means.values()),
+                    ACTIVATIONS: self._activations(),
+                    HIDDEN: self._hidden(use.plan),
+                },
+            )
+            for group in chunk:
+                left = range(group, chunk[-1] + 1)
+                kept, workspace = merge_workspace(
+                    self._workload,
+                    use.plan,
+                    group,
+                    self._residency,
+                    self._on_gpu,
+                    self._threads,
+                )
+                self._note(
+                    f"{use.plan.regime}, merge",
+                    self._stored(use, group, use.held | use.read),
+                    {
+                        COMPUTE: sum(copies[g] for g in left),
+                        MEANS: sum(means[g] for g in left),
+                        HIDDEN: self._hidden(use.plan),
+                        NEW_STATE: kept,
+                        WORKSPACE: workspace,
+                    },
+                )
+
+    def linear(self, group: int) -> None:
+        """One group of a merge without forward passes: all iterations, piece by piece."""
+        workload = self._workload
+        names = workload.layout.groups[group].tensors
+        piece = min(LINEAR_PIECE, max(map(workload.elements, names)))
+        states = len(workload.dtypes) + workload.schedule.max_iterations
+        stored = self._place_stored(set(workload.dtypes), group)
+        # Every state's piece in float32, and the sum, difference and cast of one iteration.
+        self._note("linear pass", stored, {WORKSPACE: FLOAT32 * piece * (states + 3)})
+
+    def _note(self, when: str, stored: dict[tuple[str, str], int], work: Terms) -> None:
+        """Add an instant: stored weights by place and term, and terms where it computes."""
+        host: Terms = {PROCESS: PROCESS_CUDA if self._on_gpu else PROCESS_CPU}
+        gpu: Terms = {PROCESS: CONTEXT_CUDA}
+        places = {"host": host, "gpu": gpu, "mapped": dict[str, int]()}
+        for (place, term), size in stored.items():
+            places[place][term] = places[place].get(term, 0) + size
+        work = dict(work)
+        if self._object_store:
+            work.pop(HIDDEN, None)
+        (gpu if self._on_gpu else host).update(work)
+        if self._on_gpu:
+            gpu[ALLOCATOR] = round(FRAGMENTS_CUDA * (sum(gpu.values()) - CONTEXT_CUDA))
+            host[TRANSFER] = self._transfer
+        elif self._workload.needs_forward:
+            host[ALLOCATOR] = FRAGMENTS_CPU
+        self._mapped = max(self._mapped, sum(places["mapped"].values()))
+        self._host = _larger(self._host, host, when)
+        self._gpu = _larger(self._gpu, gpu, when)
+
+    def _stored(self, use: StateUse, group: int, now: Iterable[str]) -> dict[tuple[str, str], int]:
+        """Stored weights while `group` is worked on: by (place, term)."""
+        found: dict[tuple[str, str], int] = {}
+
+        def add(states: Iterable[str], index: int) -> None:
+            for key, size in self._place_stored(states, index).items():
+                found[key] = found.get(key, 0) + size
+
+        if self._residency == "disk":
+            add(use.read, group)
+            if group + 1 in self._groups:
+                add(use.read, group + 1)  # read ahead
+            return found
+        now = set(now)
+        for index in self._groups:
+            if index < group:
+                add(use.kept, index)
+            elif self._residency == "device" or index == group:
+                add(now, index)
+            else:
+                add(use.held, index)
+        return found
+
+    def _place_stored(self, states: Iterable[str], group: int) -> dict[tuple[str, str], int]:
+        found: dict[tuple[str, str], int] = {}
+        for state in states:
+            is_given = state in self._workload.dtypes
+            term = CHECKPOINTS if is_given else MERGED
+            whole = _group_bytes(self._workload, state, group, False)
+            if self._residency == "disk":
+                layers = _group_bytes(self._workload, state, group, True)
+                sizes = {"host": layers, "mapped": whole - layers}
+            elif self._residency == "device" and self._on_gpu:
+                sizes = {"gpu": whole}
+            elif self._residency == "device" and is_given:
+                sizes = {"mapped": whole}
+            else:
+                sizes = {"host": whole}
+            for place, size in sizes.items():
+                found[place, term] = found.get((place, term), 0) + size
+        return found
+
+    def _compute(self, plan: IterationPlan, group: int) -> int:
+        """Copies of the layers in the compute dtype, where they are not the stored ones."""
+        workload, total = self._workload, 0
+        moves = self._on_gpu and self._residency != "device"
+        for name in workload.layout.groups[group].tensors:
+            if is_layer_tensor(name):
+                size = workload.elements(name) * workload.compute_dtype.itemsize
+                for state in plan.inputs:
+                    if moves or workload.dtype(state, name) != workload.compute_dtype:
+                        total += size
+        return total
+
+    def _means(self, plan: IterationPlan, group: int) -> int:
+        workload = self._workload
+        names = workload.layout.groups[group].tensors
+        widths = [workload.layout.shapes[n][1] for n in names if n in workload.layout.rotated]
+        return FLOAT32 * workload.samples * sum(widths) * len(plan.inputs)
+
+    def _hidden(self, plan: IterationPlan) -> int:
+        """Hidden states of one iteration that arrived, that wait inside, and that were sent.
+
+        An upper bound: it takes each of these to hold all micro-batches of all states at once.
+        """
+        workload = self._workload
+        everything = workload.micro_batches * len(plan.inputs) * workload.hidden_bytes
+        waits = self._residency != "device" and len(self._groups) > 1
+        sides = (not self._is_first) + (not self._is_last)
+        if self._object_store:
+            sides = 0
+        return everything * (waits + sides)
+
+    def _activations(self) -> int:
+        """Of one decoder layer on one micro-batch, at its largest instant."""
+        config = self._workload.layout.config
+        item = self._workload.compute_dtype.itemsize
+        tokens = self._workload.rows * self._workload.tokens
+        hidden, inner = int(config.hidden_size), int(config.intermediate_size)
+        heads = int(config.num_attention_heads)
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        # The residual and the normalised input stay; a norm computes in float32.
+        norm = 3 * FLOAT32 * hidden
+        # q, k and v, the rotated q and k, k and v for all heads, and the output.
+        attention = 7 * item * heads * head_dim
+        # Gate, up and their product; then the product and its float32 copy for the mean.
+        cast = 0 if item == FLOAT32 else FLOAT32
+        mlp = inner * max(3 * item, item + cast)
+        return tokens * (2 * item * hidden + max(norm, attention, mlp))
+
+    def _transfer_bytes(self) -> int:
+        """Host buffers for one tensor on its way to the disk, and from host memory."""
+        largest = max(largest_piece(self._workload, group) for group in self._groups)
+        return FLOAT32 * largest * (1 if self._residency == "device" else 2)
+
+
+def _larger(peak: Peak, terms: Terms, when: str) -> Peak:
+    total = sum(terms.values())
+    if total <= peak.total:
+        return peak
+    return Peak(total, {term: size for term, size in terms.items() if size}, when)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _group_bytes(workload: Workload, state: str, group: int, layers_only: bool) -> int:
+    return workload.group_bytes(state, group, layers_only=layers_only)

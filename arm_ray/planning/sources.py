@@ -1,0 +1,159 @@
+"""What a plan reads: configurations and headers. Weights that are not there yet are assumed."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+import torch
+
+from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
+from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
+from arm_ray.config import MergeConfig
+from arm_ray.errors import ArmRayError, ConfigError, CorruptCheckpointError, NotACheckpointError
+from arm_ray.model.layout import ModelLayout, base_dtype, check_layout, load_config, model_layout
+from arm_ray.planning.workload import Workload
+from arm_ray.schedule import BASE, candidate_name
+
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def open_workload(
+    config: MergeConfig, tokens_per_sample: int | None = None
+) -> tuple[Workload, list[str]]:
+    """Open the checkpoints of a merge as far as they are there.
+
+    Args:
+        config: The configuration.
+        tokens_per_sample: None takes `calibration.max_length`, the most there can be.
+
+    Returns:
+        The workload, and what was assumed for it, one sentence each.
+
+    Raises:
+        CheckpointError: The base's `config.json` is missing or wrong, or a checkpoint that is
+            there cannot be merged.
+        ConfigError: `tokens_per_sample` is below 1.
+    """
+    notes: list[str] = []
+    path = _find(config.base)
+    if path is None:
+        raise NotACheckpointError(
+            "base: there is no such directory, and no downloaded model of that name",
+            where=config.base,
+            expected="a directory with config.json at least; the weights may be missing",
+            hint="for a model of the Hugging Face hub, download its config.json alone: "
+            f"hf download {config.base} config.json --local-dir DIR, and set base=DIR",
+        )
+    layout, base = _open_base(path, config.runtime.layers_per_group, notes)
+    checkpoints = {BASE: base}
+    for index, given in enumerate(config.candidates):
+        label = candidate_name(index)
+        found = _find(given)
+        if found is None or not _has_weights(found):
+            notes.append(f"{label}: no weights at {given} yet; taken to be stored as the base is")
+            checkpoints[label] = base
+            continue
+        checkpoints[label] = _open(found, label)
+        check_layout(layout, checkpoints[label], label)
+    dtypes = {
+        label: {name: DTYPES[c.tensors[name].code] for name in layout.shapes}
+        for label, c in checkpoints.items()
+    }
+    compute, storage = config.precision.compute_dtype, config.precision.storage_dtype
+    samples, tokens = _calibration(config, tokens_per_sample, notes)
+    workload = Workload(
+        layout,
+        dtypes,
+        dtypes[BASE] if storage == "auto" else dict.fromkeys(layout.shapes, _dtype(storage)),
+        base_dtype(layout, base) if compute == "auto" else _dtype(compute),
+        config.schedule,
+        samples,
+        tokens,
+        config.runtime.micro_batch_tokens,
+    )
+    return workload, notes
+
+
+def _calibration(
+    config: MergeConfig, tokens_per_sample: int | None, notes: list[str]
+) -> tuple[int, int]:
+    """Samples of an iteration, and tokens of each."""
+    if config.method.operator != "arm" or config.calibration is None:
+        return 0, 1
+    if tokens_per_sample is None:
+        longest = config.calibration.max_length
+        notes.append(
+            f"every sample has {longest} tokens (calibration.max_length), the most there can be; "
+            f"--tokens-per-sample says otherwise"
+        )
+        return config.calibration.batch_size, longest
+    if tokens_per_sample < 1:
+        raise ConfigError("--tokens-per-sample is below 1", got=tokens_per_sample)
+    return config.calibration.batch_size, min(tokens_per_sample, config.calibration.max_length)
+
+
+def _find(path_or_id: str) -> Path | None:
+    """The directory, or what the hub's cache on this machine has of a model. Downloads nothing."""
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        return path.resolve()
+    if path.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(path_or_id, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _has_weights(path: Path) -> bool:
+    return any(next(path.glob(pattern), None) for pattern in _WEIGHTS)
+
+
+def _open_base(
+    path: Path, layers_per_group: int, notes: list[str]
+) -> tuple[ModelLayout, Checkpoint]:
+    if not (path / "config.json").is_file() or _has_weights(path):
+        base = _open(path, BASE)  # with its own words for what is missing
+        layout = model_layout(load_config(base), layers_per_group)
+        check_layout(layout, base, BASE)
+        return layout, base
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpointError(
+            "base: config.json cannot be read", where=path / "config.json", got=error
+        ) from None
+    layout = model_layout(load_config(Checkpoint(path, content, {})), layers_per_group)
+    name = content.get("dtype") or content.get("torch_dtype") or "bfloat16"
+    code = _CODES.get(str(name), "BF16")
+    notes.append(f"base: no weights at {path.name}; taken to be stored in {_name(code)}")
+    entries = {
+        tensor: TensorEntry(tensor, code, shape, path, 0, DTYPES[code].itemsize * prod(shape))
+        for tensor, shape in layout.shapes.items()
+    }
+    return layout, Checkpoint(path, content, entries)
+
+
+def _open(path: Path, label: str) -> Checkpoint:
+    try:
+        return open_checkpoint(path)
+    except ArmRayError as error:
+        raise type(error)(
+            f"{label}: {error.what}",
+            where=error.where,
+            got=error.got,
+            expected=error.expected,
+            hint=error.hint,
+        ) from None
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _name(code: str) -> str:
+    return str(DTYPES[code]).removeprefix("torch.")

@@ -1,0 +1,208 @@
+"""From bytes and operations to seconds on a device: the times that the simulator takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from arm_ray.config import RuntimeConfig
+from arm_ray.model.layout import is_layer_tensor
+from arm_ray.planning.devices import Device
+from arm_ray.planning.simulator import ChunkTimes, IterationTimes, ShardTimes
+from arm_ray.planning.workload import (
+    COMPARE_OPERATIONS,
+    FLOAT32,
+    StateUse,
+    Workload,
+    group_work,
+)
+from arm_ray.schedule import IterationPlan
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Shards on nodes.
+
+    Attributes:
+        shards: The layer groups of each shard, in order.
+        nodes: How many nodes; neighbours fill one after the other.
+    """
+
+    shards: Sequence[range]
+    nodes: int
+
+    @property
+    def per_node(self) -> int:
+        """Most shards on one node."""
+        return -(-len(self.shards) // self.nodes)
+
+    def node_of(self, shard: int) -> int:
+        """The node of a shard."""
+        return shard // self.per_node
+
+
+@dataclass(frozen=True)
+class GroupSeconds:
+    """One layer group in one iteration.
+
+    Attributes:
+        forward_call: One micro-batch of one state.
+        forward_once: Whatever happens once in an iteration: moving weights, casting, reading.
+        rotation: Of the merge: factorisations and products.
+        elementwise: Of the merge: differences, sums, the comparison of states.
+        write: Of the merge: to the host and to the disk.
+        read_ahead: Reading that goes on beside everything else.
+    """
+
+    forward_call: float
+    forward_once: float
+    rotation: float
+    elementwise: float
+    write: float
+    read_ahead: float
+
+
+class Clock:
+    """Seconds for the parts of a merge.
+
+    Args:
+        workload: The merge.
+        runtime: For the residency.
+        device: Rates of one shard's device.
+        placement: For the links between shards.
+        disk_users: Shards that share a node's disk at a time, on average.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        runtime: RuntimeConfig,
+        device: Device,
+        placement: Placement,
+        disk_users: float,
+    ) -> None:
+        self._workload, self._device, self._placement = workload, device, placement
+        self._residency = runtime.residency
+        share = device.bandwidth_efficiency
+        self._memory = share * device.memory_bandwidth
+        self._host = share * device.host_bandwidth
+        self._disk_read = share * device.disk_read / disk_users
+        self._disk_write = share * device.disk_write / disk_users
+        self._moves = device.is_gpu and self._residency != "device"
+        self._known: dict[tuple[object, ...], GroupSeconds] = {}
+
+    def iterations(self, uses: Sequence[StateUse]) -> list[IterationTimes]:
+        """What the simulator takes, for each iteration."""
+        return [self._iteration(use) for use in uses]
+
+    def linear_pass(
+        self, uses: Sequence[StateUse], written: int, model_bytes: int
+    ) -> IterationTimes:
+        """A merge without forward passes: all iterations on one group after another.
+
+        Args:
+            uses: All iterations.
+            written: Merged states that are written.
+            model_bytes: Of the final model, which the same pass writes.
+        """
+        workload = self._workload
+        shards = []
+        for groups in self._placement.shards:
+            seconds = 0.0
+            for group in groups:
+                elements = sum(map(workload.elements, workload.layout.groups[group].tensors))
+                model = model_bytes * elements / workload.parameters
+                given = sum(workload.group_bytes(state, group) for state in workload.dtypes)
+                seconds += sum(self.group(use, group).elementwise for use in uses)
+                seconds += (FLOAT32 * elements * written + model) / self._disk_write
+                seconds += given / self._disk_read
+            shards.append(ShardTimes((ChunkTimes(0.0, seconds),)))
+        return IterationTimes(0, tuple(shards))
+
+    def group(self, use: StateUse, group: int) -> GroupSeconds:
+        """Seconds of one layer group in one iteration."""
+        key = (
+            group,
+            *(s if s in self._workload.dtypes else "merged" for s in use.plan.inputs),
+            frozenset(use.read if self._residency == "disk" else use.loaded),
+        )
+        if key not in self._known:
+            self._known[key] = self._group(use, group)
+        return self._known[key]
+
+    def _iteration(self, use: StateUse) -> IterationTimes:
+        calls = self._workload.micro_batches * len(use.plan.inputs)
+        shards = []
+        for index, groups in enumerate(self._placement.shards):
+            parts = [self.group(use, group) for group in groups]
+            if self._residency == "device":
+                chunks = [self._chunk(parts, calls)]
+            else:
+                chunks = [self._chunk([part], calls) for part in parts]
+            shards.append(ShardTimes(tuple(chunks), self._send(index)))
+        return IterationTimes(calls, tuple(shards))
+
+    def _chunk(self, parts: Sequence[GroupSeconds], calls: int) -> ChunkTimes:
+        forward = sum(calls * part.forward_call + part.forward_once for part in parts)
+        merge = sum(part.rotation + part.elementwise + part.write for part in parts)
+        # Reading ahead costs what it takes longer than the work beside it.
+        forward += max(0.0, sum(part.read_ahead for part in parts) - forward - merge)
+        return ChunkTimes(forward / calls, merge)
+
+    def _send(self, shard: int) -> float:
+        """Seconds to send a micro-batch's hidden states to the next shard."""
+        if shard == len(self._placement.shards) - 1:
+            return 0.0
+        placement, device = self._placement, self._device
+        is_near = placement.node_of(shard) == placement.node_of(shard + 1)
+        rate = device.link_bandwidth if is_near else device.network_bandwidth
+        return self._workload.hidden_bytes / (device.bandwidth_efficiency * rate)
+
+    def _group(self, use: StateUse, group: int) -> GroupSeconds:
+        workload, device, plan = self._workload, self._device, use.plan
+        work = group_work(workload, group, len(plan.inputs))
+        calls = workload.micro_batches * len(plan.inputs)
+        name = str(workload.compute_dtype).removeprefix("torch.")
+        forward_rate = device.forward_efficiency * device.flops[name]
+        product_rate = device.merge_efficiency * device.flops["float32"]
+        factor_rate = device.factor_efficiency * device.flops["float64"]
+        names = workload.layout.groups[group].tensors
+        elements = sum(map(workload.elements, names))
+        layer_bytes = workload.compute_dtype.itemsize * sum(
+            workload.elements(n) for n in names if is_layer_tensor(n)
+        )
+        call = 0.0
+        if calls:
+            products = work.forward_flops / calls / forward_rate
+            # A small micro-batch takes as long as reading the weights.
+            call = max(products, layer_bytes / self._memory)
+            call += work.capture_bytes / calls / self._memory
+        rotation = work.factor_flops / factor_rate + work.apply_flops / product_rate
+        rotation += work.factorisations * device.factorisation_s
+        elementwise = work.merge_bytes / self._memory
+        elementwise += work.compare_blocks * COMPARE_OPERATIONS * device.launch_s
+        new_bytes = FLOAT32 * elements
+        write = new_bytes / self._disk_write
+        if device.is_gpu:
+            write += new_bytes / self._host
+        if self._moves:
+            # Each state's rows are cast on the host and moved in float32.
+            elementwise += len(use.read) * new_bytes / self._host
+        ahead = self._residency == "disk"
+        states = use.read if ahead else use.loaded
+        read = sum(workload.group_bytes(s, group) for s in states) / self._disk_read
+        copies = self._copies(plan, group, layer_bytes)
+        once = copies if ahead else copies + read
+        return GroupSeconds(call, once, rotation, elementwise, write, read if ahead else 0.0)
+
+    def _copies(self, plan: IterationPlan, group: int, layer_bytes: int) -> float:
+        """Seconds to make the compute copies of a group."""
+        if self._moves:
+            return len(plan.inputs) * layer_bytes / self._host
+        sample = self._workload.layout.groups[group].tensors[-1]
+        cast = [
+            s
+            for s in plan.inputs
+            if self._workload.dtype(s, sample) != self._workload.compute_dtype
+        ]
+        return 3.0 * len(cast) * layer_bytes / self._memory
