@@ -558,7 +558,7 @@ def test_what_can_only_be_a_path_never_asks_the_hub(
     hub: list[str], tmp_path: Path, monkeypatch, path: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NotACheckpointError, match="does not exist|cannot be read") as caught:
+    with pytest.raises(NotACheckpointError, match=r"does not exist|cannot be read") as caught:
         resolve_path(path)
     assert caught.value.where == path
     assert hub == []

@@ -1,0 +1,1 @@
+"""The demo on SmolLM2-135M."""
