@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # auto: the default build of torch where nvidia-smi answers, a CPU build elsewhere; or cpu, or gpu.
 DEVICE ?= auto
 
-.PHONY: setup demo test lint unit clean
+.PHONY: setup demo test lint unit bench clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,9 @@ lint:
 
 unit:
 	$(BIN)/python -m pytest -q
+
+bench: demo
+	for name in rotation iteration linear memory layer14b; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -31,7 +31,7 @@ from arm_ray.runtime.merge import shard_specs
 from arm_ray.runtime.placement import Placement
 from arm_ray.schedule import plan_iteration
 from benchmarks.common import report
-from examples.smollm2.evaluate import read_rows
+from jobs.sft import read_rows
 
 RUNS = Path("runs/smollm2")
 OUTPUT = Path("runs/bench/iteration")

@@ -22,7 +22,8 @@ def dense(shift: torch.Tensor, task_vector: torch.Tensor) -> torch.Tensor:
     """`U ΔW` with the full SVD in float32 and signs that make the diagonal positive."""
     left, _, _ = torch.linalg.svd(shift, full_matrices=True)
     left = left * torch.where(left.diagonal() < 0.0, -1.0, 1.0)
-    return left @ task_vector
+    rotated: torch.Tensor = left @ task_vector
+    return rotated
 
 
 def compact(shift: torch.Tensor, task_vector: torch.Tensor) -> torch.Tensor:

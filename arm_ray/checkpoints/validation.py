@@ -13,6 +13,7 @@ from arm_ray.checkpoints.weight_file import TensorEntry
 from arm_ray.errors import CorruptCheckpointError
 
 _TAIL_BYTES = 4096
+_PIECE = 1 << 20
 
 
 def check_zero_padding(checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -63,8 +64,10 @@ def check_finite(tensor: Tensor, name: str, where: object) -> None:
     Raises:
         CorruptCheckpointError: Names the tensor and the first bad position.
     """
-    # A sum is finite if all terms are, up to overflow: one pass without a mask in the usual case.
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+    # A sum is finite if all terms are, up to overflow: one pass without a mask in the usual case,
+    # in pieces because the library makes a float64 copy first.
+    pieces = torch.split(tensor.reshape(-1), _PIECE)
+    if all(bool(torch.isfinite(piece.sum(dtype=torch.float64))) for piece in pieces):
         return
     bad = torch.nonzero(~torch.isfinite(tensor))
     if len(bad) == 0:

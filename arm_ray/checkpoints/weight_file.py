@@ -237,13 +237,17 @@ class SharedWeightFile:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[SharedWriter]:
-        """Open it for writing tensors; what was written is on disk when the context ends."""
+        """Open it for writing tensors; `sync` puts what was written on disk."""
         offsets, offset = {}, len(_encode_header(self.specs))
         for spec in self.specs:
             offsets[spec.name] = (offset, spec)
             offset += spec.num_bytes
         with self.path.open("r+b", buffering=0) as file:
             yield SharedWriter(file, offsets)
+
+    def sync(self) -> None:
+        """Wait until all that was written is on disk; once, after the last has closed the file."""
+        with self.path.open("rb") as file:
             os.fsync(file.fileno())
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements per inner product: few enough that a float32 sum is accurate and its operands stay in
-# cache. Larger sums add up in float64.
-_BLOCK = 1 << 16
+# Elements per inner product; the products add up in float64. On a CPU few enough that operands stay
+# in cache; elsewhere, where each call costs a launch, many. A float32 sum is accurate for both.
+_BLOCK = {"cpu": 1 << 16}
+_BLOCK_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ def similarity_sums(new: Tensor, previous: Tensor, base: Tensor) -> SimilaritySu
     sums = torch.zeros(5, dtype=torch.float64, device=new.device)
     from_base = previous is base
     flat = [t.reshape(-1) for t in (new, previous, base)]
-    for start in range(0, new.numel(), _BLOCK):
-        w, p, b = (t[start : start + _BLOCK] for t in flat)
+    block = _BLOCK.get(new.device.type, _BLOCK_ELSEWHERE)
+    for start in range(0, new.numel(), block):
+        w, p, b = (t[start : start + block] for t in flat)
         change = w - p
         squares = [torch.dot(x, x) for x in (w, p, change)]
         if from_base:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from arm_ray.merging.operator import MergedTensor, MergeSettings, Operator, TensorInputs
 
 
 def merge(inputs: TensorInputs, settings: MergeSettings) -> MergedTensor:
     """Add the scaled mean of the task vectors (Ilharco et al., 2023; Eqs. 1 and 2)."""
-    total = torch.zeros_like(inputs.reference)
-    for weight in inputs.contributors:
+    first, *others = inputs.contributors or (inputs.reference,)
+    total = first - inputs.reference
+    for weight in others:
         total += weight - inputs.reference
     return MergedTensor(total.mul_(settings.coefficient / inputs.divisor).add_(inputs.reference))
 

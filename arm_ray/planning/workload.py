@@ -22,7 +22,7 @@ FLOAT64 = 8
 # As in the driver, the layer shard and the linear merge.
 MAX_MICRO_BATCH_SAMPLES = 64
 PIECE = 1 << 24
-LINEAR_PIECE = 1 << 20
+LINEAR_PIECE = 1 << 17
 # Elements of one block of the comparison of states, and the small operations it takes.
 COMPARE_BLOCK = 1 << 16
 COMPARE_OPERATIONS = 10

@@ -168,7 +168,10 @@ class StreamingDriver:
             for actor, spec in zip(self._actors, self._specs, strict=True)
             for group in spec.groups
         ]
-        return self._get(refs)
+        reports = self._get(refs)
+        for file in files:
+            file.sync()
+        return reports
 
     def _create_model_files(self) -> list[SharedWeightFile]:
         shutil.rmtree(self._run.partial_model, ignore_errors=True)

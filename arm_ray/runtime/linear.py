@@ -20,7 +20,7 @@ from arm_ray.runtime.weights import WeightStore
 from arm_ray.schedule import BASE, IterationPlan
 
 # Elements merged at once: a piece of every state in use should stay in cache.
-_PIECE = 1 << 20
+_PIECE = 1 << 17
 
 
 def merge_linear(
