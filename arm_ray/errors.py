@@ -52,6 +52,16 @@ class ArmRayError(Exception):
         self.hint = hint
         super().__init__(self._text())
 
+    def of(self, label: str) -> ArmRayError:
+        """The same error, saying which of several things it is about."""
+        return type(self)(
+            f"{label}: {self.what}",
+            where=self.where,
+            got=self.got,
+            expected=self.expected,
+            hint=self.hint,
+        )
+
     def _text(self) -> str:
         lines = [self.what]
         rows = (("where", self.where), ("got", self.got), ("expected", self.expected))

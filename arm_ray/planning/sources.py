@@ -141,13 +141,7 @@ def _open(path: Path, label: str) -> Checkpoint:
     try:
         return open_checkpoint(path)
     except ArmRayError as error:
-        raise type(error)(
-            f"{label}: {error.what}",
-            where=error.where,
-            got=error.got,
-            expected=error.expected,
-            hint=error.hint,
-        ) from None
+        raise error.of(label) from None
 
 
 def _dtype(name: str) -> torch.dtype:

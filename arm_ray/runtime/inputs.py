@@ -78,13 +78,7 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
         try:
             checkpoints[label] = open_checkpoint(resolve_path(given))
         except ArmRayError as error:
-            raise type(error)(
-                f"{label}: {error.what}",
-                where=error.where,
-                got=error.got,
-                expected=error.expected,
-                hint=error.hint,
-            ) from None
+            raise error.of(label) from None
     base = checkpoints[BASE]
     layout = model_layout(load_config(base), config.runtime.layers_per_group)
     for label, checkpoint in checkpoints.items():

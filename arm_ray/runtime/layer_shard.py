@@ -134,6 +134,9 @@ class LayerShard:
         started = time.monotonic()
         # OpenMP keeps this setting for each thread, and Ray may call from another one.
         torch.set_num_threads(self._spec.threads)
+        if isinstance(hidden, Tensor) and hidden.numel() == 0:
+            # The shard before was told first that this iteration is abandoned.
+            self.abandon(min(self._last_wanted, plan.iteration - 1))
         if plan.iteration > self._last_wanted:
             return self._nothing(chunk)
         self._read_ahead(plan, chunk)
