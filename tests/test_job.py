@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,13 +110,19 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
 
     def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["ray", "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
-        return subprocess.run(
-            [*command, "python", "-m", "jobs.merge", *arguments],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        for _ in range(60):
+            done = subprocess.run(
+                [*command, "python", "-m", "jobs.merge", *arguments],
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            # The dashboard listens a little before the agent that starts jobs is ready.
+            if "No available agent" not in done.stderr:
+                break
+            time.sleep(1)
+        return done
 
     try:
         wait_for_port(dashboard)
@@ -146,8 +153,6 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
 
 
 def wait_for_port(port: int) -> None:
-    import time
-
     for _ in range(120):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
