@@ -10,6 +10,8 @@ from arm_ray.model.layout import is_layer_tensor
 from arm_ray.planning.devices import Device
 from arm_ray.planning.simulator import ChunkTimes, IterationTimes, ShardTimes
 from arm_ray.planning.workload import (
+    COMPARE_BLOCK,
+    COMPARE_BLOCK_GPU,
     COMPARE_OPERATIONS,
     FLOAT32,
     StateUse,
@@ -180,7 +182,10 @@ class Clock:
         rotation = work.factor_flops / factor_rate + work.apply_flops / product_rate
         rotation += work.factorisations * device.factorisation_s
         elementwise = work.merge_bytes / self._memory
-        elementwise += work.compare_blocks * COMPARE_OPERATIONS * device.launch_s
+        blocks = work.compare_blocks
+        if device.is_gpu:
+            blocks = max(len(names), blocks * COMPARE_BLOCK // COMPARE_BLOCK_GPU)
+        elementwise += blocks * COMPARE_OPERATIONS * device.launch_s
         new_bytes = FLOAT32 * elements
         write = new_bytes / self._disk_write
         if device.is_gpu:

@@ -25,6 +25,7 @@ PIECE = 1 << 24
 LINEAR_PIECE = 1 << 17
 # Elements of one block of the comparison of states, and the small operations it takes.
 COMPARE_BLOCK = 1 << 16
+COMPARE_BLOCK_GPU = 1 << 24
 COMPARE_OPERATIONS = 10
 
 
