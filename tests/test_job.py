@@ -100,6 +100,8 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
             f"--port={free_port()}",
             "--num-cpus=4",
             f"--dashboard-port={dashboard}",
+            # The default port is taken where another Ray runs on this machine, as in this suite.
+            f"--dashboard-agent-listen-port={free_port()}",
             "--disable-usage-stats",
             f"--temp-dir={short_directory}",
         ],
@@ -110,7 +112,7 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
 
     def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["ray", "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
-        for _ in range(60):
+        for _ in range(20):
             done = subprocess.run(
                 [*command, "python", "-m", "jobs.merge", *arguments],
                 env=env,
