@@ -18,8 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arm_ray.errors import ConfigError
 
-DTYPE_NAMES = ("float32", "bfloat16", "float16")
-
 SectionT = TypeVar("SectionT", bound=BaseModel)
 PositiveInt = Annotated[int, Field(ge=1)]
 DTypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
