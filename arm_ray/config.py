@@ -7,16 +7,20 @@ reported in a fraction of a second.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Iterator, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arm_ray.errors import ConfigError
+from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -48,24 +52,6 @@ class CalibrationConfig(Section):
     prompt_column: str = "prompt"
     completion_column: str = "completion"
     messages_column: str = "messages"
-
-
-class RotationConfig(Section):
-    """How the left singular vectors of the activation shift become a rotation."""
-
-    sign: Literal["positive_diagonal", "library"] = "positive_diagonal"
-    """`positive_diagonal` flips columns so that U[j, j] >= 0; `library` keeps LAPACK's signs."""
-    rank_tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1.0e-6
-    """Singular values at or below this fraction of the largest count as zero."""
-
-
-class MethodConfig(Section):
-    """Which operator merges, and how strongly."""
-
-    operator: Literal["arm", "task_arithmetic"] = "arm"
-    coefficient: Annotated[float, Field(gt=0.0, le=2.0)] = 0.7
-    """λ."""
-    rotation: RotationConfig = RotationConfig()
 
 
 class ScheduleConfig(Section):
@@ -137,7 +123,8 @@ class MergeConfig(Section):
     """Whose tokenizer, chat template and generation settings the merged model gets; auto: the
     base's, unless it lacks a tokenizer or chat template that the last candidate has."""
     calibration: CalibrationConfig | None = None
-    method: MethodConfig = MethodConfig()
+    method: MethodSettings = MethodSettings()
+    """Which operator merges; see `arm_ray.merging.settings`."""
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -182,7 +169,8 @@ def validate(
     for text in overrides:
         apply_override(content, text)
     try:
-        return model.model_validate(content)
+        # As JSON: there the strict reading of values admits mappings as dataclasses.
+        return model.model_validate_json(json.dumps(content, default=str))
     except ValidationError as error:
         raise ConfigError(
             _describe_all(model, error),
@@ -338,7 +326,7 @@ def _describe_all(model: type[BaseModel], error: ValidationError) -> str:
 
 def _describe(model: type[BaseModel], location: Sequence[str], items: Sequence[Any]) -> str:
     item, key = items[0], ".".join(location)
-    if item["type"] == "extra_forbidden":
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         *parents, name = location
         known = _known_keys(model, parents)
         if "." in name:
@@ -361,12 +349,23 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def _known_keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
     for part in location:
-        annotation = model.model_fields[part].annotation
+        if issubclass(model, BaseModel):
+            annotation = model.model_fields[part].annotation
+        else:
+            annotation = get_type_hints(model)[part]
         options = getattr(annotation, "__args__", (annotation,))
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)
+        model = next(o for o in options if isinstance(o, type) and _is_section(o))
+    return [*model.model_fields] if issubclass(model, BaseModel) else _field_names(model)
+
+
+def _is_section(value: type) -> bool:
+    return issubclass(value, BaseModel) or dataclasses.is_dataclass(value)
+
+
+def _field_names(value: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(value)]
 
 
 def _check_combinations(config: MergeConfig, source: str) -> None:
@@ -394,11 +393,7 @@ def _check_combinations(config: MergeConfig, source: str) -> None:
             "schedule.initial: last_candidate with a single candidate merges it with itself; "
             "add a candidate or start from base"
         )
-    if config.method.operator == "arm" and config.calibration is None:
-        problems.append(
-            "calibration: required by method.operator: arm, which rotates by activations; "
-            "name a dataset in calibration.path"
-        )
+    problems += _method_problems(config)
     if problems:
         raise ConfigError(
             "\n".join(
@@ -406,3 +401,21 @@ def _check_combinations(config: MergeConfig, source: str) -> None:
             ),
             where=source,
         )
+
+
+def _method_problems(config: MergeConfig) -> list[str]:
+    operator = config.method.operator
+    known = [*OPERATOR_NAMES, *sorted(e.name for e in entry_points(group="arm_ray.operators"))]
+    if operator not in known:
+        nearest = _nearest(operator, known)
+        return [
+            f"method.operator: got {operator!r}; known are {', '.join(known)}"
+            + (f"; {nearest}" if nearest else "")
+        ]
+    if config.method.needs_calibration and config.calibration is None:
+        reason = "rotates by activations" if config.method.rotates else "measures activations"
+        return [
+            f"calibration: required by method.operator: {operator}, which {reason}; "
+            "name a dataset in calibration.path"
+        ]
+    return []

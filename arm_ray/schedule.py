@@ -81,6 +81,14 @@ def plan_iteration(schedule: ScheduleConfig, num_candidates: int, iteration: int
     return IterationPlan(iteration, "sliding_window", window[0], window[1:], divisor, previous)
 
 
+def fewest_models(schedule: ScheduleConfig, num_candidates: int) -> int:
+    """How many models the smallest merge of a schedule takes: candidates, or a window's states."""
+    counts = [num_candidates] if schedule.anchor_iterations else []
+    if schedule.max_iterations > schedule.anchor_iterations:
+        counts.append(schedule.window_size)
+    return min(counts)
+
+
 def should_stop(schedule: ScheduleConfig, iteration: int, task_vector_cosine: float | None) -> bool:
     """Whether the run ends after `iteration`: the budget is spent, or the angle has closed.
 

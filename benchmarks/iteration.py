@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arm_ray.calibration.minibatch import MicroBatch, MiniBatch, micro_batches, unique_samples
 from arm_ray.config import MergeConfig, parse_merge_config
+from arm_ray.merging.method import open_method
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.layer_shard import LayerShard
 from arm_ray.runtime.merge import shard_specs
@@ -78,7 +79,8 @@ def iteration(config: MergeConfig, micro: list[MicroBatch], columns: Any) -> dic
     inputs = open_inputs(config)
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
-    spec = shard_specs(config, inputs, OUTPUT.resolve(), Placement(1, "cpu"))[0]
+    method = open_method(config.method, len(config.candidates))
+    spec = shard_specs(config, method, inputs, OUTPUT.resolve(), Placement(1, "cpu"))[0]
     shard = LayerShard(spec)
     plan = plan_iteration(config.schedule, len(config.candidates), 1)
     count = sum(len(batch.lengths) for batch in micro)

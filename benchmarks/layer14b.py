@@ -27,9 +27,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from arm_ray.checkpoints.weight_file import TensorSpec, write_weight_file
-from arm_ray.merging import arm, task_arithmetic
-from arm_ray.merging.operator import MergeSettings, TensorInputs
+from arm_ray.merging.method import open_method
+from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.rotation import activation_rotation
+from arm_ray.merging.settings import MethodSettings
 from arm_ray.merging.similarity import similarity_sums
 from arm_ray.model.group import GroupRunner, mean_outputs
 from arm_ray.model.layout import ModelLayout, is_layer_tensor, model_layout
@@ -235,9 +236,9 @@ def merge_layer(
     means: list[dict[str, Tensor]],
     watch: Stopwatch,
 ) -> dict[str, Tensor]:
-    """Rotate and add as `merging.arm` does, stage by stage; returns the new layer."""
+    """Rotate and add as `merging.method` does, stage by stage; returns the new layer."""
     merged: dict[str, Tensor] = {}
-    settings = MergeSettings()
+    method = open_method(MethodSettings(), STATES - 1)
     for name in states[0]:
         with watch.stage("to float32"):
             reference, *others = (state[name].to(torch.float32) for state in states)
@@ -257,11 +258,11 @@ def merge_layer(
                 with watch.stage("update"):
                     total += rotated
             with watch.stage("update"):
-                total.mul_(settings.coefficient / (STATES - 1)).add_(reference)
+                total.mul_(method.settings.coefficient / (STATES - 1)).add_(reference)
         else:
             with watch.stage("update"):
                 inputs = TensorInputs(name, reference, others, STATES - 1)
-                total = task_arithmetic.merge(inputs, settings).tensor
+                total = method.merge(inputs).tensor
         with watch.stage("similarity"):
             similarity_sums(total, reference, reference)
         merged[name] = total
@@ -284,11 +285,11 @@ def check(
     merged: Mapping[str, Tensor],
     name: str,
 ) -> None:
-    """Make sure that what was timed is what `merging.arm` computes."""
+    """Make sure that what was timed is what `merging.method` computes."""
     first, *others = _activations(states, means, name)
     reference, *contributors = (state[name].to(torch.float32) for state in states)
     inputs = TensorInputs(name, reference, contributors, STATES - 1, first, others)
-    expected = arm.merge(inputs, MergeSettings()).tensor
+    expected = open_method(MethodSettings(), STATES - 1).merge(inputs).tensor
     torch.testing.assert_close(merged[name], expected, rtol=0.0, atol=0.0)
 
 
@@ -300,13 +301,14 @@ def write(merged: Mapping[str, Tensor], folder: Path) -> int:
 
 def outside_seconds(elements: int) -> float:
     """Seconds for an element outside the layers: plain update, similarity; writing is extra."""
+    method = open_method(MethodSettings(), STATES - 1)
     tensors = [torch.randn(elements).to(torch.bfloat16) for _ in range(STATES)]
     found = []
     for _ in range(3):
         started = time.perf_counter()
         reference, *others = (tensor.to(torch.float32) for tensor in tensors)
         inputs = TensorInputs("embedding", reference, others, STATES - 1)
-        result = task_arithmetic.merge(inputs, MergeSettings()).tensor
+        result = method.merge(inputs).tensor
         similarity_sums(result, reference, reference)
         found.append((time.perf_counter() - started) / elements)
     return statistics.median(found)

@@ -33,7 +33,7 @@ from torch import Tensor
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig, parse_merge_config
-from arm_ray.merging.operator import MergeSettings
+from arm_ray.merging.method import open_method
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.layer_shard import LayerShard
 from arm_ray.runtime.shard_spec import ShardSpec
@@ -124,15 +124,14 @@ def merge_ours(case: Case, output: Path) -> dict[str, float]:
     clock = [time.perf_counter()]
     inputs = open_inputs(config)
     clock.append(time.perf_counter())
-    method, layout = config.method, inputs.layout
+    layout = inputs.layout
     spec = ShardSpec(
         layout,
         range(len(layout.groups)),
         inputs.checkpoints,
         output,
         config.schedule,
-        method.operator,
-        MergeSettings(method.coefficient, method.rotation.sign, method.rotation.rank_tolerance),
+        open_method(config.method, len(config.candidates)),
         "cpu",
         inputs.compute_dtype,
         THREADS,

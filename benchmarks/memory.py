@@ -201,7 +201,8 @@ def merge_in_this_process(base: Path, candidate: Path, run: Path, residency: str
     from arm_ray.calibration.minibatch import MiniBatch, micro_batches, unique_samples
     from arm_ray.checkpoints import states
     from arm_ray.config import parse_merge_config
-    from arm_ray.merging.operator import MergeSettings
+    from arm_ray.merging.method import open_method
+    from arm_ray.merging.settings import MethodSettings
     from arm_ray.runtime.inputs import open_inputs
     from arm_ray.runtime.layer_shard import LayerShard
     from arm_ray.runtime.shard_spec import ShardSpec
@@ -235,8 +236,7 @@ def merge_in_this_process(base: Path, candidate: Path, run: Path, residency: str
         inputs.checkpoints,
         run,
         config.schedule,
-        "arm",
-        MergeSettings(),
+        open_method(MethodSettings(), 1),
         "cpu",
         torch.bfloat16,
         settings.threads,

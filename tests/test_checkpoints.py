@@ -37,7 +37,7 @@ from arm_ray.errors import (
     NotACheckpointError,
     PickleRefusedError,
 )
-from arm_ray.merging.operator import MergeSettings
+from arm_ray.merging.method import open_method
 from arm_ray.model.layout import ModelLayout, base_dtype, check_layout, load_config, model_layout
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.layer_shard import LayerShard, ShardSpec
@@ -785,8 +785,7 @@ def layer_shard(case: MergeCase, groups: range) -> LayerShard:
         checkpoints=inputs.checkpoints,
         run=case.root / "run",
         schedule=config.schedule,
-        operator="task_arithmetic",
-        settings=MergeSettings(),
+        method=open_method(config.method, 2),
         device="cpu",
         compute_dtype=torch.float32,
         threads=torch.get_num_threads(),

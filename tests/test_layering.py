@@ -17,7 +17,7 @@ PURE = CORE | {"merging", "checkpoints", "model", "calibration", "evaluation", "
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "events": {"errors"},
-    "config": {"errors"},
+    "config": {"errors", "merging"},
     "schedule": {"errors", "config"},
     "merging": {"errors"},
     "checkpoints": CORE,

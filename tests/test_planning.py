@@ -18,7 +18,7 @@ from arm_ray.calibration.minibatch import MiniBatch, micro_batches
 from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.errors import ArmRayError, ConfigError, MismatchError, NotACheckpointError
-from arm_ray.merging.operator import MergeSettings
+from arm_ray.merging.method import open_method
 from arm_ray.model.group import GroupRunner
 from arm_ray.planning import workload as counts
 from arm_ray.planning.cluster import Cluster, make_cluster
@@ -454,8 +454,8 @@ def test_stored_weights_are_those_that_a_shard_holds(case: MergeCase, residency:
     workload, _ = open_workload(config)
     groups = range(3)
     spec = ShardSpec(
-        inputs.layout, groups, inputs.checkpoints, case.root / "run", config.schedule, "arm",
-        MergeSettings(), "cpu", inputs.compute_dtype, 1, config.runtime.residency,
+        inputs.layout, groups, inputs.checkpoints, case.root / "run", config.schedule,
+        open_method(config.method, 2), "cpu", inputs.compute_dtype, 1, config.runtime.residency,
     )  # fmt: skip
     shard = layer_shard.LayerShard(spec)
     ids = [np.arange(1 + i, 9 + i, dtype=np.int32) for i in range(8)]

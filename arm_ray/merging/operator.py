@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from arm_ray.merging.rotation import SignRule
-
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """Settings of the operators.
-
-    Attributes:
-        coefficient: λ.
-        sign: Sign rule of the rotation.
-        rank_tolerance: Relative threshold for zero singular values.
-    """
-
-    coefficient: float = 0.7
-    sign: SignRule = "positive_diagonal"
-    rank_tolerance: float = 1.0e-6
+from arm_ray.merging.settings import MethodSettings
 
 
 @dataclass(frozen=True)
 class TensorInputs:
     """One tensor of every state that an iteration merges, or some rows of one.
 
-    A tensor without activations may come in several pieces of consecutive rows.
-
     Attributes:
-        name: Hugging Face name, for messages and logs.
+        name: Hugging Face name.
         reference: `W_ref`, float32, any shape.
         contributors: The `W_i`, float32, of the reference's shape.
         divisor: `m`.
-        reference_activation: `A_ref` `[d_out, N]` float64, for the weight of a linear module in
-            the decoder layers where the operator asked for activations; else None.
+        reference_activation: `A_ref` `[d_out, N]`, for the weight of a linear module in the decoder
+            layers where activations were asked for; else None.
         contributor_activations: The `A_i`, one for each contributor; empty where
             `reference_activation` is None.
         rows: Which rows of the whole tensor these are.
+        shape: Of the whole tensor; None: these are all of it.
+        is_linear: Whether it is the weight of a linear module of the decoder layers.
+        contributor_names: Names of the states.
+        iteration: 1-based number.
+        includes_reference: Whether the reference is one of the models to merge (a sliding window),
+            or only what the others differ from.
+        statistics: What the operator's rounds over the whole model have found.
+        second_moments: Of the contributors, `[…]` float32, where asked for.
+        scales: A factor for each task vector (ACM).
+        relaxation: What the update of each input channel (last axis) is multiplied by (AIM).
     """
 
     name: str
@@ -50,11 +43,61 @@ class TensorInputs:
     reference_activation: Tensor | None = None
     contributor_activations: Sequence[Tensor] = ()
     rows: slice = field(default_factory=lambda: slice(None))
+    shape: tuple[int, ...] | None = None
+    is_linear: bool = False
+    contributor_names: tuple[str, ...] = ()
+    iteration: int = 1
+    includes_reference: bool = False
+    statistics: Mapping[str, object] = field(default_factory=dict)
+    second_moments: Sequence[Tensor] = ()
+    scales: Sequence[float] = ()
+    relaxation: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """What an operator is given of one tensor.
+
+    Attributes:
+        inputs: Where the task vectors come from; its weights are not to be changed.
+        vectors: One `ΔW_i` for each contributor, float32, of the reference's shape, rotated and
+            edited as the settings say. They belong to the operator, which may overwrite them.
+    """
+
+    inputs: TensorInputs
+    vectors: list[Tensor]
+
+    @property
+    def members(self) -> int:
+        """How many models are merged: the contributors, and the reference in a window."""
+        return len(self.vectors) + self.inputs.includes_reference
+
+
+Sums = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Numbers over a whole model that an operator needs before it merges the first tensor.
+
+    A round goes over all tensors, or pieces of rows of them; what `measure` returns is added up
+    (integers, or float64 in a fixed order) and handed to `conclude`.
+
+    Attributes:
+        rounds: How many, for so many contributors.
+        measure: Of one piece, in a round (0-based): name -> tensor, int64 or float64, of the same
+            shape for all pieces. The earlier rounds' findings are in `inputs.statistics`.
+        conclude: A round's sums and what was known before -> what is known now.
+    """
+
+    rounds: Callable[[MethodSettings, int], int]
+    measure: Callable[[int, TaskVectors, MethodSettings], Sums]
+    conclude: Callable[[int, Sums, Mapping[str, object], MethodSettings], Mapping[str, object]]
 
 
 @dataclass
 class MergedTensor:
-    """What an operator returns.
+    """What merging one tensor gave.
 
     Attributes:
         tensor: `W_new`, float32, of the reference's shape. Never one of the inputs.
@@ -69,14 +112,28 @@ class MergedTensor:
 
 @dataclass(frozen=True)
 class Operator:
-    """A named merge operator.
+    """A merge operator: how task vectors become one update, and what that takes.
 
     Attributes:
         name: Its value in `method.operator`.
-        merge: The pure function.
-        needs_activations: Whether `merge` wants the mean outputs of the linear modules.
+        update: Task vectors -> `W_new − W_ref`, float32, of the reference's shape. Pure: the same
+            bits for the same input, whatever was merged before.
+        whole_tensors: Whether it needs a matrix whole; else it is given rows of it at a time.
+        activations: Whether it wants the mean outputs of the linear modules.
+        statistics: What it needs to know of the whole model first.
+        second_moments: Whether it wants Adam's second moments of the contributors.
+        min_models: Fewest models that it takes.
+        max_models: Most models that it takes; None: any number.
+        check: Further conditions on settings and number of candidates: a list of problems, each a
+            sentence that begins with the key.
     """
 
     name: str
-    merge: Callable[[TensorInputs, MergeSettings], MergedTensor]
-    needs_activations: bool
+    update: Callable[[TaskVectors, MethodSettings], Tensor]
+    whole_tensors: bool = False
+    activations: bool = False
+    statistics: Statistics | None = None
+    second_moments: bool = False
+    min_models: int = 1
+    max_models: int | None = None
+    check: Callable[[MethodSettings, int], list[str]] = lambda _settings, _candidates: []

@@ -14,12 +14,11 @@ and with the reflectors in compact WY form (`Q = I − V T Vᵀ`; Schreiber and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-SignRule = Literal["positive_diagonal", "library"]
+from arm_ray.merging.settings import SignRule
 
 
 @dataclass(frozen=True)

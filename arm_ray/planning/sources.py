@@ -81,7 +81,7 @@ def _calibration(
     config: MergeConfig, tokens_per_sample: int | None, notes: list[str]
 ) -> tuple[int, int]:
     """Samples of an iteration, and tokens of each."""
-    if config.method.operator != "arm" or config.calibration is None:
+    if not config.method.needs_calibration or config.calibration is None:
         return 0, 1
     if tokens_per_sample is None:
         longest = config.calibration.max_length

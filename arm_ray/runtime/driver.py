@@ -22,7 +22,6 @@ from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, WorkerError
 from arm_ray.events import IterationFinished, Warned
-from arm_ray.merging.registry import OPERATORS
 from arm_ray.merging.similarity import cosines
 from arm_ray.model.partition import balanced_partition
 from arm_ray.runtime.inputs import MergeInputs
@@ -109,7 +108,7 @@ class StreamingDriver:
             return "stop_after"
         progress = MergeProgress(self._console, following, last, len(self._inputs.layout.groups))
         with progress.shown():
-            if OPERATORS[self._config.method.operator].needs_activations:
+            if self._config.method.needs_calibration:
                 final = self._iterate_in_wavefront(following, last, progress)
             else:
                 final = self._iterate_linear(following, last, progress)

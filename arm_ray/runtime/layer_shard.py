@@ -27,11 +27,16 @@ from arm_ray.checkpoints.validation import check_finite
 from arm_ray.checkpoints.weight_file import SharedWeightFile, TensorSpec
 from arm_ray.errors import NumericalError
 from arm_ray.merging.operator import MergedTensor, TensorInputs
-from arm_ray.merging.registry import OPERATORS
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
 from arm_ray.model.group import GroupRunner, mean_outputs
 from arm_ray.runtime.linear import merge_linear
-from arm_ray.runtime.pieces import group_specs, group_writer, not_finite, row_pieces
+from arm_ray.runtime.pieces import (
+    group_specs,
+    group_writer,
+    not_finite,
+    pieces_of,
+    tensor_inputs,
+)
 from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
 from arm_ray.runtime.transport import pack_tensor, unpack_tensor
 from arm_ray.runtime.weights import WeightStore
@@ -54,7 +59,6 @@ class LayerShard:
         torch.set_float32_matmul_precision("highest")
         self._spec = spec
         self._device = torch.device(spec.device)
-        self._operator = OPERATORS[spec.operator]
         self._store = WeightStore(
             spec.layout,
             spec.checkpoints,
@@ -291,10 +295,9 @@ class LayerShard:
 
         Yields calls that make it, so that the work is done where the piece is merged.
         """
-        is_rotated = self._operator.needs_activations and spec.name in self._spec.layout.rotated
-        whole = [slice(0, spec.shape[0])]
-        for rows in whole if is_rotated else row_pieces(spec, _PIECE):
-            yield partial(self._inputs, plan, group, spec, rows, columns if is_rotated else None)
+        wants = self._spec.method.needs_outputs and spec.name in self._spec.layout.rotated
+        for rows in pieces_of(self._spec, spec, _PIECE):
+            yield partial(self._inputs, plan, group, spec, rows, columns if wants else None)
 
     def _inputs(
         self,
@@ -313,10 +316,7 @@ class LayerShard:
         reference, *contributors = (
             self._store.rows(state, group, spec.name, rows) for state in plan.inputs
         )
-        first = activations[0] if activations else None
-        return TensorInputs(
-            spec.name, reference, contributors, plan.divisor, first, activations[1:], rows
-        )
+        return tensor_inputs(self._spec, plan, spec, rows, reference, contributors, activations)
 
     def _in_order(self, work: Callable[[_T], _R], items: Iterator[_T]) -> Iterator[_R]:
         """`map` over pieces, as many at a time as there are threads, in order.
@@ -343,7 +343,7 @@ class LayerShard:
     ) -> tuple[TensorSpec, MergedTensor, SimilaritySums]:
         spec, inputs = piece
         given = inputs()
-        result = self._operator.merge(given, self._spec.settings)
+        result = self._spec.method.merge(given)
         return spec, result, self._compare(plan, group, given, result)
 
     def _compare(

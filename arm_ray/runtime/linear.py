@@ -11,10 +11,14 @@ from torch import Tensor
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.validation import check_finite
 from arm_ray.checkpoints.weight_file import SharedWeightFile, TensorSpec
-from arm_ray.merging.operator import TensorInputs
-from arm_ray.merging.registry import OPERATORS
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
-from arm_ray.runtime.pieces import group_specs, group_writer, not_finite, row_pieces
+from arm_ray.runtime.pieces import (
+    group_specs,
+    group_writer,
+    not_finite,
+    pieces_of,
+    tensor_inputs,
+)
 from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
 from arm_ray.runtime.weights import WeightStore
 from arm_ray.schedule import BASE, IterationPlan
@@ -46,7 +50,7 @@ def merge_linear(
                 num_bytes[position] = writer.num_bytes
         files = [stack.enter_context(file.open()) for file in model]
         for tensor in tensors:
-            for rows in row_pieces(tensor, _PIECE):
+            for rows in pieces_of(spec, tensor, _PIECE):
                 merged = _run_piece(spec, store, plans, group, tensor, rows, sums)
                 for iteration, piece in merged:
                     if iteration in writers:
@@ -72,7 +76,6 @@ def _run_piece(
     sums: Sequence[list[SimilaritySums]],
 ) -> list[tuple[int, Tensor]]:
     """The same rows of one tensor after each iteration; adds to `sums`."""
-    operator = OPERATORS[spec.operator]
     known: dict[str, Tensor] = {}
     merged: list[tuple[int, Tensor]] = []
 
@@ -83,8 +86,8 @@ def _run_piece(
 
     for plan, parts in zip(plans, sums, strict=True):
         reference, *contributors = (get(state) for state in plan.inputs)
-        inputs = TensorInputs(tensor.name, reference, contributors, plan.divisor, rows=rows)
-        result = operator.merge(inputs, spec.settings).tensor
+        inputs = tensor_inputs(spec, plan, tensor, rows, reference, contributors)
+        result = spec.method.merge(inputs).tensor
         compared = similarity_sums(result, get(plan.previous), get(BASE))
         if not compared.is_finite:
             # The weights were not looked at before: tell a bad input from a bad coefficient.

@@ -17,8 +17,7 @@ from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, CalibrationError, ConfigError
 from arm_ray.events import ModelWritten, RunFailed, RunFinished, RunStarted, Warned
-from arm_ray.merging.operator import MergeSettings
-from arm_ray.merging.registry import OPERATORS
+from arm_ray.merging.method import Method, open_method
 from arm_ray.report.model_card import write_model_card
 from arm_ray.runtime.driver import StreamingDriver, shard_ranges
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
@@ -32,6 +31,7 @@ from arm_ray.runtime.placement import (
 from arm_ray.runtime.progress import cosine_text, duration, print_summary
 from arm_ray.runtime.run_directory import RunDirectory, open_run
 from arm_ray.runtime.shard_spec import ShardSpec
+from arm_ray.schedule import fewest_models
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def merge(
     console = console or Console(stderr=True)
     started = time.monotonic()
     _check_output_survives(config)
+    method = open_method(config.method, fewest_models(config.schedule, len(config.candidates)))
     inputs = open_inputs(config)
     with open_run(config) as run:
         run.record_inputs(inputs.fingerprints)
@@ -81,7 +82,7 @@ def merge(
         _check_disk(config, inputs, run)
         try:
             with ray_session(config.runtime, address, len(inputs.layout.groups)):
-                return _merge_on_ray(config, inputs, run, stop_after, console, started)
+                return _merge_on_ray(config, method, inputs, run, stop_after, console, started)
         except ArmRayError as error:
             run.events.write(RunFailed(type(error).__name__, str(error)))
             raise
@@ -89,6 +90,7 @@ def merge(
 
 def _merge_on_ray(
     config: MergeConfig,
+    method: Method,
     inputs: MergeInputs,
     run: RunDirectory,
     stop_after: int | None,
@@ -103,10 +105,10 @@ def _merge_on_ray(
 
     # Before the actors: they may take every CPU slot, and Ray Data would wait for one for ever.
     stream = _open_calibration(config, inputs, run, warn)
-    specs = shard_specs(config, inputs, run.path, placement)
+    specs = shard_specs(config, method, inputs, run.path, placement)
     with placed_shards(specs, config.runtime, placement, warn) as gang:
         driver = StreamingDriver(config, inputs, run, gang, specs, stream, console)
-        if OPERATORS[config.method.operator].needs_activations:
+        if config.method.needs_calibration:
             # A linear merge reads every byte once, and looks at it then.
             driver.check_weights()
         _announce(config, inputs, run, placement, stream, console)
@@ -140,7 +142,7 @@ def _check_disk(config: MergeConfig, inputs: MergeInputs, run: RunDirectory) -> 
 def _open_calibration(
     config: MergeConfig, inputs: MergeInputs, run: RunDirectory, warn: Callable[[str], None]
 ) -> CalibrationStream | None:
-    if config.calibration is None or not OPERATORS[config.method.operator].needs_activations:
+    if config.calibration is None or not config.method.needs_calibration:
         return None
     settings = CalibrationSettings(**config.calibration.model_dump())
     stream = open_stream(settings, inputs.tokenizer, needed_batches=config.schedule.max_iterations)
@@ -160,20 +162,17 @@ def _open_calibration(
 
 
 def shard_specs(
-    config: MergeConfig, inputs: MergeInputs, run: Path, placement: Placement
+    config: MergeConfig, method: Method, inputs: MergeInputs, run: Path, placement: Placement
 ) -> list[ShardSpec]:
     """What each layer shard of a merge is given, in the order of the layers.
 
     Args:
         config: The configuration.
+        method: How states are merged.
         inputs: The checked checkpoints.
         run: The run directory.
         placement: Number of shards, and their device.
     """
-    method = config.method
-    settings = MergeSettings(
-        method.coefficient, method.rotation.sign, method.rotation.rank_tolerance
-    )
     return [
         ShardSpec(
             inputs.layout,
@@ -181,8 +180,7 @@ def shard_specs(
             inputs.checkpoints,
             run,
             config.schedule,
-            method.operator,
-            settings,
+            method,
             placement.device,
             inputs.compute_dtype,
             config.runtime.threads,

@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import TensorSpec, WeightFileWriter
 from arm_ray.errors import NumericalError
+from arm_ray.merging.operator import TensorInputs
 from arm_ray.model.layout import ModelLayout
+from arm_ray.runtime.shard_spec import ShardSpec
 from arm_ray.schedule import IterationPlan
 
 
@@ -37,6 +40,49 @@ def row_pieces(spec: TensorSpec, elements: int) -> list[slice]:
     width = max(1, spec.num_bytes // spec.dtype.itemsize // max(1, rows))
     step = max(1, elements // width)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def pieces_of(spec: ShardSpec, tensor: TensorSpec, elements: int) -> list[slice]:
+    """The rows that a tensor is merged in: all at once, or about so many elements at a time."""
+    if spec.method.takes_rows(len(tensor.shape), tensor.name in spec.layout.rotated):
+        return row_pieces(tensor, elements)
+    return [slice(0, tensor.shape[0])]
+
+
+def tensor_inputs(
+    spec: ShardSpec,
+    plan: IterationPlan,
+    tensor: TensorSpec,
+    rows: slice,
+    reference: Tensor,
+    contributors: Sequence[Tensor],
+    activations: Sequence[Tensor] = (),
+) -> TensorInputs:
+    """What an operator is given of some rows of a tensor.
+
+    Args:
+        spec: The shard's.
+        plan: The iteration.
+        tensor: The whole tensor.
+        rows: Which rows.
+        reference: The reference's.
+        contributors: The contributors'.
+        activations: Of the reference and then of the contributors; or none.
+    """
+    return TensorInputs(
+        tensor.name,
+        reference,
+        contributors,
+        plan.divisor,
+        activations[0] if activations else None,
+        activations[1:],
+        rows,
+        tensor.shape,
+        tensor.name in spec.layout.rotated,
+        plan.contributors,
+        plan.iteration,
+        plan.regime == "sliding_window",
+    )
 
 
 def not_finite(name: str, plan: IterationPlan) -> NumericalError:

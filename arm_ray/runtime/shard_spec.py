@@ -10,7 +10,7 @@ import torch
 
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.config import ScheduleConfig
-from arm_ray.merging.operator import MergeSettings
+from arm_ray.merging.method import Method
 from arm_ray.merging.similarity import SimilaritySums
 from arm_ray.model.layout import ModelLayout
 from arm_ray.runtime.transport import Transport
@@ -27,8 +27,7 @@ class ShardSpec:
         checkpoints: State name (`base`, `candidate-1`, …) -> checkpoint.
         run: The run directory.
         schedule: To know which states are read again.
-        operator: Name of the merge operator.
-        settings: Its settings.
+        method: How they are merged.
         device: torch device of the shard, for example `cuda`; Ray gives each actor its own GPU.
         compute_dtype: Of the forward pass.
         threads: CPU threads.
@@ -41,8 +40,7 @@ class ShardSpec:
     checkpoints: Mapping[str, Checkpoint]
     run: Path
     schedule: ScheduleConfig
-    operator: str
-    settings: MergeSettings
+    method: Method
     device: str
     compute_dtype: torch.dtype
     threads: int

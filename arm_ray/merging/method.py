@@ -1,0 +1,137 @@
+"""A whole merge method: rotation, low-rank edit, thinning, an operator, relaxation.
+
+Every operator is the last but one of the same steps, each of which may be left out:
+
+    ΔW_i  = W_i − W_ref
+    ΔW_i ← U_i ΔW_i                  rotation by the activation shift (ARM)
+    ΔW_i ← edit(ΔW_i)                low-rank edit
+    ΔW_i ← drop(ΔW_i)                DARE
+    ΔW_i ← λ_i ΔW_i                  ACM
+    W_new = W_ref + r ⊙ update(ΔW_1, …, ΔW_k)         the operator; AIM's relaxation r
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from arm_ray.errors import ConfigError
+from arm_ray.merging.operator import MergedTensor, Operator, Sums, TaskVectors, TensorInputs
+from arm_ray.merging.registry import find_operator
+from arm_ray.merging.rotation import activation_rotation
+from arm_ray.merging.settings import MethodSettings
+
+
+@dataclass(frozen=True)
+class Method:
+    """An operator and the steps around it.
+
+    Attributes:
+        settings: The settings.
+        operator: What turns task vectors into an update.
+    """
+
+    settings: MethodSettings
+    operator: Operator
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether the mean outputs of the linear modules are wanted, of all inputs."""
+        return self.settings.rotates or self.operator.activations
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether something must be known of the whole model before the first tensor is merged."""
+        return self.operator.statistics is not None
+
+    def rounds(self, contributors: int) -> int:
+        """Rounds over the whole model before an iteration can be merged."""
+        statistics = self.operator.statistics
+        return statistics.rounds(self.settings, contributors) if statistics else 0
+
+    def takes_rows(self, ndim: int, is_linear: bool) -> bool:
+        """Whether a tensor may come in pieces of rows."""
+        if self.operator.whole_tensors or (is_linear and self.needs_outputs):
+            return False
+        return ndim < 2 or self.settings.edit == "none"
+
+    def merge(self, inputs: TensorInputs) -> MergedTensor:
+        """Merge one tensor, or rows of one."""
+        given, result = self._task_vectors(inputs)
+        update = self.operator.update(given, self.settings)
+        if inputs.relaxation is not None:
+            update *= inputs.relaxation
+        result.tensor = update.add_(inputs.reference)
+        return result
+
+    def measure(self, number: int, inputs: TensorInputs) -> Sums:
+        """One round's numbers of one tensor, or rows of one."""
+        assert self.operator.statistics is not None
+        given, _ = self._task_vectors(inputs)
+        return self.operator.statistics.measure(number, given, self.settings)
+
+    def conclude(
+        self, number: int, sums: Sums, known: Mapping[str, object]
+    ) -> Mapping[str, object]:
+        """What is known of the whole model after a round."""
+        assert self.operator.statistics is not None
+        return self.operator.statistics.conclude(number, sums, known, self.settings)
+
+    def _task_vectors(self, inputs: TensorInputs) -> tuple[TaskVectors, MergedTensor]:
+        result = MergedTensor(inputs.reference)
+        vectors = [weight - inputs.reference for weight in inputs.contributors]
+        if self.settings.rotates and inputs.reference_activation is not None:
+            pairs = zip(range(len(vectors)), inputs.contributor_activations, strict=True)
+            for index, activation in pairs:
+                rotation = activation_rotation(
+                    activation - inputs.reference_activation,
+                    sign=self.settings.rotation.sign,
+                    rank_tolerance=self.settings.rotation.rank_tolerance,
+                )
+                # A candidate whose activations equal the reference's is not rotated.
+                if rotation is None:
+                    continue
+                vectors[index] = rotation.apply(vectors[index])
+                result.rotated += 1
+                if rotation.is_rank_deficient:
+                    result.rank_deficient.append((rotation.rank, rotation.full_rank))
+        for vector, scale in zip(vectors, inputs.scales, strict=False):
+            vector *= scale
+        return TaskVectors(inputs, vectors), result
+
+
+def open_method(settings: MethodSettings, num_models: int) -> Method:
+    """Find the operator of the settings, and check that it can be given what it needs.
+
+    Args:
+        settings: The section `method`.
+        num_models: How many models an iteration merges, at least.
+
+    Raises:
+        ConfigError: All problems, one line each.
+    """
+    operator = find_operator(settings.steps[-1])
+    problems = [
+        f"method.{name}: is set, but operator {settings.operator!r}"
+        + (f" with edit {settings.edit!r}" if settings.edit != "none" else "")
+        + " does not read it; remove it, or change method.operator"
+        for name in settings.unused_sections
+    ]
+    most = operator.max_models
+    if num_models < operator.min_models or (most is not None and num_models > most):
+        wanted = f"exactly {most}" if most == operator.min_models else f"{operator.min_models} to "
+        if most != operator.min_models:
+            wanted = f"at least {operator.min_models}" if most is None else f"{wanted}{most}"
+        problems.append(
+            f"candidates: operator {operator.name!r} merges {wanted} models, got {num_models}"
+        )
+    problems += operator.check(settings, num_models)
+    if problems:
+        raise ConfigError(
+            "\n".join(["the merge method cannot be", *(f"  - {text}" for text in problems)]),
+            where="method",
+        )
+    if "acm" in settings.steps:
+        # The information takes the place of the coefficient.
+        settings = replace(settings, coefficient=1.0)
+    return Method(settings, operator)
