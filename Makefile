@@ -29,7 +29,8 @@ unit:
 	$(BIN)/python -m pytest -q
 
 bench: demo
-	for name in rotation iteration linear memory layer14b; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/pip install --quiet -c constraints/tested.txt -e '.[bench]'
+	for name in rotation iteration linear scaling memory layer14b; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -87,6 +87,8 @@ class RuntimeConfig(Section):
     """Decoder layers loaded, run, merged and written together."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where the cluster has GPUs."""
+    balance: Literal["auto", "bytes", "work"] = "auto"
+    """What the shards' layers are balanced by; auto: bytes on GPUs, work on CPUs."""
     residency: Literal["device", "host", "disk"] = "device"
     """Where the weights of a shard's layers live: `device`, host memory, or memory-mapped files."""
     transport: Literal["auto", "direct", "object_store"] = "auto"
@@ -99,8 +101,8 @@ class RuntimeConfig(Section):
     """How the shards' placement group is laid over the nodes."""
     threads: PositiveInt = 1
     """CPU threads of one shard. More threads sum in another order: it is part of the result."""
-    micro_batch_tokens: PositiveInt = 4096
-    """Padded tokens in one forward pass."""
+    micro_batch_tokens: PositiveInt = 2048
+    """Padded tokens in one forward pass: fewer leave less padding and fill the pipeline better."""
     max_weight_file_gb: Annotated[float, Field(gt=0.0)] = 5.0
     """Size of one weight file of the final model, 10^9 bytes."""
     placement_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -57,7 +57,11 @@ def timed(function: Callable[[], Any], repeats: int, warm_up: int = 1) -> float:
 
 
 def report(
-    name: str, title: str, rows: Sequence[dict[str, Any]], goals: Sequence[tuple[str, bool]]
+    name: str,
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    goals: Sequence[tuple[str, bool]],
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Print the rows as a table and the goals with their outcome, and write both as JSON.
 
@@ -66,6 +70,7 @@ def report(
         title: What the table shows.
         rows: Column -> value; all with the same columns.
         goals: What was aimed at, with the measured figure in words, and whether it was reached.
+        more: What the file holds beside the rows.
     """
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
@@ -84,6 +89,7 @@ def report(
         "machine": machine(),
         "rows": list(rows),
         "goals": [{"goal": goal, "reached": reached} for goal, reached in goals],
+        **(more or {}),
     }
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.rotation import activation_rotation
 from arm_ray.merging.settings import MethodSettings
 from arm_ray.merging.similarity import similarity_sums
-from arm_ray.model.group import GroupRunner, mean_outputs
+from arm_ray.model.group import GroupRunner, Wanted, output_shifts
 from arm_ray.model.layout import ModelLayout, is_layer_tensor, model_layout
 from benchmarks.common import report
 
@@ -207,13 +207,8 @@ def make_states(layout: ModelLayout) -> list[dict[str, Tensor]]:
     return result
 
 
-def _without_hooks(runner: GroupRunner) -> None:
-    for module in runner._decoder.modules():
-        module._forward_pre_hooks.clear()
-
-
 def forward_all(
-    runner: GroupRunner, states: list[dict[str, Tensor]], hidden: Tensor
+    runner: GroupRunner, states: list[dict[str, Tensor]], hidden: Tensor, wanted: Wanted
 ) -> list[dict[str, Tensor]]:
     """All samples of all states through the layer; returns each state's mean inputs."""
     samples, tokens = hidden.shape[:2]
@@ -224,7 +219,7 @@ def forward_all(
         for start in range(0, samples, rows):
             micro = hidden[start : start + rows]
             lengths = torch.full((len(micro),), tokens, dtype=torch.int64)
-            parts.append(runner.forward(weights, micro, lengths)[1])
+            parts.append(runner.forward(weights, micro, lengths, wanted).means)
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         result.append(joined)
     return result
@@ -244,17 +239,17 @@ def merge_layer(
             reference, *others = (state[name].to(torch.float32) for state in states)
         if name in layout.rotated:
             with watch.stage("activations"):
-                first, *activations = _activations(states, means, name)
+                shifts = _shifts(states, means, name)
             with watch.stage("update"):
                 total = torch.zeros_like(reference)
-            for weight, activation in zip(others, activations, strict=True):
+            for weight, shift in zip(others, shifts, strict=True):
                 with watch.stage("factorisation"):
-                    rotation = activation_rotation(activation - first)
+                    rotation = activation_rotation(shift)
                 assert rotation is not None
                 with watch.stage("update"):
                     task_vector = weight - reference
                 with watch.stage("products"):
-                    rotated = rotation.apply(task_vector)
+                    rotated = rotation.apply_(task_vector)
                 with watch.stage("update"):
                     total += rotated
             with watch.stage("update"):
@@ -269,14 +264,15 @@ def merge_layer(
     return merged
 
 
-def _activations(
+def _shifts(
     states: list[dict[str, Tensor]], means: list[dict[str, Tensor]], name: str
 ) -> list[Tensor]:
     bias = name.removesuffix("weight") + "bias"
-    return [
-        mean_outputs(state[name], state.get(bias), mean[name])
-        for state, mean in zip(states, means, strict=True)
-    ]
+    return output_shifts(
+        [state[name] for state in states],
+        [state.get(bias) for state in states],
+        [mean[name] for mean in means],
+    )
 
 
 def check(
@@ -286,9 +282,9 @@ def check(
     name: str,
 ) -> None:
     """Make sure that what was timed is what `merging.method` computes."""
-    first, *others = _activations(states, means, name)
+    shifts = _shifts(states, means, name)
     reference, *contributors = (state[name].to(torch.float32) for state in states)
-    inputs = TensorInputs(name, reference, contributors, STATES - 1, first, others)
+    inputs = TensorInputs(name, reference, contributors, STATES - 1, shifts)
     expected = open_method(MethodSettings(), STATES - 1).merge(inputs).tensor
     torch.testing.assert_close(merged[name], expected, rtol=0.0, atol=0.0)
 
@@ -320,21 +316,20 @@ def measure(
     """Median seconds of each stage of one layer, and the bytes written."""
     states = make_states(layout)
     device, group = torch.device("cpu"), layout.groups[0]
-    hooked = GroupRunner(layout, group, device, torch.bfloat16)
-    plain = GroupRunner(layout, group, device, torch.bfloat16)
-    _without_hooks(plain)
+    runner = GroupRunner(layout, group, device, torch.bfloat16)
+    nothing = Wanted(means=False)
     hidden = torch.randn(
         SAMPLES, tokens, layout.config.hidden_size, generator=torch.Generator().manual_seed(1)
     ).to(torch.bfloat16)
-    forward_all(plain, states[:1], hidden[:4])
+    forward_all(runner, states[:1], hidden[:4], nothing)
     collected: dict[str, list[float]] = {}
     num_bytes = 0
     for number in range(rounds):
         watch = Stopwatch()
         with watch.stage("forward"):
-            forward_all(plain, states, hidden)
-        with watch.stage("with hooks"):
-            means = forward_all(hooked, states, hidden)
+            forward_all(runner, states, hidden, nothing)
+        with watch.stage("with capture"):
+            means = forward_all(runner, states, hidden, Wanted())
         merged = merge_layer(layout, states, means, watch)
         with watch.stage("write"):
             num_bytes = write(merged, folder)
@@ -343,7 +338,7 @@ def measure(
         for stage, seconds in watch.seconds.items():
             collected.setdefault(stage, []).append(seconds)
     middle = {stage: statistics.median(values) for stage, values in collected.items()}
-    capture = max(0.0, middle.pop("with hooks") - middle["forward"])
+    capture = max(0.0, middle.pop("with capture") - middle["forward"])
     return {"forward": middle.pop("forward"), "capture": capture, **middle}, num_bytes
 
 

@@ -426,7 +426,7 @@ def test_no_difference_to_itself() -> None:
         ("precision.storage_dtype=float32", "precision.storage_dtype: auto -> float32"),
         ("tokenizer=base", "tokenizer: auto -> base"),
         ("runtime.threads=2", "runtime.threads: 1 -> 2"),
-        ("runtime.micro_batch_tokens=64", "runtime.micro_batch_tokens: 4096 -> 64"),
+        ("runtime.micro_batch_tokens=64", "runtime.micro_batch_tokens: 2048 -> 64"),
         ("runtime.device=cpu", "runtime.device: auto -> cpu"),
     ],
 )

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from arm_ray.model.group import GroupRunner, embed, mean_outputs
+from arm_ray.model import group as group_module
+from arm_ray.model.group import GroupRunner, embed, output_shifts
 from arm_ray.model.layout import model_layout
 from tests.conftest import FAMILIES, tiny_model
 
@@ -32,42 +33,84 @@ def test_groups_give_the_hidden_states_of_the_whole_model(
     hidden = embed(weights, ids)
     for group in layout.groups:
         runner = GroupRunner(layout, group, CPU, torch.float32)
-        hidden, _ = runner.forward(weights, hidden, LENGTHS)
+        hidden = runner.forward(weights, hidden, LENGTHS).hidden
     assert torch.equal(hidden, whole[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mean_outputs_are_the_masked_means_of_hooked_outputs(family: str) -> None:
-    model = tiny_model(family, seed=2)
-    ids = _inputs()
-    mask = torch.arange(20) < LENGTHS[:, None]
-    expected: dict[str, torch.Tensor] = {}
-
-    def hook(name: str):
-        def record(_m, _a, out):
-            total = (out * mask[:, :, None]).sum(1)
-            expected[name] = (total / LENGTHS[:, None]).T
-
-        return record
-
-    layout = model_layout(model.config)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}.weight" in layout.rotated:
-            module.register_forward_hook(hook(f"{name}.weight"))
-    with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask.long())
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    hidden = embed(weights, ids)
+def test_shifts_are_differences_of_the_masked_means_of_hooked_outputs(family: str) -> None:
+    models = [tiny_model(family, seed=seed) for seed in (2, 3, 4)]
+    layout = model_layout(models[0].config)
+    hooked = [_mean_outputs(model, layout.rotated) for model in models]
+    weights = [{name: p.detach() for name, p in model.named_parameters()} for model in models]
+    hidden = [embed(each, _inputs()) for each in weights]
     seen = set()
     for group in layout.groups:
         runner = GroupRunner(layout, group, CPU, torch.float32)
-        hidden, means = runner.forward(weights, hidden, LENGTHS)
-        for name, mean in means.items():
-            bias = weights.get(name.removesuffix("weight") + "bias")
-            found = mean_outputs(weights[name], bias, mean)
-            torch.testing.assert_close(found.float(), expected[name], rtol=1e-5, atol=1e-5)
+        means = []
+        for index, each in enumerate(weights):
+            output = runner.forward(each, hidden[index], LENGTHS)
+            hidden[index] = output.hidden
+            means.append(output.means)
+        for name in means[0]:
+            bias = name.removesuffix("weight") + "bias"
+            shifts = output_shifts(
+                [each[name] for each in weights],
+                [each.get(bias) for each in weights],
+                [mean[name] for mean in means],
+            )
+            for found, other in zip(shifts, hooked[1:], strict=True):
+                expected = other[name] - hooked[0][name]
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
             seen.add(name)
-    assert seen == layout.rotated == set(expected)
+    assert seen == layout.rotated == set(hooked[0])
+
+
+def _mean_outputs(model: nn.Module, names: frozenset[str]) -> dict[str, torch.Tensor]:
+    mask = torch.arange(20) < LENGTHS[:, None]
+    means: dict[str, torch.Tensor] = {}
+
+    def hook(name: str):
+        def record(_m, _a, out):
+            means[name] = ((out * mask[:, :, None]).sum(1) / LENGTHS[:, None]).T
+
+        return record
+
+    for name, module in model.named_modules():
+        if f"{name}.weight" in names:
+            module.register_forward_hook(hook(f"{name}.weight"))
+    with torch.no_grad():
+        model(input_ids=_inputs(), attention_mask=mask.long())
+    return means
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_mean_inputs_in_bfloat16_are_summed_in_float32(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an activation is larger than the buffer, and goes through it in parts."""
+    model = tiny_model("llama3.2", seed=2).to(torch.bfloat16)
+    layout = model_layout(model.config)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    lengths = LENGTHS[:1].repeat(batch) - torch.arange(batch)
+    hidden = embed(weights, _inputs()[:1].repeat(batch, 1))
+    whole = GroupRunner(layout, layout.groups[0], CPU, torch.bfloat16)
+    seen: list[torch.Tensor] = []
+    for name, module in whole._template._decoder.named_modules():
+        if name.endswith("down_proj"):
+            module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    means = whole.forward(weights, hidden, lengths).means
+    monkeypatch.setattr(group_module, "_FLOAT32_ELEMENTS", 2000)
+    in_parts = (
+        GroupRunner(layout, layout.groups[0], CPU, torch.bfloat16)
+        .forward(weights, hidden, lengths)
+        .means
+    )
+    [name] = [name for name in means if name.endswith("down_proj.weight")]
+    for row, length in enumerate(lengths.tolist()):
+        expected = seen[0][row, :length].double().mean(0)
+        torch.testing.assert_close(means[name][row].double(), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(in_parts[name][row].double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_rotated_tensors_are_the_linear_weights_of_the_layers() -> None:

@@ -20,7 +20,7 @@ from arm_ray.merging.operator import MergedTensor, TensorInputs
 from arm_ray.merging.rotation import Rotation, activation_rotation
 from arm_ray.merging.settings import MethodSettings, RotationSettings, SignRule
 from arm_ray.merging.similarity import SimilaritySums, cosines, similarity_sums
-from arm_ray.model.group import mean_outputs
+from arm_ray.model.group import output_shifts
 from tests.reference import dense_rotation
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
@@ -211,8 +211,8 @@ def test_rounding_of_the_activations_does_not_turn_a_low_rank_change() -> None:
     contributor = reference + (left @ right).float() / 2**16
     assert int(torch.linalg.matrix_rank((contributor - reference).double())) == 4
     mean_input = 3 * gaussian(20, 64, seed=4, dtype=torch.float32)
-    activations = [mean_outputs(w, None, mean_input) for w in (reference, contributor)]
-    inputs = inputs_of(reference, [contributor], activations, divisor=1)
+    shifts = output_shifts([reference, contributor], [None, None], [mean_input, mean_input])
+    inputs = TensorInputs("w", reference, [contributor], 1, shifts)
     assert merge(inputs).rank_deficient == [(4, 20)]
 
 
@@ -306,8 +306,9 @@ def inputs_of(
     activations: list[torch.Tensor] | None = None,
     divisor: int = 2,
 ) -> TensorInputs:
-    first, *others = activations or [None]
-    return TensorInputs("w", reference, contributors, divisor, first, others)
+    first, *others = (a.double() for a in activations or [reference])
+    shifts = [other - first for other in others]
+    return TensorInputs("w", reference, contributors, divisor, shifts)
 
 
 def merge(

@@ -46,6 +46,11 @@ class Checkpoint:
         return result
 
     @property
+    def config_directory(self) -> Path:
+        """The directory whose `config.json` describes the model."""
+        return self.path
+
+    @property
     def fingerprint(self) -> str:
         """A digest of configuration, tables of tensors, file sizes and times: cheap, no data."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
@@ -136,10 +141,16 @@ def _read_config(path: Path) -> dict[str, Any]:
             expected="config.json and .safetensors files",
             hint="name the checkpoint directory itself, for example …/checkpoint-40",
         )
-    return _read_json(file)
+    return read_json(file)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CorruptCheckpointError: It is malformed, or holds something else.
+        OSError: It cannot be read.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -183,7 +194,7 @@ def _read_entries(path: Path) -> dict[str, TensorEntry]:
 
 
 def _read_indexed(path: Path, index: Path) -> dict[str, TensorEntry]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpointError("the index has no weight_map", where=index)
     entries: dict[str, TensorEntry] = {}

@@ -34,14 +34,14 @@ def check_zero_padding(checkpoints: Mapping[str, Checkpoint]) -> None:
             if entry.file not in last or entry.end > last[entry.file].end:
                 last[entry.file] = entry
         for entry in last.values():
-            if not _tail_is_zero(entry) or entry.name.endswith(".bias"):
+            if not tail_is_zero(entry) or entry.name.endswith(".bias"):
                 continue
             others = [
                 other
                 for other in checkpoints.values()
                 if other is not checkpoint and entry.name in other.tensors
             ]
-            if any(not _tail_is_zero(other.tensors[entry.name]) for other in others):
+            if any(not tail_is_zero(other.tensors[entry.name]) for other in others):
                 raise CorruptCheckpointError(
                     "a weight file ends in zeros: it was probably still being written",
                     where=f"{label}: {entry.file}",
@@ -51,7 +51,8 @@ def check_zero_padding(checkpoints: Mapping[str, Checkpoint]) -> None:
                 )
 
 
-def _tail_is_zero(entry: TensorEntry) -> bool:
+def tail_is_zero(entry: TensorEntry) -> bool:
+    """Whether the last kilobytes of a stored tensor are all zero."""
     length = min(_TAIL_BYTES, entry.num_bytes)
     with entry.file.open("rb") as file:
         file.seek(entry.end - length)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -147,11 +148,11 @@ class TensorSpec:
 
 
 class WeightFileWriter:
-    """Writes a weight file front to back, in pieces, and publishes it whole or not at all.
+    """Writes a weight file in pieces, from any thread, and publishes it whole or not at all.
 
     Args:
         path: The file; an older one is replaced.
-        specs: What is going to be written, in order.
+        specs: What is going to be written, in the order of the file.
 
     Raises:
         ValueError: On leaving, if not every announced byte was written.
@@ -160,28 +161,32 @@ class WeightFileWriter:
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         self._specs = specs
-        self._header = _encode_header(specs)
         self._context = atomic_file(path)
-        self._due = sum(spec.num_bytes for spec in specs)
+        self._due = {spec.name: spec.num_bytes for spec in specs}
+        self._lock = threading.Lock()
 
     @property
     def num_bytes(self) -> int:
         """Size of the whole file."""
-        return len(self._header) + sum(spec.num_bytes for spec in self._specs)
+        return len(_encode_header(self._specs)) + sum(spec.num_bytes for spec in self._specs)
 
     def __enter__(self) -> WeightFileWriter:
-        self._file = self._context.__enter__()
-        self._file.write(self._header)
+        file = self._context.__enter__()
+        file.write(_encode_header(self._specs))
+        file.flush()
+        self._writer = SharedWriter(file, _places(self._specs))
         return self
 
-    def write(self, spec: TensorSpec, rows: Tensor) -> None:
-        """Append a tensor, or its next rows, cast to the dtype of its spec."""
-        data = rows.detach().to(device="cpu", dtype=spec.dtype).contiguous()
-        self._due -= self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+    def write(self, name: str, first_row: int, rows: Tensor) -> None:
+        """Write some rows of a tensor, cast to the dtype of its spec."""
+        written = self._writer.write(name, first_row, rows)
+        with self._lock:
+            self._due[name] -= written
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None and self._due != 0:
-            incomplete = ValueError(f"{self._due} announced bytes were not written")
+        missing = sum(self._due.values())
+        if kind is None and any(self._due.values()):
+            incomplete = ValueError(f"{missing} announced bytes were not written")
             self._context.__exit__(ValueError, incomplete, None)
             raise incomplete
         self._context.__exit__(kind, error, trace)
@@ -208,7 +213,7 @@ def write_weight_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterable
                 raise ValueError(
                     f"{spec.name}: got shape {list(tensor.shape)}, expected {list(spec.shape)}"
                 )
-            writer.write(spec, tensor)
+            writer.write(spec.name, 0, tensor)
     return writer.num_bytes
 
 
@@ -238,12 +243,8 @@ class SharedWeightFile:
     @contextlib.contextmanager
     def open(self) -> Iterator[SharedWriter]:
         """Open it for writing tensors; `sync` puts what was written on disk."""
-        offsets, offset = {}, len(_encode_header(self.specs))
-        for spec in self.specs:
-            offsets[spec.name] = (offset, spec)
-            offset += spec.num_bytes
         with self.path.open("r+b", buffering=0) as file:
-            yield SharedWriter(file, offsets)
+            yield SharedWriter(file, _places(self.specs))
 
     def sync(self) -> None:
         """Wait until all that was written is on disk; once, after the last has closed the file."""
@@ -252,17 +253,17 @@ class SharedWeightFile:
 
 
 class SharedWriter:
-    """Writes tensors of a `SharedWeightFile` at their places."""
+    """Writes tensors at their places in an open weight file."""
 
-    def __init__(self, file: IO[bytes], offsets: Mapping[str, tuple[int, TensorSpec]]) -> None:
-        self._file, self._offsets = file, offsets
+    def __init__(self, file: IO[bytes], places: Mapping[str, tuple[int, TensorSpec]]) -> None:
+        self._file, self._places = file, places
 
     def __contains__(self, name: str) -> bool:
-        return name in self._offsets
+        return name in self._places
 
-    def write(self, name: str, first_row: int, rows: Tensor) -> None:
-        """Write some rows of a tensor, cast to the dtype of the file."""
-        offset, spec = self._offsets[name]
+    def write(self, name: str, first_row: int, rows: Tensor) -> int:
+        """Write some rows of a tensor, cast to the dtype of the file; returns bytes."""
+        offset, spec = self._places[name]
         data = rows.detach().to(device="cpu", dtype=spec.dtype).contiguous()
         view = data.reshape(-1).view(torch.uint8).numpy().data
         row_bytes = spec.num_bytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
@@ -270,6 +271,16 @@ class SharedWriter:
         while len(view):
             written = os.pwrite(self._file.fileno(), view, position)
             position, view = position + written, view[written:]
+        return data.nbytes
+
+
+def _places(specs: Sequence[TensorSpec]) -> dict[str, tuple[int, TensorSpec]]:
+    """Name -> first byte in the file, and what it is."""
+    places, offset = {}, len(_encode_header(specs))
+    for spec in specs:
+        places[spec.name] = (offset, spec)
+        offset += spec.num_bytes
+    return places
 
 
 def _encode_header(specs: Sequence[TensorSpec]) -> bytes:

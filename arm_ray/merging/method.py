@@ -15,10 +15,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from arm_ray.errors import ConfigError
+from arm_ray.merging import dare
+from arm_ray.merging.edits import edit
 from arm_ray.merging.operator import MergedTensor, Operator, Sums, TaskVectors, TensorInputs
 from arm_ray.merging.registry import find_operator
-from arm_ray.merging.rotation import activation_rotation
+from arm_ray.merging.rotation import (
+    MinimalRotation,
+    Rotation,
+    activation_rotation,
+    minimal_rotation,
+)
 from arm_ray.merging.settings import MethodSettings
 
 
@@ -40,9 +49,14 @@ class Method:
         return self.settings.rotates or self.operator.activations
 
     @property
+    def needs_forward(self) -> bool:
+        """Whether calibration samples are run through the models."""
+        return self.settings.needs_calibration or self.operator.activations
+
+    @property
     def has_statistics(self) -> bool:
         """Whether something must be known of the whole model before the first tensor is merged."""
-        return self.operator.statistics is not None
+        return self.rounds(2) > 0
 
     def rounds(self, contributors: int) -> int:
         """Rounds over the whole model before an iteration can be merged."""
@@ -51,7 +65,12 @@ class Method:
 
     def takes_rows(self, ndim: int, is_linear: bool) -> bool:
         """Whether a tensor may come in pieces of rows."""
-        if self.operator.whole_tensors or (is_linear and self.needs_outputs):
+        whole = self.operator.whole_tensors
+        if whole(self.settings) if callable(whole) else whole:
+            return False
+        if is_linear and self.needs_outputs:
+            return False
+        if self._thins and self.settings.dare.rescale == "l1":
             return False
         return ndim < 2 or self.settings.edit == "none"
 
@@ -80,24 +99,44 @@ class Method:
     def _task_vectors(self, inputs: TensorInputs) -> tuple[TaskVectors, MergedTensor]:
         result = MergedTensor(inputs.reference)
         vectors = [weight - inputs.reference for weight in inputs.contributors]
-        if self.settings.rotates and inputs.reference_activation is not None:
-            pairs = zip(range(len(vectors)), inputs.contributor_activations, strict=True)
-            for index, activation in pairs:
-                rotation = activation_rotation(
-                    activation - inputs.reference_activation,
-                    sign=self.settings.rotation.sign,
-                    rank_tolerance=self.settings.rotation.rank_tolerance,
-                )
+        if self.settings.rotates and inputs.shifts:
+            for index, shift in zip(range(len(vectors)), inputs.shifts, strict=True):
+                rotation = self._rotation(shift, vectors[index])
                 # A candidate whose activations equal the reference's is not rotated.
                 if rotation is None:
                     continue
-                vectors[index] = rotation.apply(vectors[index])
+                vectors[index] = rotation.apply_(vectors[index])
                 result.rotated += 1
                 if rotation.is_rank_deficient:
                     result.rank_deficient.append((rotation.rank, rotation.full_rank))
+        if self.settings.edit != "none":
+            vectors = [edit(v, inputs.name, inputs.is_linear, self.settings) for v in vectors]
+        if self._thins:
+            vectors = self._thinned(inputs, vectors)
         for vector, scale in zip(vectors, inputs.scales, strict=False):
             vector *= scale
         return TaskVectors(inputs, vectors), result
+
+    @property
+    def _thins(self) -> bool:
+        return "dare" in self.settings.steps
+
+    def _thinned(self, inputs: TensorInputs, vectors: list[Tensor]) -> list[Tensor]:
+        shape = tuple(inputs.reference.shape) if inputs.shape is None else inputs.shape
+        # Without names, contributors are told apart by their place.
+        names = inputs.contributor_names or tuple(map(str, range(len(vectors))))
+        return [
+            dare.drop(
+                vector, inputs.rows, shape, inputs.name, name, inputs.iteration, self.settings.dare
+            )
+            for vector, name in zip(vectors, names, strict=True)
+        ]
+
+    def _rotation(self, shift: Tensor, vector: Tensor) -> Rotation | MinimalRotation | None:
+        chosen = self.settings.rotation
+        if chosen.variant == "minimal":
+            return minimal_rotation(shift, vector, rank_tolerance=chosen.rank_tolerance)
+        return activation_rotation(shift, sign=chosen.sign, rank_tolerance=chosen.rank_tolerance)
 
 
 def open_method(settings: MethodSettings, num_models: int) -> Method:

@@ -19,10 +19,8 @@ class TensorInputs:
         reference: `W_ref`, float32, any shape.
         contributors: The `W_i`, float32, of the reference's shape.
         divisor: `m`.
-        reference_activation: `A_ref` `[d_out, N]`, for the weight of a linear module in the decoder
-            layers where activations were asked for; else None.
-        contributor_activations: The `A_i`, one for each contributor; empty where
-            `reference_activation` is None.
+        shifts: `ΔA_i = A_i − A_ref` `[d_out, N]`, one for each contributor, for the weight of a
+            linear module in the decoder layers where activations were asked for; else empty.
         rows: Which rows of the whole tensor these are.
         shape: Of the whole tensor; None: these are all of it.
         is_linear: Whether it is the weight of a linear module of the decoder layers.
@@ -40,8 +38,7 @@ class TensorInputs:
     reference: Tensor
     contributors: Sequence[Tensor]
     divisor: int
-    reference_activation: Tensor | None = None
-    contributor_activations: Sequence[Tensor] = ()
+    shifts: Sequence[Tensor] = ()
     rows: slice = field(default_factory=lambda: slice(None))
     shape: tuple[int, ...] | None = None
     is_linear: bool = False
@@ -118,8 +115,9 @@ class Operator:
         name: Its value in `method.operator`.
         update: Task vectors -> `W_new − W_ref`, float32, of the reference's shape. Pure: the same
             bits for the same input, whatever was merged before.
-        whole_tensors: Whether it needs a matrix whole; else it is given rows of it at a time.
-        activations: Whether it wants the mean outputs of the linear modules.
+        whole_tensors: Whether it needs a tensor whole; else it is given rows of it at a time. Where
+            that depends on the settings, a function of them.
+        activations: Whether it wants the shifts of the linear modules' mean outputs.
         statistics: What it needs to know of the whole model first.
         second_moments: Whether it wants Adam's second moments of the contributors.
         min_models: Fewest models that it takes.
@@ -130,7 +128,7 @@ class Operator:
 
     name: str
     update: Callable[[TaskVectors, MethodSettings], Tensor]
-    whole_tensors: bool = False
+    whole_tensors: bool | Callable[[MethodSettings], bool] = False
     activations: bool = False
     statistics: Statistics | None = None
     second_moments: bool = False

@@ -11,12 +11,34 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from arm_ray.errors import ConfigError
-from arm_ray.merging import task_arithmetic
+from arm_ray.merging import (
+    alpharl_prediction,
+    average,
+    lore,
+    opcm,
+    ota,
+    slerp,
+    task_arithmetic,
+    ties,
+    twin,
+)
 from arm_ray.merging.operator import Operator
 
 ENTRY_POINTS = "arm_ray.operators"
 OPERATORS: dict[str, Operator] = {
-    operator.name: operator for operator in (task_arithmetic.OPERATOR,)
+    operator.name: operator
+    for operator in (
+        task_arithmetic.OPERATOR,
+        ties.OPERATOR,
+        slerp.OPERATOR,
+        slerp.SPHERICAL_MEAN,
+        average.OPERATOR,
+        opcm.OPERATOR,
+        lore.OPERATOR,
+        twin.OPERATOR,
+        ota.OPERATOR,
+        alpharl_prediction.OPERATOR,
+    )
 }
 
 

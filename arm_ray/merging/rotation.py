@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from arm_ray.merging.settings import SignRule
+from arm_ray.merging.svd import left_basis
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,17 @@ class Rotation:
         Args:
             task_vector: `ΔW` `[d_out, d_in]`, float32 or float64, which the products keep.
         """
+        return self.apply_(task_vector.clone())
+
+    def apply_(self, task_vector: Tensor) -> Tensor:
+        """Turn `ΔW` into `U ΔW` in its own memory; see `apply`."""
         dtype, r = task_vector.dtype, self.core.shape[0]
-        rotated = self.signs.to(dtype)[:, None] * task_vector
+        rotated = task_vector.mul_(self.signs.to(dtype)[:, None])
         rotated[:r] = self.core.to(dtype) @ rotated[:r]
         if self.reflectors is None or self.factor is None:
             return rotated
         v = self.reflectors.to(dtype)
-        return rotated.sub_(v @ (self.factor.to(dtype) @ (v.T @ rotated)))
+        return rotated.addmm_(v, self.factor.to(dtype) @ (v.T @ rotated), alpha=-1.0)
 
     def diagonal(self) -> Tensor:
         """The diagonal of `U`, `[d_out]` float64; its mean is about cos(U ΔW, ΔW)."""
@@ -118,6 +123,99 @@ def activation_rotation(
     if sign == "positive_diagonal":
         signs = torch.where(_diagonal(core, reflectors, factor, signs) < 0.0, -signs, signs)
     return Rotation(core, reflectors, factor, signs, rank, full_rank)
+
+
+@dataclass(frozen=True)
+class MinimalRotation:
+    """The rotation by the principal angles between two subspaces, and the identity elsewhere.
+
+    With the pairs of principal vectors `a_i`, `b_i` as columns of `A` and `B` `[d_out, k]`, and
+    the cosines `c_i = a_iᵀ b_i` of their angles,
+
+        R = I − (A + B) diag(1 / (1 + c_i)) (A + B)ᵀ + 2 B Aᵀ
+
+    turns every `a_i` into `b_i` within their plane. Nothing here is divided by a small number,
+    whatever the angles.
+
+    Attributes:
+        sources: `A`, float64, orthonormal.
+        targets: `B`, float64, orthonormal; `AᵀB = diag(c)`.
+        cosines: `c` `[k]` float64, from 0 to 1.
+        rank: Numerical rank of the activation shift.
+        full_rank: `min(d_out, N)`: the rank it would have without degenerate samples.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    cosines: Tensor
+    rank: int
+    full_rank: int
+
+    @property
+    def is_rank_deficient(self) -> bool:
+        """Whether degenerate samples reduced the rotation to fewer directions."""
+        return self.rank < self.full_rank
+
+    def apply(self, task_vector: Tensor) -> Tensor:
+        """Return `R ΔW`.
+
+        Args:
+            task_vector: `ΔW` `[d_out, d_in]`, float32 or float64, which the products keep.
+        """
+        return self.apply_(task_vector.clone())
+
+    def apply_(self, task_vector: Tensor) -> Tensor:
+        """Turn `ΔW` into `R ΔW` in its own memory; see `apply`."""
+        dtype = task_vector.dtype
+        between = (self.sources + self.targets) / (1.0 + self.cosines).sqrt()
+        # Both projections before the first product overwrites what they are of.
+        shrunk = between.T.to(dtype) @ task_vector
+        turned = self.sources.T.to(dtype) @ task_vector
+        task_vector.addmm_(between.to(dtype), shrunk, alpha=-1.0)
+        return task_vector.addmm_(self.targets.to(dtype), turned, alpha=2.0)
+
+
+def minimal_rotation(
+    shift: Tensor, task_vector: Tensor, *, rank_tolerance: float = 1.0e-6
+) -> MinimalRotation | None:
+    """The smallest rotation that takes a task vector's leading directions into the shift's.
+
+    `r` is the numerical rank of the shift `ΔA`. The leading left singular subspace of `ΔW`, of `r`
+    dimensions or of its own rank if that is smaller, is turned into the column space of `ΔA`. Of
+    all orthogonal matrices that do this, the one by principal vectors is closest to the identity;
+    it does not depend on signs or bases. (It is unique unless an angle is a right one.)
+
+    Args:
+        shift: `ΔA` `[d_out, N]`.
+        task_vector: `ΔW` `[d_out, d_in]`, float32 or float64.
+        rank_tolerance: Singular values at or below this fraction of the largest count as zero, of
+            both matrices.
+
+    Returns:
+        The rotation, or None where there is nothing to rotate: one of the two is zero, or the shift
+        spans everything.
+
+    Raises:
+        ValueError: `shift` is no matrix, or is not finite.
+    """
+    if shift.ndim != 2:
+        raise ValueError(f"shift: got {list(shift.shape)}, expected [d_out, N]")
+    shift = shift.to(torch.float64)
+    if not bool(torch.isfinite(shift).all()):
+        raise ValueError("shift: got NaN or infinity, expected finite activations")
+    d_out, num_samples = shift.shape
+    left, sigma, _ = torch.linalg.svd(shift, full_matrices=False)
+    if sigma[0] == 0.0 or not bool(task_vector.any()):
+        return None
+    rank = int((sigma > rank_tolerance * sigma[0]).sum())
+    if rank == d_out:
+        return None
+    into = left[:, :rank]
+    leading = left_basis(task_vector, rank, rank_tolerance)
+    x, cosines, y = torch.linalg.svd(leading.T @ into, full_matrices=False)
+    return MinimalRotation(
+        leading @ x, into @ y.T, cosines.clamp(max=1.0), rank, min(d_out, num_samples)
+    )
 
 
 def _compact_wy(packed: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:

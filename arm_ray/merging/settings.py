@@ -69,7 +69,7 @@ class DareSettings:
     """p: the chance of an entry of a task vector to be set to zero."""
     rescale: Literal["exact", "l1", "none"] = "exact"
     """`exact`: survivors are multiplied by 1 / (1 - p). `l1`: so that the tensor's sum of
-    magnitudes stays what it was (mergekit's convention)."""
+    magnitudes stays what it was (mergekit's convention). `none`: they stay as they are."""
     then: Literal["task_arithmetic", "ties", "average"] = "task_arithmetic"
     """The operator that merges the thinned task vectors."""
     seed: Annotated[int, Ge(0)] = 0
@@ -128,6 +128,8 @@ class SphericalMeanSettings:
     """`karcher` iterates logarithm and exponential; `projection` is one step in the tangent plane
     (mergekit's `multislerp`)."""
     of: Literal["weights", "task_vectors"] = "task_vectors"
+    """In a window, one of the task vectors is zero and has no direction: then `task_vectors` gives
+    the ordinary mean."""
     weights: Annotated[tuple[Annotated[float, Gt(0.0)], ...], MinLen(2)] | None = None
     """One for each model; null: all equal."""
     max_steps: Annotated[int, Ge(1)] = 10
@@ -141,8 +143,9 @@ class OpcmSettings:
     """OPCM (Tang et al., 2025): each task vector is projected off what is merged already."""
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    alpha: Annotated[float, Gt(0.0), Le(1.0)] = 0.5
-    """Share of the singular values whose block is projected out."""
+    alpha: Annotated[float, Gt(0.0), Lt(1.0)] = 0.5
+    """Share of the sum of singular values; the block of the leading ones up to it is projected
+    out."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +156,13 @@ class AverageSettings:
     kind: Literal["uniform", "ema", "linear", "weighted"] = "uniform"
     """`uniform` (SWA, LAWA), `ema`, `linear` (weights 1, 2, 3, …), or `weighted`."""
     last: Annotated[int, Ge(1)] | None = None
-    """Only the last so many (LAWA's k); null: all."""
+    """Only the last so many of an iteration's models (LAWA's k); null: all."""
     decay: Annotated[float, Ge(0.0), Lt(1.0)] = 0.8
     """Of `ema`: the weight of what was averaged before."""
     warm_up: bool = False
-    """Of `ema`: the decay of step t is at most (t + 1) / (t + 10)."""
+    """Of `ema`: the decay of step t, which merges model t + 1, is at most (t + 1) / (t + 10)."""
     weights: Annotated[tuple[Annotated[float, Ge(0.0)], ...], MinLen(1)] | None = None
-    """Of `weighted`: one for each checkpoint; divided by their sum."""
+    """Of `weighted`: one for each model that is averaged; divided by their sum."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 # Buffers that older versions of transformers stored; they follow from the configuration.
 _DERIVED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -93,20 +94,20 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     if family not in FAMILIES:
         raise NotACheckpointError(
             "the model's family is not supported",
-            where=checkpoint.path / "config.json",
+            where=checkpoint.config_directory / "config.json",
             got=f"model_type {family!r}",
             expected=", ".join(FAMILIES),
         )
     if checkpoint.config.get("quantization_config") is not None:
         raise NotACheckpointError(
             "the checkpoint is quantised",
-            where=checkpoint.path / "config.json",
+            where=checkpoint.config_directory / "config.json",
             expected="weights in float32, bfloat16 or float16",
             hint="merge the full-precision checkpoints, and quantise the result",
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            checkpoint.path, trust_remote_code=False
+            checkpoint.config_directory, trust_remote_code=False
         )
     except Exception as error:  # each family validates in its own way
         raise _bad_config(checkpoint, error) from None
@@ -116,7 +117,7 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
 def _bad_config(checkpoint: Checkpoint, error: Exception) -> CorruptCheckpointError:
     return CorruptCheckpointError(
         "the configuration of a checkpoint is refused by its family",
-        where=checkpoint.path / "config.json",
+        where=checkpoint.config_directory / "config.json",
         got=" ".join(str(error).split())[:300],
         hint="restore config.json from the training run",
     )

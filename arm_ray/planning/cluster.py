@@ -8,7 +8,7 @@ from typing import Literal
 
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import ConfigError
-from arm_ray.model.partition import balanced_partition
+from arm_ray.model.partition import choose_balance, partition_layers
 from arm_ray.planning.devices import GB, Device, find_device
 from arm_ray.planning.memory import ActorMemory, actor_memory
 from arm_ray.planning.timing import Placement
@@ -133,9 +133,15 @@ def fits(
     )
 
 
-def _place(workload: Workload, shards: int, nodes: int) -> Placement:
-    sizes = [group.num_bytes for group in workload.layout.groups]
-    return Placement(balanced_partition(sizes, shards), min(nodes, shards))
+def place(
+    workload: Workload, runtime: RuntimeConfig, cluster: Cluster, shards: int, nodes: int
+) -> Placement:
+    """So many shards on at most so many nodes."""
+    balance = choose_balance(runtime.balance, on_gpu=cluster.device.is_gpu)
+    ranges = partition_layers(
+        workload.layout, shards, balance, needs_forward=workload.needs_forward
+    )
+    return Placement(ranges, min(nodes, shards))
 
 
 def _fewest_gpus(
@@ -145,7 +151,8 @@ def _fewest_gpus(
     groups = len(workload.layout.groups)
 
     def need(shards: int) -> tuple[int, list[ActorMemory]]:
-        memory = shard_memory(workload, runtime, cluster, _place(workload, shards, 1))
+        placement = place(workload, runtime, cluster, shards, 1)
+        memory = shard_memory(workload, runtime, cluster, placement)
         return max(m.limiting.total for m in memory), memory
 
     low, high = 1, groups
@@ -159,7 +166,7 @@ def _fewest_gpus(
     gpus = -(-low // cluster.shards_per_gpu(runtime))
     on_node = _USUAL_NODE if cluster.gpus is None else -(-cluster.gpus // cluster.nodes)
     nodes = -(-gpus // on_node)
-    host = max(node_memory(_place(workload, low, nodes), memory))
+    host = max(node_memory(place(workload, runtime, cluster, low, nodes), memory))
     fitting = low if most <= capacity else None
     return Fit(runtime.residency, fitting, gpus, nodes, most, host)
 
@@ -168,11 +175,11 @@ def _fewest_nodes(
     workload: Workload, runtime: RuntimeConfig, cluster: Cluster, cpu_shards: int
 ) -> Fit:
     shards = max(1, min(cpu_shards, len(workload.layout.groups)))
-    memory = shard_memory(workload, runtime, cluster, _place(workload, shards, 1))
+    memory = shard_memory(workload, runtime, cluster, place(workload, runtime, cluster, shards, 1))
     largest = max(m.host.total for m in memory)
     host = 0
     for nodes in range(1, shards + 1):
-        host = max(node_memory(_place(workload, shards, nodes), memory))
+        host = max(node_memory(place(workload, runtime, cluster, shards, nodes), memory))
         if host <= cluster.device.memory_bytes:
             return Fit(runtime.residency, shards, 0, nodes, largest, host)
     return Fit(runtime.residency, None, 0, shards, largest, host)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from arm_ray.config import MergeConfig, RuntimeConfig
 from arm_ray.errors import ConfigError
-from arm_ray.model.partition import balanced_partition
-from arm_ray.planning.cluster import Cluster, Fit, fits, node_memory, problems_of, remedies_of
+from arm_ray.planning.cluster import (
+    Cluster,
+    Fit,
+    fits,
+    node_memory,
+    place,
+    problems_of,
+    remedies_of,
+)
 from arm_ray.planning.cluster import shard_memory as memory_of
 from arm_ray.planning.memory import ActorMemory
 from arm_ray.planning.simulator import IterationTimes, Simulation, simulate
@@ -167,7 +174,7 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
     runtime = config.runtime
     smallest = fits(workload, runtime, cluster, _auto_shards(runtime))
     count = _num_shards(workload, runtime, cluster, smallest)
-    placement = _placement(workload, count, cluster)
+    placement = place(workload, config.runtime, cluster, count, cluster.nodes)
     memory = memory_of(workload, runtime, cluster, placement)
     timed = _Timed(workload, config, cluster, placement)
     simulation = timed.simulation
@@ -222,11 +229,6 @@ def _num_shards(
         return max(1, min(cluster.gpus * cluster.shards_per_gpu(runtime), groups))
     fit = next(f for f in smallest if f.residency == runtime.residency)
     return fit.shards or groups
-
-
-def _placement(workload: Workload, count: int, cluster: Cluster) -> Placement:
-    sizes = [group.num_bytes for group in workload.layout.groups]
-    return Placement(balanced_partition(sizes, count), min(cluster.nodes, count))
 
 
 class _Timed:
@@ -331,7 +333,7 @@ def _scaling(
     points = []
     for count in counts:
         nodes = -(-count // chosen.per_node)
-        placement = _placement(workload, count, replace(cluster, nodes=nodes))
+        placement = place(workload, config.runtime, cluster, count, nodes)
         simulation = _Timed(workload, config, cluster, placement).simulation
         points.append(ScalePoint(count, simulation.makespan_s, simulation.efficiency))
     return tuple(points)

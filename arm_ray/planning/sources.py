@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
+from arm_ray.checkpoints.peft import is_adapter, open_adapter
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, CorruptCheckpointError, NotACheckpointError
@@ -56,7 +57,7 @@ def open_workload(
             notes.append(f"{label}: no weights at {given} yet; taken to be stored as the base is")
             checkpoints[label] = base
             continue
-        checkpoints[label] = _open(found, label)
+        checkpoints[label] = _open(found, label, base)
         check_layout(layout, checkpoints[label], label)
     dtypes = {
         label: {name: DTYPES[c.tensors[name].code] for name in layout.shapes}
@@ -137,8 +138,10 @@ def _open_base(
     return layout, Checkpoint(path, content, entries)
 
 
-def _open(path: Path, label: str) -> Checkpoint:
+def _open(path: Path, label: str, base: Checkpoint | None = None) -> Checkpoint:
     try:
+        if base is not None and is_adapter(path):
+            return open_adapter(path, base)
         return open_checkpoint(path)
     except ArmRayError as error:
         raise error.of(label) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from torch import Tensor
 
 from arm_ray.calibration.minibatch import MicroBatch, micro_batches, unique_samples
 from arm_ray.calibration.stream import CalibrationStream
@@ -22,9 +23,12 @@ from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, WorkerError
 from arm_ray.events import IterationFinished, Warned
+from arm_ray.merging.method import Method
 from arm_ray.merging.similarity import cosines
-from arm_ray.model.partition import balanced_partition
+from arm_ray.model.layout import LM_HEAD
+from arm_ray.runtime.captures import forward_states
 from arm_ray.runtime.inputs import MergeInputs
+from arm_ray.runtime.layer_shard import HEAD_RELAXATION, LARGEST_INFORMATION
 from arm_ray.runtime.placement import ShardGang
 from arm_ray.runtime.progress import MergeProgress
 from arm_ray.runtime.run_directory import RunDirectory
@@ -60,7 +64,8 @@ class StreamingDriver:
         run: The run directory, open.
         gang: The layer shards' actors, placed.
         specs: What each of them was given, in the same order.
-        stream: The calibration stream; None where the operator needs no activations.
+        method: How they are merged.
+        stream: The calibration stream; None where no activations are needed.
         console: Where progress goes.
     """
 
@@ -71,11 +76,12 @@ class StreamingDriver:
         run: RunDirectory,
         gang: ShardGang,
         specs: Sequence[ShardSpec],
+        method: Method,
         stream: CalibrationStream | None,
         console: Console,
     ) -> None:
         self._config, self._inputs, self._run = config, inputs, run
-        self._gang, self._specs = gang, specs
+        self._gang, self._specs, self._method = gang, specs, method
         self._actors = gang.actors
         self._stream, self._console = stream, console
         self._last_finished = 0.0
@@ -108,8 +114,12 @@ class StreamingDriver:
             return "stop_after"
         progress = MergeProgress(self._console, following, last, len(self._inputs.layout.groups))
         with progress.shown():
-            if self._config.method.needs_calibration:
+            if self._method.needs_forward and self._in_phases:
+                final = self._iterate_in_phases(following, last, progress)
+            elif self._method.needs_forward:
                 final = self._iterate_in_wavefront(following, last, progress)
+            elif self._method.has_statistics:
+                final = self._iterate_linear_by_iteration(following, last, progress)
             else:
                 final = self._iterate_linear(following, last, progress)
         return self._reason(final) if final else "stop_after"
@@ -128,6 +138,74 @@ class StreamingDriver:
                 self._drop(flights, manifest.iteration)
                 return manifest
         return None
+
+    @property
+    def _in_phases(self) -> bool:
+        """Whether all layers must have been run before the first is merged."""
+        method = self._config.method
+        relaxes_embedding = (
+            "aim" in method.steps
+            and method.aim.tied == "relax"
+            and LM_HEAD not in self._inputs.layout.shapes
+        )
+        shifts_by_all = "acm" in method.steps and method.acm.shift == "global"
+        return self._method.has_statistics or relaxes_embedding or shifts_by_all
+
+    def _iterate_in_phases(
+        self, following: int, last: int, progress: MergeProgress
+    ) -> states.StateManifest | None:
+        """One iteration after the other: run all layers, measure all, merge all."""
+        for iteration in range(following, last + 1):
+            started = time.monotonic()
+            plan = self._plan(iteration)
+            batches, columns = self._micro_batches(iteration)
+            self._get(self._submit_forwards(plan, batches))
+            summaries = self._get([a.summarise.remote(plan, columns) for a in self._actors])
+            known = self._measure(plan, columns, _joined(summaries))
+            merges = [
+                actor.merge.remote(plan, group, columns, known)
+                for actor, spec in zip(self._actors, self._specs, strict=True)
+                for group in spec.groups
+            ]
+            manifest = self._finish(_InFlight(plan, [], merges, started), progress)
+            if self._ends_with(manifest):
+                return manifest
+        return None
+
+    def _iterate_linear_by_iteration(
+        self, following: int, last: int, progress: MergeProgress
+    ) -> states.StateManifest | None:
+        """Without forward passes, but with numbers over the whole model in each iteration."""
+        for iteration in range(following, last + 1):
+            started = time.monotonic()
+            plan = self._plan(iteration)
+            known = self._measure(plan, None, {})
+            is_end = iteration == self._config.schedule.max_iterations
+            columns = self._run_linear([plan], is_end, known)
+            reports = [report for [report] in columns]
+            manifest = _manifest(plan, reports)
+            if states.state_directory(self._run.path, iteration).is_dir():
+                self._publish(manifest)
+            self._record(manifest, reports, time.monotonic() - started, progress)
+            if self._ends_with(manifest):
+                return manifest
+        return None
+
+    def _measure(
+        self, plan: IterationPlan, columns: NDArray[np.int64] | None, known: Mapping[str, object]
+    ) -> Mapping[str, object]:
+        """The operator's rounds over the whole model; sums are taken in the order of the layers."""
+        for number in range(self._method.rounds(len(plan.contributors))):
+            parts = self._get(
+                [
+                    actor.measure.remote(plan, group, columns, number, known)
+                    for actor, spec in zip(self._actors, self._specs, strict=True)
+                    for group in spec.groups
+                ]
+            )
+            sums = {name: sum_in_order(part[name] for part in parts) for name in parts[0]}
+            known = {**known, **self._method.conclude(number, sums, known)}
+        return known
 
     def _iterate_linear(
         self, following: int, last: int, progress: MergeProgress
@@ -151,7 +229,12 @@ class StreamingDriver:
             self._record(manifest, column, sum(report.seconds for report in column), progress)
         return ending
 
-    def _run_linear(self, plans: Sequence[IterationPlan], is_end: bool) -> list[list[GroupReport]]:
+    def _run_linear(
+        self,
+        plans: Sequence[IterationPlan],
+        is_end: bool,
+        known: Mapping[str, object] | None = None,
+    ) -> list[list[GroupReport]]:
         """All groups through all iterations, and into the final model if that is the end."""
         last = plans[-1].iteration
         config = self._config
@@ -163,7 +246,7 @@ class StreamingDriver:
             written = {plan.iteration for plan in plans}
         files = self._create_model_files() if is_end else []
         refs = [
-            actor.merge_linear.remote(plans, group, frozenset(written), files)
+            actor.merge_linear.remote(plans, group, frozenset(written), files, known)
             for actor, spec in zip(self._actors, self._specs, strict=True)
             for group in spec.groups
         ]
@@ -255,10 +338,27 @@ class StreamingDriver:
         """Submit an iteration, stage by stage; an actor takes its calls in this order."""
         plan = self._plan(iteration)
         batches, columns = self._micro_batches(iteration)
+        flight = _InFlight(plan, [], [], time.monotonic())
+        for actor, chunk, forwards in self._chunks(plan, batches):
+            flight.forwards += forwards
+            flight.merges += [actor.merge.remote(plan, group, columns) for group in chunk]
+        return flight
+
+    def _submit_forwards(self, plan: IterationPlan, batches: Sequence[MicroBatch]) -> list[Any]:
+        """Submit the forward passes alone; returns what ends with them."""
+        refs: list[Any] = []
+        for actor, chunk, forwards in self._chunks(plan, batches):
+            refs += [*forwards, actor.release_forward.remote(chunk)]
+        return refs
+
+    def _chunks(
+        self, plan: IterationPlan, batches: Sequence[MicroBatch]
+    ) -> Iterator[tuple[Any, range, list[Any]]]:
+        """Submit forward calls by chunk: the actor, its layers, and those that send nothing."""
         num_samples = sum(len(batch.lengths) for batch in batches)
         micro = [ray.put(batch) for batch in batches]
         hidden: dict[tuple[int, str], Any] = {}
-        flight = _InFlight(plan, [], [], time.monotonic())
+        run_states = forward_states(self._config.method, plan)
         for actor, spec in zip(self._actors, self._specs, strict=True):
             is_last_shard = spec is self._specs[-1]
             for chunk in spec.chunks:
@@ -266,17 +366,17 @@ class StreamingDriver:
                 forward = actor.forward
                 if sends and self._gang.transport != "object_store":
                     forward = forward.options(tensor_transport=self._gang.transport)
+                ending: list[Any] = []
                 for index, batch in enumerate(micro):
-                    for state in plan.inputs:
+                    for state in run_states:
                         # Later chunks of a shard find the hidden states where the first left them.
                         before = hidden.pop((index, state), None)
                         ref = forward.remote(plan, chunk, num_samples, state, index, batch, before)
                         if sends:
                             hidden[index, state] = ref
                         else:
-                            flight.forwards.append(ref)
-                flight.merges += [actor.merge.remote(plan, group, columns) for group in chunk]
-        return flight
+                            ending.append(ref)
+                yield actor, chunk, ending
 
     def _finish(self, flight: _InFlight, progress: MergeProgress) -> states.StateManifest:
         """Wait for an iteration, publish its state and write it down."""
@@ -363,6 +463,28 @@ class StreamingDriver:
         return get_results(refs)
 
 
+def _joined(summaries: Sequence[Mapping[str, Any]]) -> dict[str, object]:
+    """What all shards together know from the forward passes."""
+    relaxations = [s[HEAD_RELAXATION] for s in summaries if s[HEAD_RELAXATION] is not None]
+    largest: dict[str, float] = {}
+    for summary in summaries:
+        for state, value in summary[LARGEST_INFORMATION].items():
+            largest[state] = max(largest.get(state, 0.0), value)
+    return {
+        HEAD_RELAXATION: relaxations[0] if relaxations else None,
+        LARGEST_INFORMATION: largest or None,
+    }
+
+
+def sum_in_order(parts: Iterable[Tensor]) -> Tensor:
+    """A sum whose bits do not depend on who computed the parts."""
+    first, *others = parts
+    total = first.clone()
+    for part in others:
+        total += part
+    return total
+
+
 def get_results(refs: list[Any]) -> list[Any]:
     """`ray.get`, with arm_ray's own errors as they were raised, and a plain one for lost actors.
 
@@ -396,9 +518,3 @@ def _manifest(plan: IterationPlan, reports: Sequence[GroupReport]) -> states.Sta
     return states.StateManifest(
         plan.iteration, plan.regime, plan.reference, plan.contributors, *cosines(parts)
     )
-
-
-def shard_ranges(inputs: MergeInputs, num_shards: int) -> list[range]:
-    """The layer groups of each shard, balanced by bytes."""
-    sizes = [group.num_bytes for group in inputs.layout.groups]
-    return balanced_partition(sizes, num_shards)

@@ -12,6 +12,7 @@ import torch
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint, resolve_path
+from arm_ray.checkpoints.peft import AdaptedCheckpoint, is_adapter, open_adapter
 from arm_ray.checkpoints.validation import check_zero_padding
 from arm_ray.checkpoints.weight_file import DTYPES
 from arm_ray.config import MergeConfig
@@ -76,14 +77,20 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
     checkpoints: dict[str, Checkpoint] = {}
     for label, given in zip(names, [config.base, *config.candidates], strict=True):
         try:
-            checkpoints[label] = open_checkpoint(resolve_path(given))
+            path = resolve_path(given)
+            if label != BASE and is_adapter(path):
+                checkpoints[label] = open_adapter(path, checkpoints[BASE])
+            else:
+                checkpoints[label] = open_checkpoint(path)
         except ArmRayError as error:
             raise error.of(label) from None
     base = checkpoints[BASE]
     layout = model_layout(load_config(base), config.runtime.layers_per_group)
     for label, checkpoint in checkpoints.items():
         check_layout(layout, checkpoint, label)
-    check_zero_padding(checkpoints)
+    check_zero_padding(
+        {name: c for name, c in checkpoints.items() if not isinstance(c, AdaptedCheckpoint)}
+    )
     compute, storage = config.precision.compute_dtype, config.precision.storage_dtype
     return MergeInputs(
         checkpoints,

@@ -6,15 +6,17 @@ its own layers and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,11 +26,12 @@ from torch import Tensor
 from arm_ray.calibration.minibatch import MicroBatch
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.validation import check_finite
-from arm_ray.checkpoints.weight_file import SharedWeightFile, TensorSpec
-from arm_ray.errors import NumericalError
+from arm_ray.checkpoints.weight_file import SharedWeightFile, TensorSpec, WeightFileWriter
 from arm_ray.merging.operator import MergedTensor, TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
-from arm_ray.model.group import GroupRunner, mean_outputs
+from arm_ray.model.group import GroupRunner, Templates
+from arm_ray.model.layout import EMBEDDING, LM_HEAD
+from arm_ray.runtime.captures import Captures, forward_states
 from arm_ray.runtime.linear import merge_linear
 from arm_ray.runtime.pieces import (
     group_specs,
@@ -44,6 +47,11 @@ from arm_ray.schedule import BASE, IterationPlan, states_read_after
 
 # Elements of a tensor that are merged at once where it needs no activations.
 _PIECE = 1 << 24
+# The same for numbers over the whole model: few enough to stay in cache.
+_MEASURED_PIECE = 1 << 20
+# Names of what is known of the whole model from the forward passes.
+HEAD_RELAXATION = "head relaxation"
+LARGEST_INFORMATION = "largest information"
 
 
 _T = TypeVar("_T")
@@ -68,12 +76,22 @@ class LayerShard:
             spec.residency,
         )
         self._runners: dict[int, GroupRunner] = {}
+        self._templates: Templates = {}
         self._hidden: dict[tuple[int, str, int], Tensor] = {}
-        self._mean_inputs: dict[tuple[int, str, str], Tensor] = {}
         # torch and MKL keep the number of threads for each thread that calls them.
         self._workers = ThreadPoolExecutor(
             spec.threads, initializer=torch.set_num_threads, initargs=(1,)
         )
+        self._captures = Captures(
+            spec.layout,
+            spec.method.settings,
+            spec.method.needs_outputs,
+            self._store,
+            self._device,
+            spec.compute_dtype,
+        )
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._flushes: list[Future[None]] = []
         self._forward_seconds = 0.0
         self._transport = spec.transport
         self._last_wanted = sys.maxsize
@@ -156,11 +174,17 @@ class LayerShard:
             current = self._hidden.pop(key)
         lengths = torch.from_numpy(micro_batch.lengths.copy()).to(self._device)
         positions = torch.from_numpy(micro_batch.sample_positions.copy()).to(self._device)
+        samples = (plan, state, micro_index, num_samples, positions, lengths)
+        if chunk[0] == 0:
+            self._captures.collect_embedding(*samples, current)
+        wanted = self._captures.wanted(plan, state)
         for index in chunk:
             weights = self._store.layers(state, index)
-            current, means = self._runner(index).forward(weights, current, lengths)
-            for name, mean in means.items():
-                self._collect(plan, state, name, num_samples, positions, mean)
+            output = self._runner(index).forward(weights, current, lengths, wanted)
+            self._captures.collect(*samples, output)
+            current = output.hidden
+        if chunk[-1] == len(self._spec.layout.groups) - 1:
+            self._captures.collect_tail(*samples, current, self._runner(chunk[-1]))
         self._forward_seconds += time.monotonic() - started
         if chunk[-1] != self._spec.groups[-1]:
             self._hidden[key] = current
@@ -170,7 +194,11 @@ class LayerShard:
         return pack_tensor(current) if self._transport == "object_store" else current
 
     def merge(
-        self, plan: IterationPlan, group: int, columns: NDArray[np.int64]
+        self,
+        plan: IterationPlan,
+        group: int,
+        columns: NDArray[np.int64],
+        known: Mapping[str, object] | None = None,
     ) -> GroupReport | None:
         """Merge one layer group of an iteration, write it, and release what is not read again.
 
@@ -178,6 +206,7 @@ class LayerShard:
             plan: The iteration, whose forward passes this shard has run.
             group: Index of the layer group.
             columns: `[N]`: which of the different samples each sample of the mini-batch is.
+            known: What is known of the whole model.
 
         Returns:
             What came out; None if the iteration was abandoned.
@@ -185,6 +214,8 @@ class LayerShard:
         started = time.monotonic()
         torch.set_num_threads(self._spec.threads)
         if plan.iteration > self._last_wanted:
+            # Nothing may appear in the state's directory once the driver has removed it.
+            wait(self._flushes)
             return None
         directory = states.state_directory(self._spec.run, plan.iteration)
         similarity: list[SimilaritySums] = []
@@ -192,27 +223,82 @@ class LayerShard:
         rotated, deficient = 0, []
         specs = group_specs(self._spec.layout, group)
         pieces = (
-            (spec, inputs) for spec in specs for inputs in self._pieces(plan, group, spec, columns)
+            (spec, inputs)
+            for spec in specs
+            for inputs in self._pieces(plan, group, spec, columns, known or {}, _PIECE)
         )
-        with group_writer(directory, group, specs) as writer:
+        with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(group_writer(directory, group, specs))
             for spec, result, sums in self._in_order(
-                partial(self._merge_piece, plan, group), pieces
+                partial(self._merge_piece, plan, group, writer), pieces
             ):
-                writer.write(spec, result.tensor)
                 similarity.append(sums)
                 rotated += result.rotated
                 deficient += [f"{spec.name} ({r} of {n})" for r, n in result.rank_deficient]
                 if self._store.keeps_new_states:
                     kept.setdefault(spec.name, []).append(result.tensor)
+            # The disk catches up while the next groups are computed.
+            self._flushes.append(self._flusher.submit(stack.pop_all().close))
+        if group == self._spec.groups[-1]:
+            self._wait_until_durable()
         self._store.keep(plan.output, group, kept)
         read_again = states_read_after(
             self._spec.schedule, self._spec.num_candidates, plan.iteration
         )
-        self._store.release(group, plan.inputs, read_again.__contains__)
+        self._store.release(
+            group, forward_states(self._spec.method.settings, plan), read_again.__contains__
+        )
+        self._captures.drop(plan, self._spec.layout.groups[group].tensors)
+        if group == self._spec.groups[-1]:
+            self._captures.drop_iteration(plan.iteration)
         seconds = time.monotonic() - started
         return GroupReport(
             group, tuple(similarity), rotated, tuple(deficient), seconds, writer.num_bytes
         )
+
+    def summarise(self, plan: IterationPlan, columns: NDArray[np.int64]) -> dict[str, object]:
+        """What other shards need of this one's activations, once all forward passes are over."""
+        relaxation = self._captures.relaxation(plan, LM_HEAD, columns)
+        return {
+            HEAD_RELAXATION: None if relaxation is None else relaxation.cpu(),
+            LARGEST_INFORMATION: self._captures.largest_information(plan),
+        }
+
+    def measure(
+        self,
+        plan: IterationPlan,
+        group: int,
+        columns: NDArray[np.int64] | None,
+        number: int,
+        known: Mapping[str, object],
+    ) -> dict[str, Tensor]:
+        """One round's numbers of one layer group (`merging.operator.Statistics`).
+
+        Args:
+            plan: The iteration.
+            group: Index of the layer group.
+            columns: As for `merge`; None without forward passes.
+            number: Which round, 0-based.
+            known: What is known of the whole model.
+        """
+        torch.set_num_threads(self._spec.threads)
+        method = self._spec.method
+        pieces = (
+            inputs
+            for spec in group_specs(self._spec.layout, group)
+            for inputs in self._pieces(plan, group, spec, columns, known, _MEASURED_PIECE)
+        )
+        totals: dict[str, Tensor] = {}
+        for sums in self._in_order(lambda inputs: method.measure(number, inputs()), pieces):
+            for name, value in sums.items():
+                totals[name] = totals[name] + value if name in totals else value
+        self._store.release_unless_resident(group)
+        return {name: value.cpu() for name, value in totals.items()}
+
+    def release_forward(self, chunk: range) -> None:
+        """Let go of a chunk's weights where they do not stay, before other chunks are run."""
+        for group in chunk:
+            self._store.release_unless_resident(group)
 
     def merge_linear(
         self,
@@ -220,6 +306,7 @@ class LayerShard:
         group: int,
         written: frozenset[int],
         model: Sequence[SharedWeightFile],
+        known: Mapping[str, object] | None = None,
     ) -> list[GroupReport]:
         """Run all iterations on one layer group, for an operator that needs no activations.
 
@@ -231,12 +318,15 @@ class LayerShard:
             group: Index of the layer group.
             written: Iterations whose states are written.
             model: The weight files of the final model, which the last iteration's result goes to.
+            known: What is known of the whole model, for an operator that asks for it.
 
         Returns:
             One report for each iteration.
         """
         torch.set_num_threads(self._spec.threads)
-        return merge_linear(self._spec, self._store, plans, group, written, model)
+        return merge_linear(
+            self._spec, self._store, plans, group, written, model, known or {}, self._in_order
+        )
 
     def take_forward_seconds(self) -> float:
         """Seconds spent in forward passes since the last call."""
@@ -256,11 +346,26 @@ class LayerShard:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
+    def _wait_until_durable(self) -> None:
+        """Wait until all merged groups are whole files on disk.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        flushes, self._flushes = self._flushes, []
+        wait(flushes)
+        for flush in flushes:
+            flush.result()
+
     def _runner(self, index: int) -> GroupRunner:
         if index not in self._runners:
             spec = self._spec
             self._runners[index] = GroupRunner(
-                spec.layout, spec.layout.groups[index], self._device, spec.compute_dtype
+                spec.layout,
+                spec.layout.groups[index],
+                self._device,
+                spec.compute_dtype,
+                self._templates,
             )
         return self._runners[index]
 
@@ -274,30 +379,21 @@ class LayerShard:
         if following in self._spec.groups:
             self._store.read_ahead([*plan.inputs, plan.previous, BASE], following)
 
-    def _collect(
+    def _pieces(
         self,
         plan: IterationPlan,
-        state: str,
-        name: str,
-        num_samples: int,
-        positions: Tensor,
-        mean: Tensor,
-    ) -> None:
-        key = (plan.iteration, state, name)
-        if key not in self._mean_inputs:
-            self._mean_inputs[key] = mean.new_empty(num_samples, mean.shape[1])
-        self._mean_inputs[key][positions] = mean
-
-    def _pieces(
-        self, plan: IterationPlan, group: int, spec: TensorSpec, columns: NDArray[np.int64]
+        group: int,
+        spec: TensorSpec,
+        columns: NDArray[np.int64] | None,
+        known: Mapping[str, object],
+        elements: int,
     ) -> Iterator[Callable[[], TensorInputs]]:
         """What the operator is given of one tensor: all of it, or row by row in large pieces.
 
         Yields calls that make it, so that the work is done where the piece is merged.
         """
-        wants = self._spec.method.needs_outputs and spec.name in self._spec.layout.rotated
-        for rows in pieces_of(self._spec, spec, _PIECE):
-            yield partial(self._inputs, plan, group, spec, rows, columns if wants else None)
+        for rows in pieces_of(self._spec, spec, elements):
+            yield partial(self._inputs, plan, group, spec, rows, columns, known)
 
     def _inputs(
         self,
@@ -306,17 +402,25 @@ class LayerShard:
         spec: TensorSpec,
         rows: slice,
         columns: NDArray[np.int64] | None,
+        known: Mapping[str, object],
     ) -> TensorInputs:
-        activations: list[Tensor] = []
-        if columns is not None:
-            chosen = torch.from_numpy(columns.copy()).to(self._device)
-            activations = [
-                self._activation(plan, state, group, spec.name)[:, chosen] for state in plan.inputs
-            ]
         reference, *contributors = (
             self._store.rows(state, group, spec.name, rows) for state in plan.inputs
         )
-        return tensor_inputs(self._spec, plan, spec, rows, reference, contributors, activations)
+        inputs = tensor_inputs(self._spec, plan, spec, rows, reference, contributors, known)
+        if columns is None:
+            return inputs
+        shifts: list[Tensor] = []
+        if self._spec.method.needs_outputs and spec.name in self._spec.layout.rotated:
+            chosen = torch.from_numpy(columns.copy()).to(self._device)
+            shifts = [s[:, chosen] for s in self._captures.shifts(plan, group, spec.name)]
+        relaxation = self._captures.relaxation(plan, spec.name, columns)
+        head = cast("Tensor | None", known.get(HEAD_RELAXATION))
+        if spec.name == EMBEDDING and head is not None:
+            relaxation = head.to(self._device)
+        largest = cast("dict[str, float] | None", known.get(LARGEST_INFORMATION))
+        scales = self._captures.scales(plan, spec.name, columns, largest)
+        return replace(inputs, shifts=shifts, relaxation=relaxation, scales=scales)
 
     def _in_order(self, work: Callable[[_T], _R], items: Iterator[_T]) -> Iterator[_R]:
         """`map` over pieces, as many at a time as there are threads, in order.
@@ -339,12 +443,15 @@ class LayerShard:
         self,
         plan: IterationPlan,
         group: int,
+        writer: WeightFileWriter,
         piece: tuple[TensorSpec, Callable[[], TensorInputs]],
     ) -> tuple[TensorSpec, MergedTensor, SimilaritySums]:
         spec, inputs = piece
         given = inputs()
         result = self._spec.method.merge(given)
-        return spec, result, self._compare(plan, group, given, result)
+        sums = self._compare(plan, group, given, result)
+        writer.write(spec.name, given.rows.start, result.tensor)
+        return spec, result, sums
 
     def _compare(
         self, plan: IterationPlan, group: int, inputs: TensorInputs, result: MergedTensor
@@ -357,17 +464,3 @@ class LayerShard:
         if not sums.is_finite:
             raise not_finite(inputs.name, plan)
         return sums
-
-    def _activation(self, plan: IterationPlan, state: str, group: int, name: str) -> Tensor:
-        weights = self._store.layers(state, group)
-        bias = weights.get(name.removesuffix("weight") + "bias")
-        mean_input = self._mean_inputs.pop((plan.iteration, state, name))
-        activation = mean_outputs(weights[name], bias, mean_input)
-        if not bool(torch.isfinite(activation).all()):
-            raise NumericalError(
-                f"the activations of {name} are NaN or infinite",
-                where=f"{state}, iteration {plan.iteration}",
-                got=f"compute_dtype {self._spec.compute_dtype}",
-                hint="set precision.compute_dtype to float32 or bfloat16",
-            )
-        return activation

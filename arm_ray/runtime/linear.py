@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -27,6 +28,20 @@ from arm_ray.schedule import BASE, IterationPlan
 _PIECE = 1 << 17
 
 
+Each = Callable[
+    [Callable[[tuple[TensorSpec, slice]], "_Piece"], Iterator[tuple[TensorSpec, slice]]],
+    Iterator["_Piece"],
+]
+
+
+@dataclass
+class _Piece:
+    """Some rows of a tensor after each iteration, and what the states' comparison gave."""
+
+    merged: list[tuple[int, Tensor]]
+    sums: list[SimilaritySums]
+
+
 def merge_linear(
     spec: ShardSpec,
     store: WeightStore,
@@ -34,8 +49,21 @@ def merge_linear(
     group: int,
     written: frozenset[int],
     model: Sequence[SharedWeightFile],
+    known: Mapping[str, object],
+    each: Each,
 ) -> list[GroupReport]:
-    """Run consecutive iterations on one layer group; see `LayerShard.merge_linear`."""
+    """Run consecutive iterations on one layer group; see `LayerShard.merge_linear`.
+
+    Args:
+        spec: The shard's.
+        store: The shard's weights.
+        plans: The iterations.
+        group: Index of the layer group.
+        written: Iterations whose states are written.
+        model: The weight files of the final model.
+        known: What is known of the whole model.
+        each: `map`, in order, which may run several pieces at a time.
+    """
     started = time.monotonic()
     sums: list[list[SimilaritySums]] = [[] for _ in plans]
     num_bytes = [0 for _ in plans]
@@ -49,15 +77,23 @@ def merge_linear(
                 writers[plan.iteration] = writer
                 num_bytes[position] = writer.num_bytes
         files = [stack.enter_context(file.open()) for file in model]
-        for tensor in tensors:
-            for rows in pieces_of(spec, tensor, _PIECE):
-                merged = _run_piece(spec, store, plans, group, tensor, rows, sums)
-                for iteration, piece in merged:
-                    if iteration in writers:
-                        writers[iteration].write(tensor, piece)
-                for file in files:
-                    if tensor.name in file:
-                        file.write(tensor.name, rows.start, merged[-1][1])
+
+        def run(item: tuple[TensorSpec, slice]) -> _Piece:
+            tensor, rows = item
+            piece = _run_piece(spec, store, plans, group, tensor, rows, known)
+            for iteration, result in piece.merged:
+                if iteration in writers:
+                    writers[iteration].write(tensor.name, rows.start, result)
+            for file in files:
+                if tensor.name in file:
+                    file.write(tensor.name, rows.start, piece.merged[-1][1])
+            piece.merged = []
+            return piece
+
+        items = ((tensor, rows) for tensor in tensors for rows in pieces_of(spec, tensor, _PIECE))
+        for piece in each(run, items):
+            for collected, part in zip(sums, piece.sums, strict=True):
+                collected.append(part)
     store.release(group, (), lambda _state: False)
     share = (time.monotonic() - started) / len(plans)
     return [
@@ -73,20 +109,20 @@ def _run_piece(
     group: int,
     tensor: TensorSpec,
     rows: slice,
-    sums: Sequence[list[SimilaritySums]],
-) -> list[tuple[int, Tensor]]:
-    """The same rows of one tensor after each iteration; adds to `sums`."""
+    statistics: Mapping[str, object],
+) -> _Piece:
+    """The same rows of one tensor after each iteration."""
     known: dict[str, Tensor] = {}
-    merged: list[tuple[int, Tensor]] = []
+    piece = _Piece([], [])
 
     def get(state: str) -> Tensor:
         if state not in known:
             known[state] = store.rows(state, group, tensor.name, rows)
         return known[state]
 
-    for plan, parts in zip(plans, sums, strict=True):
+    for plan in plans:
         reference, *contributors = (get(state) for state in plan.inputs)
-        inputs = tensor_inputs(spec, plan, tensor, rows, reference, contributors)
+        inputs = tensor_inputs(spec, plan, tensor, rows, reference, contributors, statistics)
         result = spec.method.merge(inputs).tensor
         compared = similarity_sums(result, get(plan.previous), get(BASE))
         if not compared.is_finite:
@@ -95,7 +131,7 @@ def _run_piece(
                 where = f"{state}: {checkpoint.tensors[tensor.name].file}"
                 check_finite(checkpoint.read([tensor.name])[tensor.name], tensor.name, where)
             raise not_finite(tensor.name, plan)
-        parts.append(compared)
+        piece.sums.append(compared)
         known[plan.output] = result
-        merged.append((plan.iteration, result))
-    return merged
+        piece.merged.append((plan.iteration, result))
+    return piece

@@ -18,8 +18,9 @@ from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, CalibrationError, ConfigError
 from arm_ray.events import ModelWritten, RunFailed, RunFinished, RunStarted, Warned
 from arm_ray.merging.method import Method, open_method
+from arm_ray.model.partition import choose_balance, partition_layers
 from arm_ray.report.model_card import write_model_card
-from arm_ray.runtime.driver import StreamingDriver, shard_ranges
+from arm_ray.runtime.driver import StreamingDriver
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.placement import (
     Placement,
@@ -104,11 +105,11 @@ def _merge_on_ray(
         console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
     # Before the actors: they may take every CPU slot, and Ray Data would wait for one for ever.
-    stream = _open_calibration(config, inputs, run, warn)
+    stream = _open_calibration(config, method, inputs, run, warn)
     specs = shard_specs(config, method, inputs, run.path, placement)
     with placed_shards(specs, config.runtime, placement, warn) as gang:
-        driver = StreamingDriver(config, inputs, run, gang, specs, stream, console)
-        if config.method.needs_calibration:
+        driver = StreamingDriver(config, inputs, run, gang, specs, method, stream, console)
+        if method.needs_forward:
             # A linear merge reads every byte once, and looks at it then.
             driver.check_weights()
         _announce(config, inputs, run, placement, stream, console)
@@ -140,10 +141,20 @@ def _check_disk(config: MergeConfig, inputs: MergeInputs, run: RunDirectory) -> 
 
 
 def _open_calibration(
-    config: MergeConfig, inputs: MergeInputs, run: RunDirectory, warn: Callable[[str], None]
+    config: MergeConfig,
+    method: Method,
+    inputs: MergeInputs,
+    run: RunDirectory,
+    warn: Callable[[str], None],
 ) -> CalibrationStream | None:
-    if config.calibration is None or not config.method.needs_calibration:
+    if not method.needs_forward:
         return None
+    if config.calibration is None:
+        raise ConfigError(
+            f"the operator {config.method.operator!r} needs calibration samples",
+            where="calibration",
+            hint="name a dataset in calibration.path",
+        )
     settings = CalibrationSettings(**config.calibration.model_dump())
     stream = open_stream(settings, inputs.tokenizer, needed_batches=config.schedule.max_iterations)
     vocabulary = int(inputs.layout.config.vocab_size)
@@ -173,6 +184,12 @@ def shard_specs(
         run: The run directory.
         placement: Number of shards, and their device.
     """
+    ranges = partition_layers(
+        inputs.layout,
+        placement.num_shards,
+        choose_balance(config.runtime.balance, on_gpu=placement.device == "cuda"),
+        needs_forward=method.needs_forward,
+    )
     return [
         ShardSpec(
             inputs.layout,
@@ -186,7 +203,7 @@ def shard_specs(
             config.runtime.threads,
             config.runtime.residency,
         )
-        for groups in shard_ranges(inputs, placement.num_shards)
+        for groups in ranges
     ]
 
 

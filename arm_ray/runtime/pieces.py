@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ def tensor_inputs(
     rows: slice,
     reference: Tensor,
     contributors: Sequence[Tensor],
-    activations: Sequence[Tensor] = (),
+    known: Mapping[str, object],
 ) -> TensorInputs:
     """What an operator is given of some rows of a tensor.
 
@@ -67,21 +67,20 @@ def tensor_inputs(
         rows: Which rows.
         reference: The reference's.
         contributors: The contributors'.
-        activations: Of the reference and then of the contributors; or none.
+        known: What is known of the whole model.
     """
     return TensorInputs(
         tensor.name,
         reference,
         contributors,
         plan.divisor,
-        activations[0] if activations else None,
-        activations[1:],
-        rows,
-        tensor.shape,
-        tensor.name in spec.layout.rotated,
-        plan.contributors,
-        plan.iteration,
-        plan.regime == "sliding_window",
+        rows=rows,
+        shape=tensor.shape,
+        is_linear=tensor.name in spec.layout.rotated,
+        contributor_names=plan.contributors,
+        iteration=plan.iteration,
+        includes_reference=plan.regime == "sliding_window",
+        statistics=known,
     )
 
 

@@ -11,6 +11,7 @@ On a CPU, `device` leaves the base and the candidates memory-mapped: the page ca
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,11 @@ from arm_ray.model.layout import EMBEDDING, ModelLayout, is_layer_tensor
 from arm_ray.schedule import iteration_of
 
 Residency = Literal["device", "host", "disk"]
+
+
+# MKL's products depend on how their operands lie in memory: on whether a tensor was mapped from a
+# file, or kept since it was made. The bits of the result must not.
+_ALIGNMENT_BYTES = 64
 
 
 class WeightStore:
@@ -53,6 +59,8 @@ class WeightStore:
         self._stored: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._compute: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._ahead: dict[tuple[str, int], Future[dict[str, Tensor]]] = {}
+        # Pieces of one group are merged by several threads.
+        self._lock = threading.Lock()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def layers(self, state: str, group: int) -> dict[str, Tensor]:
@@ -60,7 +68,7 @@ class WeightStore:
         key = (state, group)
         if key not in self._compute:
             self._compute[key] = {
-                name: tensor.to(device=self._device, dtype=self._compute_dtype)
+                name: _aligned(tensor.to(device=self._device, dtype=self._compute_dtype))
                 for name, tensor in self._group(state, group).items()
                 if is_layer_tensor(name)
             }
@@ -113,11 +121,21 @@ class WeightStore:
             if self._residency == "disk" or not keep(state):
                 del self._stored[state, index]
 
+    def release_unless_resident(self, group: int) -> None:
+        """Let go of a group for now: of compute copies, and of what was read from disk."""
+        if self._residency == "device":
+            return
+        for cache in (self._compute, self._stored if self._residency == "disk" else {}):
+            for key in [key for key in cache if key[1] == group]:
+                del cache[key]
+
     def _group(self, state: str, group: int) -> dict[str, Tensor]:
         key = (state, group)
         if key not in self._stored:
-            ahead = self._ahead.pop(key, None)
-            self._stored[key] = ahead.result() if ahead else self._read(state, group)
+            with self._lock:
+                if key not in self._stored:
+                    ahead = self._ahead.pop(key, None)
+                    self._stored[key] = ahead.result() if ahead else self._read(state, group)
         return self._stored[key]
 
     def _read(self, state: str, group: int) -> dict[str, Tensor]:
@@ -138,3 +156,9 @@ class WeightStore:
             name: tensor.clone() if is_layer_tensor(name) else tensor
             for name, tensor in mapped.items()
         }
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it lies askew in host memory and MKL will multiply by it."""
+    askew = tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT_BYTES != 0
+    return tensor.clone() if askew and tensor.dtype != torch.bfloat16 else tensor

@@ -1,0 +1,63 @@
+"""Going over large tensors in blocks that stay in a CPU's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 16
+# A launch costs far more than an element there.
+_BLOCK_ELSEWHERE = 1 << 24
+
+
+def in_blocks(tensors: Sequence[Tensor], size: int = _BLOCK) -> Iterator[list[Tensor]]:
+    """The same stretch of several tensors of one size, flat, stretch by stretch.
+
+    Args:
+        tensors: At least one; of any shape. Blocks of a contiguous tensor are views of it.
+        size: Elements of a block on a CPU.
+    """
+    flat = [t.reshape(-1) for t in tensors]
+    step = size if flat[0].device.type == "cpu" else max(size, _BLOCK_ELSEWHERE)
+    for start in range(0, len(flat[0]), step):
+        yield [t[start : start + step] for t in flat]
+
+
+def weighted_sum_(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`Σ w_i ΔW_i`; overwrites the vectors, of which the first (made contiguous) is the result.
+
+    Products are rounded before they are added, so that no element depends on whether the hardware
+    fused the two, and pieces of rows give the bits of the whole.
+    """
+    first, *others = [v.contiguous() for v in vectors]
+    for total, *terms in in_blocks([first, *others]):
+        total.mul_(weights[0])
+        for term, weight in zip(terms, weights[1:], strict=True):
+            total += term.mul_(weight)
+    return first
+
+
+def gram(tensors: Sequence[Tensor], added: Tensor | None = None) -> Tensor:
+    """Inner products of tensors with each other, `[n, n]` float64 on the CPU.
+
+    Args:
+        tensors: Float32, of one size.
+        added: What is added to each of them first.
+    """
+    count = len(tensors)
+    pairs = [(i, j) for i in range(count) for j in range(i, count)]
+    sums = torch.zeros(len(pairs), dtype=torch.float64, device=tensors[0].device)
+    every = [*tensors] if added is None else [*tensors, added]
+    for block in in_blocks(every):
+        wide = [t.double() for t in block[:count]]
+        if added is not None:
+            offset = block[-1].double()
+            for t in wide:
+                t += offset
+        sums += torch.stack([torch.dot(wide[i], wide[j]) for i, j in pairs])
+    result = torch.zeros(count, count, dtype=torch.float64)
+    for (i, j), value in zip(pairs, sums.tolist(), strict=True):
+        result[i, j] = result[j, i] = value
+    return result

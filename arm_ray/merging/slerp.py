@@ -1,0 +1,159 @@
+"""Means on the sphere: SLERP of two models, and two means of more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arm_ray.merging.blocks import gram, in_blocks
+from arm_ray.merging.operator import Operator, TaskVectors
+from arm_ray.merging.settings import MethodSettings
+
+# Tensors of no larger norm have no direction.
+_SMALLEST_NORM = 1e-8
+# Models whose cosine is beyond are merged on a line.
+_LARGEST_COSINE = 0.9995
+
+
+def slerp(given: TaskVectors, settings: MethodSettings) -> Tensor:
+    """`[sin((1 − t) θ) A + sin(t θ) B] / sin θ − W_ref`, θ the angle between the models A and B.
+
+    Where one of them is zero or they are (anti)parallel, `(1 − t) A + t B − W_ref`. In a window
+    the reference is A. With `of: task_vectors` the same formula merges the task vectors, to which
+    the reference is added.
+    """
+    t = settings.slerp.t
+
+    def coefficients(products: np.ndarray) -> list[float]:
+        norms = np.sqrt(np.diag(products))
+        if norms.min() > _SMALLEST_NORM:
+            cosine = float(products[0, 1] / (norms[0] * norms[1]))
+            if abs(cosine) <= _LARGEST_COSINE:
+                angle = math.acos(cosine)
+                return [math.sin(s * angle) / math.sin(angle) for s in (1.0 - t, t)]
+        return [1.0 - t, t]
+
+    return _merge(given, settings.slerp.of == "weights", coefficients)
+
+
+def spherical_mean(given: TaskVectors, settings: MethodSettings) -> Tensor:
+    """A mean of the models' directions, as long as the mean of their norms, minus `W_ref`.
+
+    With `u_i = A_i / |A_i|`, `w_i` the weights (of sum 1) and `log_μ`, `exp_μ` the logarithm and
+    exponential on the unit sphere, from `μ = Σ w_i u_i`, normalised:
+
+    - `karcher` repeats `μ ← exp_μ(Σ w_i log_μ(u_i))`;
+    - `projection` does one such step with `u_i − <u_i, μ> μ` in the place of the logarithm.
+
+    Where a model is zero or μ is, the mean is the ordinary one.
+    """
+    mean = settings.spherical_mean
+    count = given.members
+    weights = np.array(mean.weights or (1.0,) * count, dtype=np.float64)
+    if len(weights) != count:
+        raise ValueError(f"weights: got {len(weights)}, expected one for each of {count} models")
+    weights /= weights.sum()
+
+    def coefficients(products: np.ndarray) -> list[float]:
+        norms = np.sqrt(np.diag(products))
+        if norms.min() <= _SMALLEST_NORM:
+            return [float(w) for w in weights]
+        # All that happens, happens in the span of the models. So μ is kept as its coefficients on
+        # the u_i, and all lengths and angles follow from the inner products.
+        cosines = products / np.outer(norms, norms)
+        length = _length(weights, cosines)
+        if length == 0.0:
+            return [float(w) for w in weights]
+        center = weights / length
+        if mean.kind == "karcher":
+            for _ in range(mean.max_steps):
+                step = _mean_tangent(center, weights, cosines, logarithm=True)
+                center = _exponential(center, step, cosines)
+                if _length(step, cosines) < mean.step_tolerance:
+                    break
+        else:
+            step = _mean_tangent(center, weights, cosines, logarithm=False)
+            center = _exponential(center, step, cosines)
+        return [float(c) for c in center * (weights @ norms) / norms]
+
+    return _merge(given, mean.of == "weights", coefficients)
+
+
+def _length(point: np.ndarray, cosines: np.ndarray) -> float:
+    """Of a point given by its coefficients on the `u_i`; 0 if too short for a direction."""
+    length = math.sqrt(max(0.0, float(point @ cosines @ point)))
+    return length if length > _SMALLEST_NORM else 0.0
+
+
+def _mean_tangent(
+    center: np.ndarray, weights: np.ndarray, cosines: np.ndarray, *, logarithm: bool
+) -> np.ndarray:
+    """`Σ w_i v_i`, with `v_i` the logarithm of `u_i` at μ or its projection; as coefficients."""
+    total = np.zeros_like(center)
+    for index, weight in enumerate(weights):
+        cosine = min(1.0, max(-1.0, float(cosines[index] @ center)))
+        tangent = -cosine * center
+        tangent[index] += 1.0
+        sine = math.sqrt((1.0 - cosine) * (1.0 + cosine))
+        # θ / sin θ: 1 where μ is u_i. Opposite of it there is no direction to go.
+        if logarithm and sine > _SMALLEST_NORM:
+            tangent *= math.atan2(sine, cosine) / sine
+        total += weight * tangent
+    return total
+
+
+def _exponential(center: np.ndarray, step: np.ndarray, cosines: np.ndarray) -> np.ndarray:
+    """`cos|v| μ + sin|v| v / |v|`, normalised."""
+    length = _length(step, cosines)
+    if length == 0.0:
+        return center
+    moved = math.cos(length) * center + math.sin(length) / length * step
+    return np.asarray(moved / _length(moved, cosines))
+
+
+def _merge(
+    given: TaskVectors, of_weights: bool, coefficients: Callable[[np.ndarray], Sequence[float]]
+) -> Tensor:
+    """`Σ c_i A_i − W_ref`, with coefficients from the inner products of the models.
+
+    With `A_i = W_ref + ΔW_i` that is `Σ c_i ΔW_i + (Σ c_i − 1) W_ref`: one pass for the inner
+    products, one for the sum.
+    """
+    reference = given.inputs.reference
+    vectors = [v.contiguous() for v in given.vectors]
+    models = list(vectors)
+    if given.inputs.includes_reference:
+        models.insert(0, torch.zeros((), device=reference.device).expand_as(reference))
+    weights = coefficients(gram(models, reference if of_weights else None).numpy())
+    surplus = math.fsum([*weights, -1.0]) if of_weights else 0.0
+    weights = weights[len(models) - len(vectors) :]
+    if not vectors:
+        return torch.zeros_like(reference)
+    for total, *terms, base in in_blocks([*vectors, reference]):
+        total.mul_(weights[0])
+        for term, weight in zip(terms, weights[1:], strict=True):
+            total.add_(term, alpha=weight)
+        # Zero where they are merged on a line.
+        if surplus != 0.0:
+            total.add_(base, alpha=surplus)
+    return vectors[0]
+
+
+def _check(settings: MethodSettings, num_models: int) -> list[str]:
+    weights = settings.spherical_mean.weights
+    if weights is None or len(weights) == num_models:
+        return []
+    return [
+        f"method.spherical_mean.weights: got {len(weights)} weights,"
+        f" expected one for each of {num_models} models"
+    ]
+
+
+OPERATOR = Operator("slerp", slerp, whole_tensors=True, min_models=2, max_models=2)
+SPHERICAL_MEAN = Operator(
+    "spherical_mean", spherical_mean, whole_tensors=True, min_models=2, check=_check
+)

@@ -1,0 +1,274 @@
+"""Six iterations on one layer shard and on two, and what the schedule would give on more.
+
+Measured: the same merge of SmolLM2-135M (base, two candidates, three anchored iterations and three
+of a window) with `runtime.layer_shards` 1 and 2, one thread each, on a local Ray.
+
+Simulated: the time of every layer group is measured on one shard in this process, and
+`arm_ray.planning.simulator` runs the driver's schedule with these times; first for the two
+measured points, which tells how far to believe it, then for 1 to 64 shards and 1 to 24 iterations
+of a model of 80 such layers, with twice as many groups of samples than here.
+
+Needs the checkpoints that `make demo` makes, and matplotlib for the plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from arm_ray.calibration.minibatch import MicroBatch, MiniBatch, micro_batches, unique_samples
+from arm_ray.config import MergeConfig, parse_merge_config
+from arm_ray.events import read_events
+from arm_ray.merging.method import open_method
+from arm_ray.model.partition import balanced_partition
+from arm_ray.planning.simulator import ChunkTimes, IterationTimes, ShardTimes, simulate
+from arm_ray.runtime.inputs import open_inputs
+from arm_ray.runtime.layer_shard import LayerShard
+from arm_ray.runtime.merge import merge, shard_specs
+from arm_ray.runtime.placement import Placement
+from arm_ray.schedule import IterationPlan, plan_iteration
+from benchmarks.common import RESULTS, report
+from jobs.sft import read_rows
+
+RUNS = Path("runs/smollm2")
+OUTPUT = Path("runs/bench/scaling")
+DATA = Path("examples/smollm2/data/calibration.jsonl")
+SAMPLES = 64
+ITERATIONS = 6
+LAYERS = 80
+ACTORS = (1, 2, 4, 8, 16, 32, 64)
+LENGTHS = (1, 2, 3, 6, 12, 24)
+LOOKAHEADS = (2, 8)
+
+
+@dataclass(frozen=True)
+class GroupTimes:
+    """Seconds of one layer group: a forward call, and the merge with three and two inputs."""
+
+    forward: float
+    merge: dict[int, float]
+
+
+def configuration(shards: int, output: Path) -> MergeConfig:
+    """The merge that is measured."""
+    return parse_merge_config(
+        {
+            "base": str(RUNS / "base"),
+            "candidates": [str(RUNS / "sft" / f"checkpoint-{step}") for step in (40, 60)],
+            "output": str(output),
+            "keep_states": "last",
+            "calibration": {"path": str(DATA), "batch_size": SAMPLES},
+            "schedule": {
+                "anchor_iterations": 3,
+                "max_iterations": ITERATIONS,
+                "tolerance": 0.0,
+            },
+            "runtime": {"layer_shards": shards, "threads": 1},
+        }
+    )
+
+
+def measure(shards: int) -> float:
+    """Seconds from the first call to the end of the last iteration."""
+    output = OUTPUT / f"shards-{shards}"
+    shutil.rmtree(output, ignore_errors=True)
+    merge(configuration(shards, output.resolve()), console=Console(quiet=True))
+    events = read_events(output / "events.jsonl")
+    seconds = [event["seconds"] for event in events if "task_vector_cosine" in event]
+    assert len(seconds) == ITERATIONS
+    shutil.rmtree(output)
+    return float(sum(seconds))
+
+
+def measure_groups(repeats: int) -> tuple[list[GroupTimes], int]:
+    """Times of each layer group on one thread, and the micro-batches of an iteration."""
+    config = configuration(1, OUTPUT / "groups")
+    inputs = open_inputs(config)
+    method = open_method(config.method, 2)
+    tokenizer: Any = AutoTokenizer.from_pretrained(config.base)
+    rows = read_rows(DATA, ("prompt", "completion"))[:SAMPLES]
+    ids = [np.array(tokenizer(a + b)["input_ids"], dtype=np.int32) for a, b in rows]
+    different, columns = unique_samples(MiniBatch(1, list(range(SAMPLES)), ids))
+    micro = micro_batches(
+        different, max_tokens=config.runtime.micro_batch_tokens, max_samples=SAMPLES
+    )
+    count = sum(len(batch.lengths) for batch in micro)
+    forwards: list[list[float]] = [[] for _ in inputs.layout.groups]
+    merges: list[dict[int, list[float]]] = [{} for _ in inputs.layout.groups]
+    for repeat in range(repeats + 1):
+        shutil.rmtree(OUTPUT / "groups", ignore_errors=True)
+        run = (OUTPUT / "groups").resolve()
+        run.mkdir(parents=True)
+        shard = LayerShard(shard_specs(config, method, inputs, run, Placement(1, "cpu"))[0])
+        # An anchored iteration and one of the window, which reads what the first has written.
+        anchored = plan_iteration(config.schedule, 2, 1)
+        window = IterationPlan(2, "sliding_window", "base", ("state-0001",), 2, "state-0001")
+        for plan in (anchored, window):
+            for group in range(len(inputs.layout.groups)):
+                forward = _forward(shard, plan, group, micro, count)
+                started = time.perf_counter()
+                shard.merge(plan, group, columns)
+                seconds = time.perf_counter() - started
+                # The first round warms caches and does not count.
+                if repeat:
+                    forwards[group].append(forward)
+                    merges[group].setdefault(len(plan.inputs), []).append(seconds)
+    shutil.rmtree(OUTPUT / "groups")
+    times = [
+        GroupTimes(
+            statistics.median(forward), {n: statistics.median(s) for n, s in by_inputs.items()}
+        )
+        for forward, by_inputs in zip(forwards, merges, strict=True)
+    ]
+    return times, len(micro)
+
+
+def _forward(
+    shard: LayerShard, plan: IterationPlan, group: int, micro: Sequence[MicroBatch], count: int
+) -> float:
+    """Mean seconds of one call of one group."""
+    started = time.perf_counter()
+    for index, batch in enumerate(micro):
+        for state in plan.inputs:
+            shard.forward(plan, range(group, group + 1), count, state, index, batch, None)
+    return (time.perf_counter() - started) / (len(micro) * len(plan.inputs))
+
+
+def schedule(
+    groups: Sequence[GroupTimes], actors: int, iterations: int, micro: int
+) -> list[IterationTimes]:
+    """What the simulator takes: three anchored iterations, then a window of two."""
+    work = [round(1e6 * (9 * g.forward + g.merge[3])) for g in groups]
+    shards = balanced_partition(work, actors)
+    found = []
+    for iteration in range(iterations):
+        inputs = 3 if iteration < 3 else 2
+        parts = [
+            ShardTimes(
+                (
+                    ChunkTimes(
+                        sum(groups[g].forward for g in shard),
+                        sum(groups[g].merge[inputs] for g in shard),
+                    ),
+                )
+            )
+            for shard in shards
+        ]
+        found.append(IterationTimes(micro * inputs, tuple(parts)))
+    return found
+
+
+def deeper(groups: Sequence[GroupTimes]) -> list[GroupTimes]:
+    """The groups of a model of `LAYERS` such layers: its first and last one, and the median."""
+    inner = groups[1:-1]
+    middle = GroupTimes(
+        statistics.median(g.forward for g in inner),
+        {n: statistics.median(g.merge[n] for g in inner) for n in (2, 3)},
+    )
+    return [groups[0], *([middle] * (LAYERS - 2)), groups[-1]]
+
+
+def plot(points: Sequence[dict[str, Any]], path: Path) -> None:
+    """Efficiency over actors, one line for each number of iterations."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    # The same file for the same figures.
+    matplotlib.rcParams["svg.hashsalt"] = "arm_ray"
+    figure, panels = pyplot.subplots(1, len(LOOKAHEADS), figsize=(10, 4), sharey=True)
+    for panel, lookahead in zip(panels, LOOKAHEADS, strict=True):
+        for iterations in LENGTHS:
+            line = [
+                p for p in points if p["iterations"] == iterations and p["lookahead"] == lookahead
+            ]
+            panel.plot(
+                [p["actors"] for p in line],
+                [p["efficiency"] for p in line],
+                marker="o",
+                markersize=3,
+                label=f"{iterations}",
+            )
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ACTORS, [str(n) for n in ACTORS])
+        panel.set_ylim(0, 1.05)
+        panel.set_xlabel("layer shards")
+        panel.set_title(f"runtime.lookahead {lookahead}")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("efficiency (simulated)")
+    panels[0].legend(title="iterations", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> int:
+    """Run the benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=2)
+    options = parser.parse_args()
+    groups, micro = measure_groups(options.repeats)
+    measured: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(options.repeats):
+        for shards in measured:
+            measured[shards].append(measure(shards))
+            print(f"{shards} shard(s): {measured[shards][-1]:.1f} s", flush=True)
+    rows: list[dict[str, Any]] = []
+    alone = statistics.median(measured[1])
+    for shards, seconds in measured.items():
+        found = statistics.median(seconds)
+        expected = simulate(schedule(groups, shards, ITERATIONS, micro), 2).makespan_s
+        rows.append(
+            {
+                "shards": shards,
+                "iterations": ITERATIONS,
+                "seconds": found,
+                "throughput": alone / found,
+                "simulated seconds": expected,
+                "simulated / measured": expected / found,
+            }
+        )
+    model = deeper(groups)
+    points = []
+    for lookahead in LOOKAHEADS:
+        for iterations in LENGTHS:
+            for actors in ACTORS:
+                result = simulate(schedule(model, actors, iterations, 2 * micro), lookahead)
+                points.append(
+                    {
+                        "actors": actors,
+                        "iterations": iterations,
+                        "lookahead": lookahead,
+                        "efficiency": round(result.efficiency, 4),
+                    }
+                )
+    RESULTS.mkdir(exist_ok=True)
+    plot(points, RESULTS / "scaling.svg")
+    ratio = rows[1]["throughput"]
+    off = max(abs(row["simulated / measured"] - 1) for row in rows)
+    report(
+        "scaling",
+        f"SmolLM2-135M, base + 2 candidates, {SAMPLES} samples, one thread a shard",
+        rows,
+        [
+            (f"two shards at least 1.7 times as fast as one: {ratio:.2f}", ratio >= 1.7),
+            (f"the simulation within 15 % of both measured points: {off:.0%}", off <= 0.15),
+        ],
+        {"simulated": points},
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

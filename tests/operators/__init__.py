@@ -1,0 +1,1 @@
+"""Merge operators against their formulas."""
