@@ -342,6 +342,7 @@ def test_every_state_is_a_model_in_float32(case: MergeCase) -> None:
 def test_a_shard_holds_its_own_layers_only(case: MergeCase) -> None:
     from arm_ray.runtime.inputs import open_inputs
     from arm_ray.runtime.layer_shard import LayerShard
+    from arm_ray.merging.method import open_method
     from arm_ray.runtime.merge import shard_specs
     from arm_ray.runtime.placement import Placement
     from arm_ray.runtime.run_directory import open_run
@@ -350,7 +351,13 @@ def test_a_shard_holds_its_own_layers_only(case: MergeCase) -> None:
     config = case.config("runtime.layer_shards=2")
     inputs = open_inputs(config)
     with open_run(config) as opened:
-        specs = shard_specs(config, inputs, opened.path, Placement(2, "cpu"))
+        specs = shard_specs(
+            config,
+            open_method(config.method, len(config.candidates)),
+            inputs,
+            opened.path,
+            Placement(2, "cpu"),
+        )
         names = [
             {name for group in spec.groups for name in inputs.layout.groups[group].tensors}
             for spec in specs
