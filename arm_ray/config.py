@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arm_ray.errors import ConfigError
 from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
+from arm_ray.presets import PRESETS, merged
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -65,6 +66,11 @@ class ScheduleConfig(Section):
     max_iterations: PositiveInt = 6
     tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1.0e-4
     """Stop once 1 - cos(W_t - W_base, W_(t-1) - W_base) is at most this; 0 never stops early."""
+
+    @property
+    def has_window(self) -> bool:
+        """Whether any iteration merges a sliding window."""
+        return self.max_iterations > self.anchor_iterations
 
 
 class PrecisionConfig(Section):
@@ -121,9 +127,16 @@ class MergeConfig(Section):
     keep_states: Literal["all", "last", "none"] = "all"
     """Merged states kept on disk; `last` removes those that no later iteration needs, `none` also
     the last one once the final model is written."""
+    output_format: Literal["model", "adapter"] = "model"
+    """What `model/` is: the whole model, or a LoRA adapter over the base, for a merge of adapters
+    whose difference from the base is of low rank."""
+    adapter_rank: PositiveInt | None = None
+    """Rank of the adapter, filled up with zeros; null: the smallest that fits, at most 256."""
     tokenizer: Literal["auto", "base", "last_candidate"] = "auto"
     """Whose tokenizer, chat template and generation settings the merged model gets; auto: the
     base's, unless it lacks a tokenizer or chat template that the last candidate has."""
+    preset: str | None = None
+    """Where keys that are not given come from, instead of the defaults: see `arm_ray.presets`."""
     calibration: CalibrationConfig | None = None
     method: MethodSettings = MethodSettings()
     """Which operator merges; see `arm_ray.merging.settings`."""
@@ -154,9 +167,29 @@ def parse_merge_config(
     content: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
 ) -> MergeConfig:
     """Validate configuration content that is already parsed. See `load_merge_config`."""
-    config = validate(MergeConfig, content, overrides, source=source)
+    content = copy.deepcopy(content)
+    for text in overrides:
+        apply_override(content, text)
+    config = validate(MergeConfig, _with_preset(content, source), source=source)
     _check_combinations(config, source)
     return config
+
+
+def _with_preset(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """The content with the keys of its preset below its own."""
+    name = content.get("preset")
+    # What is no text is told with all the other problems.
+    if not isinstance(name, str):
+        return content
+    if name not in PRESETS:
+        nearest = _nearest(name, list(PRESETS))
+        raise ConfigError(
+            f"there is no preset {name!r}" + (f"; {nearest}" if nearest else ""),
+            where=f"{source}: preset",
+            got=name,
+            expected="one of " + ", ".join(PRESETS),
+        )
+    return merged(PRESETS[name], content)
 
 
 def validate(
@@ -251,14 +284,23 @@ def apply_override(content: dict[str, Any], text: str) -> None:
         ) from None
 
 
-def config_difference(old: MergeConfig, new: MergeConfig) -> list[str]:
-    """Keys that decide the result and differ, one line each: `key: old -> new`."""
+def config_difference(old: MergeConfig, new: MergeConfig, *, published: bool = False) -> list[str]:
+    """Keys that decide the result and differ, one line each: `key: old -> new`.
+
+    Args:
+        old: The configuration of the run.
+        new: The one that it would go on with.
+        published: Whether the final model is there. Before, it may still become an adapter or not.
+    """
     before, after = (dict(_flatten(c.model_dump(mode="json"))) for c in (old, new))
-    ignored = {"output", "keep_states"} | {
+    # A preset is but a name for the keys, which are all there.
+    ignored = {"output", "keep_states", "preset"} | {
         f"runtime.{name}"
         for name in RuntimeConfig.model_fields
         if name not in RuntimeConfig.IDENTITY_KEYS
     }
+    if not published:
+        ignored |= {"output_format", "adapter_rank"}
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in dict.fromkeys([*before, *after])
@@ -372,10 +414,9 @@ def _field_names(value: Any) -> list[str]:
 
 def _check_combinations(config: MergeConfig, source: str) -> None:
     schedule, count = config.schedule, len(config.candidates)
-    uses_window = schedule.max_iterations > schedule.anchor_iterations
     available = schedule.anchor_iterations + 1 if schedule.anchor_iterations else 1 + count
     problems = []
-    if uses_window and schedule.window_size > available:
+    if schedule.has_window and schedule.window_size > available:
         where = (
             f"the initial state and {schedule.anchor_iterations} anchored"
             if schedule.anchor_iterations
@@ -396,6 +437,7 @@ def _check_combinations(config: MergeConfig, source: str) -> None:
             "add a candidate or start from base"
         )
     problems += _method_problems(config)
+    problems += _adapter_problems(config)
     if problems:
         raise ConfigError(
             "\n".join(
@@ -421,3 +463,31 @@ def _method_problems(config: MergeConfig) -> list[str]:
             "name a dataset in calibration.path"
         ]
     return []
+
+
+def _adapter_problems(config: MergeConfig) -> list[str]:
+    """What makes a result that is never of low rank over the base, or asks for what is not read."""
+    method = config.method
+    if config.output_format == "model":
+        if config.adapter_rank is None:
+            return []
+        return ["adapter_rank: is set, but output_format is 'model'; remove it, or ask for adapter"]
+    problems = []
+    single = {"ties", "ota"} | ({"dare"} if method.dare.drop_rate > 0.0 else set())
+    on_weights = {"slerp": method.slerp.of, "spherical_mean": method.spherical_mean.of}
+    for step in method.steps:
+        if step in single:
+            problems.append(
+                f"output_format: {step} changes single entries of a weight, so that its result is "
+                "of full rank and no adapter; use output_format: model"
+            )
+        elif on_weights.get(step) == "weights":
+            problems.append(
+                f"output_format: {step} of weights also scales what the base has, and no adapter "
+                f"can; set method.{step}.of to task_vectors, or use output_format: model"
+            )
+    if config.precision.storage_dtype != "auto":
+        problems.append(
+            "precision.storage_dtype: an adapter is written in float32; leave it at auto"
+        )
+    return problems

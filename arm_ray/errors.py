@@ -124,5 +124,9 @@ class PlacementError(ArmRayError):
     """The cluster cannot hold what was asked of it."""
 
 
+class TransportError(ArmRayError):
+    """Hidden states did not reach the next layer shard."""
+
+
 class WorkerError(ArmRayError):
     """An actor was lost, or failed in a way that is not the input's fault."""

@@ -81,12 +81,20 @@ def plan_iteration(schedule: ScheduleConfig, num_candidates: int, iteration: int
     return IterationPlan(iteration, "sliding_window", window[0], window[1:], divisor, previous)
 
 
-def fewest_models(schedule: ScheduleConfig, num_candidates: int) -> int:
-    """How many models the smallest merge of a schedule takes: candidates, or a window's states."""
-    counts = [num_candidates] if schedule.anchor_iterations else []
-    if schedule.max_iterations > schedule.anchor_iterations:
-        counts.append(schedule.window_size)
-    return min(counts)
+def merge_sizes(schedule: ScheduleConfig, num_candidates: int) -> tuple[int, ...]:
+    """How many models the iterations of a schedule merge: every number that occurs, ascending.
+
+    Anchored iterations merge the candidates; one that starts from the last candidate, the others.
+    In a window the reference is one of the models.
+    """
+    # From the second on anchored iterations are alike, and so are all of the window.
+    telling = {1, min(2, schedule.anchor_iterations), schedule.anchor_iterations + 1}
+    plans = [
+        plan_iteration(schedule, num_candidates, iteration)
+        for iteration in telling
+        if 1 <= iteration <= schedule.max_iterations
+    ]
+    return tuple(sorted({len(p.contributors) + (p.regime == "sliding_window") for p in plans}))
 
 
 def should_stop(schedule: ScheduleConfig, iteration: int, task_vector_cosine: float | None) -> bool:

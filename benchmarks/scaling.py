@@ -3,10 +3,11 @@
 Measured: the same merge of SmolLM2-135M (base, two candidates, three anchored iterations and three
 of a window) with `runtime.layer_shards` 1 and 2, one thread each, on a local Ray.
 
-Simulated: the time of every layer group is measured on one shard in this process, and
-`arm_ray.planning.simulator` runs the driver's schedule with these times; first for the two
-measured points, which tells how far to believe it, then for 1 to 64 shards and 1 to 24 iterations
-of a model of 80 such layers, with twice as many groups of samples than here.
+Simulated: the measured merge with one shard says how long forward passes and merges take in all,
+and timing each layer group in this process how they spread over the layers;
+`arm_ray.planning.simulator` runs the driver's schedule with that. It is run for the two measured
+points, of which the second tells how far to believe it, and then for 1 to 64 shards and 1 to 24
+iterations of a model of 80 such layers, with twice as many micro-batches as here.
 
 Needs the checkpoints that `make demo` makes, and matplotlib for the plot.
 """
@@ -79,16 +80,36 @@ def configuration(shards: int, output: Path) -> MergeConfig:
     )
 
 
-def measure(shards: int) -> float:
-    """Seconds from the first call to the end of the last iteration."""
+@dataclass(frozen=True)
+class Run:
+    """A merge: seconds from the first call to the end, and of work, over all shards."""
+
+    seconds: float
+    forward: float
+    merge: float
+
+
+def measure(shards: int) -> Run:
+    """Merge once with so many shards."""
     output = OUTPUT / f"shards-{shards}"
     shutil.rmtree(output, ignore_errors=True)
     merge(configuration(shards, output.resolve()), console=Console(quiet=True))
     events = read_events(output / "events.jsonl")
-    seconds = [event["seconds"] for event in events if "task_vector_cosine" in event]
-    assert len(seconds) == ITERATIONS
+    done = [event for event in events if "task_vector_cosine" in event]
+    assert len(done) == ITERATIONS
     shutil.rmtree(output)
-    return float(sum(seconds))
+    names = ("seconds", "forward_seconds", "merge_seconds")
+    return Run(*(float(sum(event[name] for event in done)) for name in names))
+
+
+def scaled(groups: Sequence[GroupTimes], micro: int, run: Run) -> list[GroupTimes]:
+    """Times of the groups that add up to what a merge with one shard took."""
+    calls = micro * (3 * 3 + 3 * 2)
+    forward = run.forward / (calls * sum(g.forward for g in groups))
+    merge = run.merge / (3 * sum(g.merge[3] + g.merge[2] for g in groups))
+    return [
+        GroupTimes(forward * g.forward, {n: merge * s for n, s in g.merge.items()}) for g in groups
+    ]
 
 
 def measure_groups(repeats: int) -> tuple[list[GroupTimes], int]:
@@ -216,25 +237,29 @@ def plot(points: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     """Run the benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     groups, micro = measure_groups(options.repeats)
-    measured: dict[int, list[float]] = {1: [], 2: []}
+    measured: dict[int, list[Run]] = {1: [], 2: []}
     for _ in range(options.repeats):
         for shards in measured:
             measured[shards].append(measure(shards))
-            print(f"{shards} shard(s): {measured[shards][-1]:.1f} s", flush=True)
+            print(f"{shards} shard(s): {measured[shards][-1]}", flush=True)
     rows: list[dict[str, Any]] = []
-    alone = statistics.median(measured[1])
-    for shards, seconds in measured.items():
-        found = statistics.median(seconds)
+    middle = {
+        n: sorted(runs, key=lambda r: r.seconds)[len(runs) // 2] for n, runs in measured.items()
+    }
+    groups = scaled(groups, micro, middle[1])
+    for shards, one in middle.items():
+        found = one.seconds
         expected = simulate(schedule(groups, shards, ITERATIONS, micro), 2).makespan_s
         rows.append(
             {
                 "shards": shards,
                 "iterations": ITERATIONS,
                 "seconds": found,
-                "throughput": alone / found,
+                "throughput": middle[1].seconds / found,
+                "of it work, s": one.forward + one.merge,
                 "simulated seconds": expected,
                 "simulated / measured": expected / found,
             }

@@ -56,7 +56,7 @@ def test_goals_of_a_linear_merge():
         {"case": "c", "program": "mergekit 1.0", "median, s": 2.0, "peak RSS, MB": 1000},
         {"case": "c", "program": "arm_ray", "median, s": 1.0, "peak RSS, MB": 600},
     ]
-    found = linear.goals(rows, {"steps": 1.0, "equal": 0.5, "relative": 0.0})
+    found = linear.goals(linear.CASES[0], rows, {"steps": 1.0, "equal": 0.5, "relative": 0.0})
     assert [reached for _, reached in found] == [True, False, True]
 
 

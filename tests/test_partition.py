@@ -8,7 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from arm_ray.model.partition import balanced_partition
+from arm_ray.errors import ConfigError
+from arm_ray.model.partition import balanced_partition, choose_num_shards
 
 PROPERTY = settings(deadline=None, max_examples=200, derandomize=True)
 
@@ -62,3 +63,15 @@ def test_equal_groups_are_shared_evenly() -> None:
 def test_a_number_of_shards_that_cannot_be_is_refused(count: int, num_shards: int) -> None:
     with pytest.raises(ValueError, match=f"got {num_shards}, expected 1 to {count}"):
         balanced_partition([1] * count, num_shards)
+
+
+def test_how_many_shards_there_are() -> None:
+    assert choose_num_shards("auto", 8, 30) == 8
+    assert choose_num_shards("auto", 40, 30) == 30
+    # Less than one place, such as half a CPU slot.
+    assert choose_num_shards("auto", 0, 30) == 1
+    # Places are not looked at: Ray, or the plan, says whether they are there.
+    assert choose_num_shards(30, 2, 30) == 30
+    with pytest.raises(ConfigError, match="more layer shards than layer groups") as caught:
+        choose_num_shards(31, 64, 30)
+    assert (caught.value.got, caught.value.expected) == ("31", "at most 30")

@@ -179,12 +179,14 @@ def test_ranks_and_alphas_of_modules(base: Checkpoint, tmp_path: Path) -> None:
         assert_close(adapted(found, module), wanted)
 
 
-def test_fan_in_fan_out_adds_the_transpose(base: Checkpoint, tmp_path: Path) -> None:
-    own = factors(base, QUERY, 4)
-    a, b = own.values()
-    found = open_adapter(write(tmp_path / "a", own, fan_in_fan_out=True), base)
-    name = f"{QUERY}.weight"
-    assert_close(adapted(found, QUERY), base.read([name])[name].double() + 2.0 * (b @ a).T.double())
+def test_fan_in_fan_out_is_refused_although_a_square_weight_would_fit(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a", factors(base, QUERY, 4), fan_in_fan_out=True)
+    error = refused(path, base, NotACheckpointError, r"stored as \[inputs, outputs\]")
+    assert "nn.Linear" in (error.expected or "")
+    assert "set it to false" in (error.hint or "")
+    open_adapter(write(tmp_path / "b", factors(base, QUERY, 4), fan_in_fan_out=False), base)
 
 
 def test_an_embedding(base: Checkpoint, tmp_path: Path) -> None:

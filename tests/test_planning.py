@@ -12,18 +12,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from arm_ray import cli
 from arm_ray.calibration.minibatch import MiniBatch, micro_batches
 from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.errors import ArmRayError, ConfigError, MismatchError, NotACheckpointError
+from arm_ray.events import read_events
 from arm_ray.merging.method import open_method
 from arm_ray.model.group import GroupRunner
 from arm_ray.planning import workload as counts
 from arm_ray.planning.cluster import Cluster, make_cluster
 from arm_ray.planning.devices import DEVICES, find_device
 from arm_ray.planning.memory import (
+    ALLOCATOR,
     CHECKPOINTS,
     COMPUTE,
     HIDDEN,
@@ -40,9 +44,18 @@ from arm_ray.planning.workload import Workload, group_work, state_uses
 from arm_ray.planning.workspace import merge_workspace
 from arm_ray.runtime import driver, layer_shard, linear
 from arm_ray.runtime.inputs import open_inputs
+from arm_ray.runtime.merge import merge
 from arm_ray.runtime.shard_spec import ShardSpec
 from arm_ray.schedule import BASE, states_needed_after
-from tests.conftest import ROOT, MergeCase, save, tiny_model
+from tests.conftest import (
+    ROOT,
+    MergeCase,
+    fine_tuned,
+    save,
+    save_tokenizer,
+    tiny_model,
+    write_texts,
+)
 
 GB = 10**9
 QWEN: dict[str, dict[str, Any]] = {
@@ -487,6 +500,48 @@ def test_stored_weights_are_those_that_a_shard_holds(case: MergeCase, residency:
                 assert copies == expected
                 shard.merge(use.plan, group, np.arange(8))
         assert stored() == (use.kept if residency != "disk" else frozenset())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("residency", ["device", "disk"])
+def test_planned_memory_is_that_of_the_shards_processes(case: MergeCase, residency: str) -> None:
+    """The largest resident size of each actor, against the plan with its mapped pages.
+
+    A plan may be up to 15 % too low, and too high by what it reserves for allocators and by the
+    mapped pages, which are given back. (0.63 GB were measured where 0.56 GB and these were planned,
+    most of it the process itself.)
+    """
+    settings = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 2000,
+        "max_position_embeddings": 256,
+    }
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**settings))
+    save_tokenizer(save(base, case.root / "base", torch.bfloat16))
+    for index in range(2):
+        path = case.root / f"checkpoint-{index}"
+        case.candidates.append(save(fine_tuned(base, seed=index), path, torch.bfloat16))
+    write_texts(case.root / "calibration.jsonl", rows=32)
+    config = case.config(
+        f"runtime.residency={residency}",
+        "runtime.layer_shards=2",
+        "calibration.batch_size=32",
+        "runtime.micro_batch_tokens=1024",
+    )
+    plan = make_plan(config, cpu(config))
+    outcome = merge(config, console=Console(quiet=True))
+    [finished] = [
+        e for e in read_events(outcome.run / "events.jsonl") if e["event"] == "run_finished"
+    ]
+    for shard, peak in zip(plan.shards, finished["peak_shard_bytes"], strict=True):
+        host = shard.memory.host
+        assert peak < 1.15 * (host.total + shard.memory.page_cache)
+        assert peak > host.total - host.terms[ALLOCATOR]
 
 
 def _pointers(shard: layer_shard.LayerShard, group: int) -> set[int]:

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from arm_ray.checkpoints import states
-from arm_ray.checkpoints.weight_file import write_json
+from arm_ray.checkpoints.weight_file import TensorSpec, write_json
 from arm_ray.config import MergeConfig, load_merge_config, parse_merge_config
 from arm_ray.errors import DiskSpaceError, RunDirectoryError
 from arm_ray.events import Warned, read_events
-from arm_ray.runtime.run_directory import RunDirectory, open_run
+from arm_ray.runtime.pieces import group_writer
+from arm_ray.runtime.run_directory import Room, RunDirectory, open_run
 from arm_ray.schedule import plan_iteration
 
 Configure = Callable[..., MergeConfig]
@@ -49,7 +50,8 @@ def configure(output: Path) -> Configure:
 def add_state(config: MergeConfig, iteration: int, finished: bool = True) -> Path:
     """A state of one small group, complete or cut off before its manifest."""
     directory = states.state_directory(Path(config.output), iteration)
-    states.write_group(directory, 0, {"w": torch.full((3,), float(iteration))})
+    with group_writer(directory, 0, [TensorSpec("w", torch.float32, (3,))]) as writer:
+        writer.write("w", 0, torch.full((3,), float(iteration)))
     plan = plan_iteration(config.schedule, len(config.candidates), iteration)
     manifest = states.StateManifest(
         iteration, plan.regime, plan.reference, plan.contributors, 0.9, None
@@ -372,6 +374,7 @@ def test_pruning_does_not_trip_over_what_others_left_there(
 # ---- disk space
 
 Usage = namedtuple("Usage", "total used free")
+ROOM = Room(10 * 10**9, 5 * 10**9, 2)
 
 
 def free_space(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
@@ -381,7 +384,7 @@ def free_space(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
 def fits(run: RunDirectory) -> bool:
     """Whether states of 10 GB and a model of 5 GB fit."""
     try:
-        run.check_disk_space(10 * 10**9, 5 * 10**9, 2)
+        run.check_disk_space(ROOM)
     except DiskSpaceError:
         return False
     return True
@@ -425,7 +428,7 @@ def test_a_full_disk_says_how_much_is_missing(
         open_run(configure()) as run,
         pytest.raises(DiskSpaceError, match="not enough room") as caught,
     ):
-        run.check_disk_space(10 * 10**9, 5 * 10**9, 2)
+        run.check_disk_space(ROOM)
     error = caught.value
     assert (error.where, error.got) == (str(output), "21.50 GB free")
     assert error.expected == (

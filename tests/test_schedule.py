@@ -12,6 +12,7 @@ from arm_ray.schedule import (
     candidate_name,
     has_converged,
     iteration_of,
+    merge_sizes,
     plan_iteration,
     should_stop,
     state_name,
@@ -167,6 +168,20 @@ def test_what_states_needed_after_leaves_is_enough_and_no_more() -> None:
             assert kept <= made, "a state that is not there any more"
             later = {name for p in rows[plan.iteration :] for name in (*p.inputs, p.previous)}
             assert kept <= later | {plan.output}, (config, plan)
+
+
+def test_merge_sizes_are_those_of_every_iteration() -> None:
+    for config, count in every_schedule():
+        plans = [plan_iteration(config, count, t) for t in range(1, config.max_iterations + 1)]
+        sizes = {len(p.contributors) + (p.regime == WINDOW) for p in plans}
+        assert merge_sizes(config, count) == tuple(sorted(sizes)), config
+        assert config.has_window == any(p.regime == WINDOW for p in plans)
+
+
+def test_starting_from_the_last_candidate_there_is_one_model_less_at_first() -> None:
+    config = schedule(anchor_iterations=3, max_iterations=3, initial="last_candidate")
+    assert merge_sizes(config, 3) == (2, 3)
+    assert merge_sizes(schedule(window_size=4), 2) == (2, 4)
 
 
 def test_every_plan_has_different_inputs_and_ends_with_the_previous_state() -> None:

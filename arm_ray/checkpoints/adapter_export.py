@@ -9,7 +9,7 @@ singular value decomposition `W − W_base = U diag(σ) Vᵀ` cut off at the ran
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ from arm_ray.checkpoints.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from arm_ray.checkpoints.weight_file import TensorSpec, write_json, write_weight_file
 from arm_ray.errors import CheckpointError
 
+# The largest rank that is written where none is asked for.
+MAX_RANK = 256
 # Elements that are in float64 at a time.
 _BLOCK = 1 << 22
 # Half the spacing of float32 numbers at 1: the relative error of one rounding.
@@ -31,7 +33,8 @@ def export_adapter(
     linear: Collection[str],
     *,
     base_model: str,
-    max_rank: int = 256,
+    fixed_rank: int | None = None,
+    max_rank: int = MAX_RANK,
     roundings: float = 4.0,
 ) -> int:
     """Write `adapter_model.safetensors` and, last, `adapter_config.json`.
@@ -45,7 +48,8 @@ def export_adapter(
             every tensor of the model; one at a time, only their factors are kept.
         linear: Names of the weights of linear modules; all other tensors have to equal the base's.
         base_model: Path or hub id of the base, for `base_model_name_or_path`.
-        max_rank: The largest rank to write.
+        fixed_rank: The rank to write; None: the largest that one module needs.
+        max_rank: The largest rank to write without `fixed_rank`.
         roundings: How often the merged weights were rounded to float32. An error matrix with
             entries of at most `2⁻²⁴ |W_ij|` has no singular value above `2⁻²⁴ ‖W‖`, so that
             singular values up to `roundings · 2⁻²⁴ ‖W‖` (Frobenius) are taken for rounding.
@@ -58,6 +62,7 @@ def export_adapter(
             adapter cannot change, or there is no difference at all; names the tensor.
         OSError: The disk is full, or the directory cannot be written.
     """
+    most = max_rank if fixed_rank is None else fixed_rank
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     unchanged: set[str] = set()
     for name, merged, base in weights:
@@ -69,18 +74,19 @@ def export_adapter(
                     where=directory,
                     got="a tensor that is not the weight of a linear module, and differs",
                     expected="the base's",
-                    hint="serve the merged model itself",
+                    hint="write the model itself (output_format: model)",
                 )
             continue
         b, a = _factors(merged, base, roundings)
         rank = len(a)
-        if rank > max_rank:
+        if rank > most:
             raise CheckpointError(
                 f"the difference of {name} is not of low rank",
                 where=directory,
                 got=f"rank {rank} of {min(merged.shape)}",
-                expected=f"at most {max_rank}",
-                hint="serve the merged model itself, or allow a higher rank",
+                expected=f"at most {most}",
+                hint="write the model itself (output_format: model), or allow a higher rank "
+                "(adapter_rank)",
             )
         if rank:
             factors[module] = (b, a)
@@ -91,7 +97,7 @@ def export_adapter(
             "the merged model equals its base, so that there is no adapter to write",
             where=directory,
         )
-    rank = max(len(a) for _, a in factors.values())
+    rank = fixed_rank or max(len(a) for _, a in factors.values())
     directory.mkdir(parents=True, exist_ok=True)
     specs = []
     for module, (b, a) in factors.items():
@@ -113,6 +119,16 @@ def export_adapter(
     }
     write_json(directory / CONFIG_NAME, config)
     return rank
+
+
+def adapter_bytes(
+    shapes: Mapping[str, tuple[int, ...]], linear: Collection[str], fixed_rank: int | None
+) -> int:
+    """At most so many bytes an adapter takes: all modules changed, at the largest rank."""
+    sizes = [shapes[name] for name in linear]
+    largest = max((min(size) for size in sizes), default=0)
+    rank = min(MAX_RANK, largest) if fixed_rank is None else fixed_rank
+    return torch.float32.itemsize * rank * sum(map(sum, sizes))
 
 
 def _targets(changed: Collection[str], unchanged: Collection[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,15 +104,28 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CorruptCheckpointError: A file is missing, truncated or malformed, or the index points
             outside the directory.
     """
+    return _open(path, _read_config)
+
+
+def open_tensors(path: Path) -> Checkpoint:
+    """The same for a directory of weight files that is no model and has no configuration.
+
+    Raises:
+        CheckpointError: As `open_checkpoint`.
+    """
+    return _open(path, lambda _path: {})
+
+
+def _open(path: Path, read_config: Callable[[Path], dict[str, Any]]) -> Checkpoint:
     if not path.is_dir():
         raise NotACheckpointError(
             "a checkpoint is not a directory",
             where=path,
             got="a file" if path.exists() else "nothing there",
-            expected="a directory with config.json and .safetensors files",
+            expected="a directory with .safetensors files",
         )
     try:
-        config = _read_config(path)
+        config = read_config(path)
         entries = _read_entries(path)
     except OSError as error:
         raise NotACheckpointError(

@@ -198,6 +198,14 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
     for key, why in _REFUSED.items():
         if config.get(key):
             refuse(why, f"{key} {config[key]!r}", f"no {key}")
+    if config.get("fan_in_fan_out"):
+        # PEFT switches it off itself for nn.Linear, which all modules of these families are.
+        refuse(
+            "its weights are said to be stored as [inputs, outputs]",
+            "fan_in_fan_out true",
+            "fan_in_fan_out false: the modules are nn.Linear",
+            "if PEFT trained it on this base, it ignored the setting: set it to false",
+        )
     if config.get("bias", "none") != "none":
         refuse("biases were trained as well", f"bias {config['bias']!r}", "bias 'none'")
     initial = config.get("init_lora_weights", True)
@@ -317,7 +325,7 @@ def _update(
         )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     # PEFT keeps A of an embedding as [r, tokens], B as [dimensions, r].
-    return LowRankUpdate(a, b, scaling, embedding or bool(config.get("fan_in_fan_out")))
+    return LowRankUpdate(a, b, scaling, embedding)
 
 
 def _number(path: Path, config: Mapping[str, Any], key: str, pattern: str, module: str) -> float:

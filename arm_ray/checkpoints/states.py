@@ -65,13 +65,6 @@ def group_file(directory: Path, group: int) -> Path:
     return directory / f"group-{group:05d}.safetensors"
 
 
-def write_group(directory: Path, group: int, tensors: Mapping[str, Tensor]) -> int:
-    """Write one layer group of a state; returns bytes."""
-    directory.mkdir(parents=True, exist_ok=True)
-    specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
-    return write_weight_file(group_file(directory, group), specs, tensors.values())
-
-
 def read_group(directory: Path, group: int, names: Iterable[str]) -> dict[str, Tensor]:
     """Read one layer group of a state into host memory."""
     return read_tensors(group_file(directory, group), names)
@@ -212,6 +205,11 @@ def write_companions(directory: Path, config: Mapping[str, object], source: Path
     """Write `config.json`, and copy the tokenizer and generation settings from `source`."""
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config)
+    copy_companions(directory, source)
+
+
+def copy_companions(directory: Path, source: Path) -> None:
+    """Copy the tokenizer, chat template and generation settings from `source`."""
     for name in _COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)

@@ -81,3 +81,33 @@ def check_finite(tensor: Tensor, name: str, where: object) -> None:
         expected="finite weights",
         hint="the run diverged or the save failed; choose another checkpoint",
     )
+
+
+def check_second_moments(moments: Tensor, name: str, first_row: int, where: object) -> None:
+    """Refuse what a running mean of squares cannot be: negative, NaN or infinite.
+
+    Args:
+        moments: Some rows of a tensor, float32.
+        name: The tensor's.
+        first_row: The first of them in the whole tensor.
+        where: For the message.
+
+    Raises:
+        CorruptCheckpointError: Names the tensor and the first bad position.
+    """
+    low, high = torch.aminmax(moments)
+    # Both are NaN where one entry is, and no comparison with NaN holds.
+    if bool(low >= 0.0) and bool(high < torch.inf):
+        return
+    bad = torch.nonzero(~((moments >= 0.0) & (moments < torch.inf)))
+    position = bad[0].tolist()
+    value = moments[tuple(position)].item()
+    if position:
+        position[0] += first_row
+    raise CorruptCheckpointError(
+        f"the second moments of {name} hold numbers that no mean of squares can be",
+        where=where,
+        got=f"{value} at {position}",
+        expected="finite numbers of at least 0",
+        hint="name directories with Adam's exp_avg_sq, saved after a step that did not diverge",
+    )

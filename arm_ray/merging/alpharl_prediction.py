@@ -128,4 +128,12 @@ def _check(settings: MethodSettings, candidates: int) -> list[str]:
     return problems
 
 
-OPERATOR = Operator("alpharl_prediction", update, whole_tensors=True, min_models=2, check=_check)
+OPERATOR = Operator(
+    "alpharl_prediction",
+    update,
+    whole_tensors=True,
+    uses_coefficient=False,
+    candidates_only=True,
+    min_models=2,
+    check=_check,
+)

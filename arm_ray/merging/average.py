@@ -84,4 +84,4 @@ def _check(settings: MethodSettings, num_models: int) -> list[str]:
     return problems
 
 
-OPERATOR = Operator("average", update, check=_check)
+OPERATOR = Operator("average", update, uses_coefficient=False, check=_check)

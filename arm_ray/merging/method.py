@@ -139,12 +139,13 @@ class Method:
         return activation_rotation(shift, sign=chosen.sign, rank_tolerance=chosen.rank_tolerance)
 
 
-def open_method(settings: MethodSettings, num_models: int) -> Method:
+def open_method(settings: MethodSettings, *num_models: int, has_window: bool = False) -> Method:
     """Find the operator of the settings, and check that it can be given what it needs.
 
     Args:
         settings: The section `method`.
-        num_models: How many models an iteration merges, at least.
+        num_models: How many models an iteration merges: every number that occurs.
+        has_window: Whether any iteration merges a sliding window.
 
     Raises:
         ConfigError: All problems, one line each.
@@ -156,21 +157,52 @@ def open_method(settings: MethodSettings, num_models: int) -> Method:
         + " does not read it; remove it, or change method.operator"
         for name in settings.unused_sections
     ]
-    most = operator.max_models
-    if num_models < operator.min_models or (most is not None and num_models > most):
-        wanted = f"exactly {most}" if most == operator.min_models else f"{operator.min_models} to "
-        if most != operator.min_models:
-            wanted = f"at least {operator.min_models}" if most is None else f"{wanted}{most}"
+    problems += _coefficient_problems(settings, operator)
+    if has_window and operator.candidates_only:
         problems.append(
-            f"candidates: operator {operator.name!r} merges {wanted} models, got {num_models}"
+            f"schedule: operator {operator.name!r} needs something of every model that only"
+            " candidates have, and a sliding window merges states that were made;"
+            " set schedule.anchor_iterations to schedule.max_iterations"
         )
-    problems += operator.check(settings, num_models)
+    for count in num_models:
+        problems += _count_problems(operator, count) + operator.check(settings, count)
     if problems:
+        hint = None
+        if len(num_models) > 1:
+            counts = " and ".join(map(str, num_models))
+            hint = (
+                f"the iterations of this schedule merge {counts} models; candidates,"
+                " schedule.initial, anchor_iterations and window_size decide how many"
+            )
+        # What does not depend on the number of models is found for each.
+        listed = dict.fromkeys(f"  - {text}" for text in problems)
         raise ConfigError(
-            "\n".join(["the merge method cannot be", *(f"  - {text}" for text in problems)]),
-            where="method",
+            "\n".join(["the merge method cannot be", *listed]), where="method", hint=hint
         )
     if "acm" in settings.steps:
         # The information takes the place of the coefficient.
         settings = replace(settings, coefficient=1.0)
     return Method(settings, operator)
+
+
+def _coefficient_problems(settings: MethodSettings, operator: Operator) -> list[str]:
+    if settings.coefficient == MethodSettings().coefficient:
+        return []
+    if "acm" in settings.steps:
+        reason = "operator 'acm' finds a coefficient for each layer itself"
+    elif not operator.uses_coefficient:
+        reason = f"operator {operator.name!r} has no coefficient"
+    else:
+        return []
+    return [f"method.coefficient: is set to {settings.coefficient}, but {reason}; remove it"]
+
+
+def _count_problems(operator: Operator, num_models: int) -> list[str]:
+    fewest, most = operator.min_models, operator.max_models
+    if fewest <= num_models and (most is None or num_models <= most):
+        return []
+    if most is None:
+        wanted = f"at least {fewest}"
+    else:
+        wanted = f"exactly {most}" if most == fewest else f"{fewest} to {most}"
+    return [f"candidates: operator {operator.name!r} merges {wanted} models, got {num_models}"]

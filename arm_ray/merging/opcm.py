@@ -95,6 +95,7 @@ OPERATOR = Operator(
     "opcm",
     update,
     whole_tensors=True,
+    uses_coefficient=False,
     statistics=Statistics(
         rounds=lambda _settings, contributors: int(contributors > 1),
         measure=_measure,

@@ -120,10 +120,15 @@ class Operator:
         activations: Whether it wants the shifts of the linear modules' mean outputs.
         statistics: What it needs to know of the whole model first.
         second_moments: Whether it wants Adam's second moments of the contributors.
+        uses_coefficient: Whether it reads `method.coefficient`; a value set for one that does not
+            is refused.
+        candidates_only: Whether it needs something of each model that only candidates have, and
+            merged states do not. Then there can be no sliding window.
         min_models: Fewest models that it takes.
         max_models: Most models that it takes; None: any number.
-        check: Further conditions on settings and number of candidates: a list of problems, each a
-            sentence that begins with the key.
+        check: Further conditions on the settings and the number of models that an iteration merges:
+            a list of problems, each a sentence that begins with the key. It is asked for every
+            number that occurs in a schedule.
     """
 
     name: str
@@ -132,6 +137,8 @@ class Operator:
     activations: bool = False
     statistics: Statistics | None = None
     second_moments: bool = False
+    uses_coefficient: bool = True
+    candidates_only: bool = False
     min_models: int = 1
     max_models: int | None = None
-    check: Callable[[MethodSettings, int], list[str]] = lambda _settings, _candidates: []
+    check: Callable[[MethodSettings, int], list[str]] = lambda _settings, _num_models: []

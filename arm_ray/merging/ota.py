@@ -88,7 +88,8 @@ def _conclude(
 def _check(settings: MethodSettings, num_models: int) -> list[str]:
     ota = settings.ota
     found = "null" if ota.second_moments is None else f"{len(ota.second_moments)} directories"
-    if ota.second_moments is not None and len(ota.second_moments) == num_models:
+    # More than enough where an iteration leaves a candidate out, which is its reference.
+    if ota.second_moments is not None and len(ota.second_moments) >= num_models:
         return []
     return [
         f"method.ota.second_moments: got {found}, expected one for each of {num_models} candidates"
@@ -99,6 +100,8 @@ OPERATOR = Operator(
     "ota",
     update,
     second_moments=True,
+    uses_coefficient=False,
+    candidates_only=True,
     statistics=Statistics(
         rounds=lambda settings, _contributors: quantile.ROUNDS if settings.ota.density < 1.0 else 0,
         measure=_measure,

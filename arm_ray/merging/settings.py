@@ -194,8 +194,8 @@ class OtaSettings:
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
     second_moments: Annotated[tuple[str, ...], MinLen(1)] | None = None
-    """For each candidate a directory of safetensors with Adam's `exp_avg_sq` under the names of
-    the weights."""
+    """For each candidate a directory with Adam's `exp_avg_sq` under the names of the weights, in
+    `model.safetensors` or in files with an index as a model has them."""
     power: Annotated[float, Gt(0.0)] = 0.5
     epsilon: Annotated[float, Gt(0.0)] = 1.0e-26
     """Added to the weights, so that entries without any history take the plain mean."""

@@ -153,7 +153,14 @@ def _check(settings: MethodSettings, num_models: int) -> list[str]:
     ]
 
 
-OPERATOR = Operator("slerp", slerp, whole_tensors=True, min_models=2, max_models=2)
+OPERATOR = Operator(
+    "slerp", slerp, whole_tensors=True, uses_coefficient=False, min_models=2, max_models=2
+)
 SPHERICAL_MEAN = Operator(
-    "spherical_mean", spherical_mean, whole_tensors=True, min_models=2, check=_check
+    "spherical_mean",
+    spherical_mean,
+    whole_tensors=True,
+    uses_coefficient=False,
+    min_models=2,
+    check=_check,
 )

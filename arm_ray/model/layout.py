@@ -41,6 +41,7 @@ _FORWARD_SETTINGS = (
     "sliding_window",
     "tie_word_embeddings",
 )
+_OWN_BASE = "merge checkpoints of one training run, and its own base"
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,31 @@ def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> Non
     config = load_config(checkpoint)
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
         _check_setting(key, config, layout.config, where)
-    tied = bool(config.tie_word_embeddings)
+    check_tensors(layout, checkpoint, where, tied=bool(config.tie_word_embeddings))
+    for key in _FORWARD_SETTINGS:
+        _check_setting(key, config, layout.config, where)
+
+
+def check_tensors(
+    layout: ModelLayout,
+    checkpoint: Checkpoint,
+    where: str,
+    *,
+    tied: bool,
+    hint: str = _OWN_BASE,
+) -> None:
+    """Check that a directory of weight files has the tensors of `layout`, whatever they mean.
+
+    Args:
+        layout: From the base.
+        checkpoint: The directory.
+        where: How messages call it.
+        tied: Whether a copy of the head is tolerated.
+        hint: What to do where they differ.
+
+    Raises:
+        MismatchError: A tensor or a shape differs; names the first.
+    """
     names = {
         name
         for name in checkpoint.tensors
@@ -193,17 +218,21 @@ def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> Non
     }
     for name, shape in layout.shapes.items():
         if name not in names:
-            raise _mismatch("a tensor is missing", where, f"no {name}", f"{name} {list(shape)}")
+            raise _mismatch(
+                "a tensor is missing", where, f"no {name}", f"{name} {list(shape)}", hint
+            )
         found = checkpoint.tensors[name].shape
         if found != shape:
-            raise _mismatch(f"the shape of {name} differs", where, list(found), list(shape))
+            raise _mismatch(f"the shape of {name} differs", where, list(found), list(shape), hint)
     extra = sorted(names - set(layout.shapes))
     if extra:
         raise _mismatch(
-            "a tensor is there that the model does not have", where, extra[0], "the base's tensors"
+            "a tensor is there that the model does not have",
+            where,
+            extra[0],
+            "the base's tensors",
+            hint,
         )
-    for key in _FORWARD_SETTINGS:
-        _check_setting(key, config, layout.config, where)
 
 
 def _check_setting(key: str, config: Any, expected: Any, where: str) -> None:
@@ -212,14 +241,10 @@ def _check_setting(key: str, config: Any, expected: Any, where: str) -> None:
         raise _mismatch(f"{key} differs from the base's", where, str(found), str(wanted))
 
 
-def _mismatch(what: str, where: str, got: object, expected: object) -> MismatchError:
-    return MismatchError(
-        what,
-        where=where,
-        got=got,
-        expected=expected,
-        hint="merge checkpoints of one training run, and its own base",
-    )
+def _mismatch(
+    what: str, where: str, got: object, expected: object, hint: str = _OWN_BASE
+) -> MismatchError:
+    return MismatchError(what, where=where, got=got, expected=expected, hint=hint)
 
 
 def base_dtype(layout: ModelLayout, base: Checkpoint) -> torch.dtype:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Literal
 
+from arm_ray.errors import ConfigError
 from arm_ray.model.layout import ModelLayout
 
 Balance = Literal["bytes", "work"]
@@ -19,6 +20,30 @@ def choose_balance(setting: Literal["auto", "bytes", "work"], *, on_gpu: bool) -
     if setting == "auto":
         return "bytes" if on_gpu else "work"
     return setting
+
+
+def choose_num_shards(wanted: Literal["auto"] | int, num_places: int, num_groups: int) -> int:
+    """How many shards there are.
+
+    Args:
+        wanted: `runtime.layer_shards`.
+        num_places: Shards that the GPUs or CPU slots hold, which `auto` takes.
+        num_groups: Layer groups, the most shards that there can be.
+
+    Raises:
+        ConfigError: More shards are wanted than there are layer groups.
+    """
+    if wanted == "auto":
+        return max(1, min(num_places, num_groups))
+    if wanted > num_groups:
+        raise ConfigError(
+            "there are more layer shards than layer groups",
+            where="runtime.layer_shards",
+            got=wanted,
+            expected=f"at most {num_groups}",
+            hint="use fewer shards, or a smaller runtime.layers_per_group",
+        )
+    return wanted
 
 
 def partition_layers(

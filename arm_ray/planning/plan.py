@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from arm_ray.checkpoints.adapter_export import adapter_bytes
 from arm_ray.config import MergeConfig, RuntimeConfig
-from arm_ray.errors import ConfigError
+from arm_ray.model.partition import choose_num_shards
 from arm_ray.planning.cluster import (
     Cluster,
     Fit,
@@ -180,7 +181,7 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
     simulation = timed.simulation
     problems = problems_of(workload, runtime, cluster, placement, memory)
     return Plan(
-        model=_model_facts(workload),
+        model=_model_facts(workload, config),
         residency=runtime.residency,
         device=cluster.device.name,
         memory_bytes=cluster.memory_per_shard(runtime),
@@ -213,22 +214,15 @@ def _num_shards(
     workload: Workload, runtime: RuntimeConfig, cluster: Cluster, smallest: Sequence[Fit]
 ) -> int:
     groups = len(workload.layout.groups)
-    if runtime.layer_shards != "auto":
-        if runtime.layer_shards > groups:
-            raise ConfigError(
-                "there are more layer shards than layer groups",
-                where="runtime.layer_shards",
-                got=runtime.layer_shards,
-                expected=f"at most {groups}",
-                hint="use fewer shards, or a smaller runtime.layers_per_group",
-            )
-        return runtime.layer_shards
     if not cluster.device.is_gpu:
-        return min(_auto_shards(runtime), groups)
-    if cluster.gpus is not None:
-        return max(1, min(cluster.gpus * cluster.shards_per_gpu(runtime), groups))
-    fit = next(f for f in smallest if f.residency == runtime.residency)
-    return fit.shards or groups
+        places = _auto_shards(runtime)
+    elif cluster.gpus is not None:
+        places = cluster.gpus * cluster.shards_per_gpu(runtime)
+    else:
+        # As many GPUs as it takes.
+        fit = next(f for f in smallest if f.residency == runtime.residency)
+        places = fit.shards or groups
+    return choose_num_shards(runtime.layer_shards, places, groups)
 
 
 class _Timed:
@@ -249,7 +243,7 @@ class _Timed:
         share = device.bandwidth_efficiency * placement.nodes
         given = sum(_state_bytes(workload, state) for state in workload.dtypes)
         state = FLOAT32 * workload.parameters
-        exported = state / device.disk_read + _model_bytes(workload) / device.disk_write
+        exported = state / device.disk_read + _model_bytes(workload, config) / device.disk_write
         self.check_s = given / device.disk_read / share if workload.needs_forward else 0.0
         self.export_s = exported / share if workload.needs_forward else 0.0
 
@@ -265,13 +259,16 @@ class _Timed:
     def _times(self) -> list[IterationTimes]:
         if self._workload.needs_forward:
             return self._clock.iterations(self._uses)
-        model = _model_bytes(self._workload)
+        model = _model_bytes(self._workload, self._config)
         return [self._clock.linear_pass(self._uses, self._written(), model)]
 
     def _written(self) -> int:
         """States that a linear pass writes."""
-        kept = {"all": len(self._uses), "last": 1, "none": 0}
-        return kept[self._config.keep_states]
+        if self._config.keep_states == "all":
+            return len(self._uses)
+        # An adapter is made from the last state, also where none is kept.
+        makes_adapter = self._config.output_format == "adapter"
+        return int(self._config.keep_states == "last" or makes_adapter)
 
     def _iteration_facts(self, use: StateUse, seconds: float) -> IterationFacts:
         workload, plan = self._workload, use.plan
@@ -311,7 +308,7 @@ class _Timed:
             regime="all in one pass",
             inputs=tuple(workload.dtypes),
             read_bytes=sum(_state_bytes(workload, name) for name in workload.dtypes),
-            written_bytes=self._written() * state + _model_bytes(workload),
+            written_bytes=self._written() * state + _model_bytes(workload, self._config),
             sent_bytes=0,
             forward_flops=0.0,
             capture_flops=0.0,
@@ -343,12 +340,16 @@ def _state_bytes(workload: Workload, state: str) -> int:
     return sum(workload.group_bytes(state, g) for g in range(len(workload.layout.groups)))
 
 
-def _model_bytes(workload: Workload) -> int:
+def _model_bytes(workload: Workload, config: MergeConfig) -> int:
+    """Of the final model; of an adapter, the most that it takes."""
+    if config.output_format == "adapter":
+        layout = workload.layout
+        return adapter_bytes(layout.shapes, layout.rotated, config.adapter_rank)
     dtypes = workload.storage_dtypes
     return sum(workload.elements(n) * dtypes[n].itemsize for n in workload.layout.shapes)
 
 
-def _model_facts(workload: Workload) -> ModelFacts:
+def _model_facts(workload: Workload, config: MergeConfig) -> ModelFacts:
     layout = workload.layout
     given = [_state_bytes(workload, state) for state in workload.dtypes]
     return ModelFacts(
@@ -362,7 +363,7 @@ def _model_facts(workload: Workload) -> ModelFacts:
         base_bytes=given[0],
         candidate_bytes=tuple(given[1:]),
         state_bytes=FLOAT32 * workload.parameters,
-        model_bytes=_model_bytes(workload),
+        model_bytes=_model_bytes(workload, config),
         compute_dtype=str(workload.compute_dtype).removeprefix("torch."),
         samples=workload.samples,
         tokens_per_sample=workload.tokens,
@@ -397,6 +398,6 @@ def _disk_facts(config: MergeConfig, workload: Workload) -> DiskFacts:
             for t in range(1, total + 1)
         )
         most = min(total, max(needed) + 1)
-    state, model = FLOAT32 * workload.parameters, _model_bytes(workload)
+    state, model = FLOAT32 * workload.parameters, _model_bytes(workload, config)
     kept = {"all": total, "last": 1, "none": 0}[config.keep_states]
     return DiskFacts(most, kept, state, model, most * state + model)

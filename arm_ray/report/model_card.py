@@ -16,7 +16,7 @@ _TEMPLATE = """---
 
 A merge of {count} checkpoint(s) into their base, made without training by
 [arm_ray](https://arxiv.org/abs/2602.03237) with the operator `{operator}`.
-
+{form}
 | | |
 |---|---|
 | base | `{base}` |
@@ -33,19 +33,36 @@ A merge of {count} checkpoint(s) into their base, made without training by
 """
 
 
-def write_model_card(directory: Path, config: MergeConfig, last: StateManifest) -> None:
-    """Write `README.md`: front matter for the hub, what was merged, and the whole configuration."""
+_ADAPTER = """
+It is a LoRA adapter of rank {rank} over the base, to be loaded with PEFT.
+"""
+
+
+def write_model_card(
+    directory: Path, config: MergeConfig, last: StateManifest, adapter_rank: int | None = None
+) -> None:
+    """Write `README.md`: front matter for the hub, what was merged, and the whole configuration.
+
+    Args:
+        directory: Where.
+        config: The configuration.
+        last: What the last state was made of.
+        adapter_rank: Of an adapter; None: it is a whole model.
+    """
     front = {
         "base_model": [config.base],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["merge", "arm-ray", config.method.operator],
     }
+    if adapter_rank is not None:
+        front |= {"library_name": "peft", "base_model_relation": "adapter"}
     text = _TEMPLATE.format(
         front_matter=yaml.safe_dump(front, sort_keys=False),
         title=Path(config.output).name,
         count=len(config.candidates),
         operator=config.method.operator,
+        form="" if adapter_rank is None else _ADAPTER.format(rank=adapter_rank),
         base=config.base,
         candidates=", ".join(f"`{name}`" for name in config.candidates),
         coefficient=config.method.coefficient,

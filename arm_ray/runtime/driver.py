@@ -21,7 +21,7 @@ from arm_ray.calibration.stream import CalibrationStream
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig
-from arm_ray.errors import ArmRayError, WorkerError
+from arm_ray.errors import ArmRayError, TransportError, WorkerError
 from arm_ray.events import IterationFinished, Warned
 from arm_ray.merging.method import Method
 from arm_ray.merging.similarity import cosines
@@ -31,7 +31,7 @@ from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.layer_shard import HEAD_RELAXATION, LARGEST_INFORMATION
 from arm_ray.runtime.placement import ShardGang
 from arm_ray.runtime.progress import MergeProgress
-from arm_ray.runtime.run_directory import RunDirectory
+from arm_ray.runtime.run_directory import RunDirectory, is_disk_full
 from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
 from arm_ray.schedule import (
     IterationPlan,
@@ -238,13 +238,16 @@ class StreamingDriver:
         """All groups through all iterations, and into the final model if that is the end."""
         last = plans[-1].iteration
         config = self._config
-        written = {last} if config.keep_states == "last" else set[int]()
+        makes_adapter = config.output_format == "adapter"
+        # An adapter is made from the last state, also where none is kept.
+        keeps_last = config.keep_states == "last" or makes_adapter
+        written = {last} if keeps_last else set[int]()
         if not is_end:
             needed = states_needed_after(config.schedule, len(config.candidates), last)
             written = {plan.iteration for plan in plans if plan.output in needed}
         if config.keep_states == "all":
             written = {plan.iteration for plan in plans}
-        files = self._create_model_files() if is_end else []
+        files = self._create_model_files() if is_end and not makes_adapter else []
         refs = [
             actor.merge_linear.remote(plans, group, frozenset(written), files, known)
             for actor, spec in zip(self._actors, self._specs, strict=True)
@@ -490,6 +493,8 @@ def get_results(refs: list[Any]) -> list[Any]:
 
     Raises:
         ArmRayError: As an actor raised it.
+        OSError: The disk is full.
+        TransportError: A tensor was not delivered.
         WorkerError: An actor was lost, or failed unexpectedly.
     """
     try:
@@ -497,7 +502,11 @@ def get_results(refs: list[Any]) -> list[Any]:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ArmRayError):
             raise error.cause from None
+        if isinstance(error.cause, TimeoutError):
+            raise _not_delivered(error.cause) from None
         if isinstance(error.cause, OSError):
+            if is_disk_full(error.cause):
+                raise error.cause from None
             raise WorkerError(
                 "a layer shard cannot read or write a file",
                 got=error.cause,
@@ -505,12 +514,23 @@ def get_results(refs: list[Any]) -> list[Any]:
             ) from error
         raise
     except ray.exceptions.RayActorError as error:
+        if "ray.kill" in str(error):
+            # Nobody else does that: Ray ends both sides of a transfer that failed.
+            raise _not_delivered(error) from None
         raise WorkerError(
             "a layer shard was lost",
             got=" ".join(str(error).split())[:500],
             hint="if it ran out of memory, use more runtime.layer_shards or nodes; "
             "run the same command again to go on after the last complete iteration",
         ) from None
+
+
+def _not_delivered(error: Exception) -> TransportError:
+    return TransportError(
+        "hidden states did not reach the next layer shard",
+        got=" ".join(str(error).split())[:300],
+        hint="set runtime.transport to object_store and run the same command again to go on",
+    )
 
 
 def _manifest(plan: IterationPlan, reports: Sequence[GroupReport]) -> states.StateManifest:

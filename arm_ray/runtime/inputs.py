@@ -11,16 +11,23 @@ from typing import Any
 import torch
 
 from arm_ray.checkpoints import states
-from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint, resolve_path
+from arm_ray.checkpoints.huggingface import (
+    Checkpoint,
+    open_checkpoint,
+    open_tensors,
+    resolve_path,
+)
 from arm_ray.checkpoints.peft import AdaptedCheckpoint, is_adapter, open_adapter
 from arm_ray.checkpoints.validation import check_zero_padding
 from arm_ray.checkpoints.weight_file import DTYPES
 from arm_ray.config import MergeConfig
-from arm_ray.errors import ArmRayError, NotACheckpointError
+from arm_ray.errors import ArmRayError, ConfigError, NotACheckpointError
 from arm_ray.model.layout import (
+    LM_HEAD,
     ModelLayout,
     base_dtype,
     check_layout,
+    check_tensors,
     load_config,
     model_layout,
 )
@@ -43,6 +50,7 @@ class MergeInputs:
         compute_dtype: Of the forward pass.
         storage_dtypes: Name -> dtype in the final model.
         tokenizer: Directory of the tokenizer, chat template and generation settings.
+        second_moments: Name of a candidate -> its second moments; empty unless configured.
     """
 
     checkpoints: Mapping[str, Checkpoint]
@@ -50,11 +58,13 @@ class MergeInputs:
     compute_dtype: torch.dtype
     storage_dtypes: Mapping[str, torch.dtype]
     tokenizer: Path
+    second_moments: Mapping[str, Checkpoint]
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """State name -> cheap digest, to notice on resumption that an input has changed."""
-        return {name: checkpoint.fingerprint for name, checkpoint in self.checkpoints.items()}
+        """What is read -> cheap digest, to notice on resumption that an input has changed."""
+        moments = {_moments_label(name): given for name, given in self.second_moments.items()}
+        return {name: given.fingerprint for name, given in {**self.checkpoints, **moments}.items()}
 
     def model_config(self, dtype: torch.dtype) -> dict[str, Any]:
         """Content of `config.json` for weights in `dtype`; everything else as in the base."""
@@ -101,7 +111,42 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
             for name in layout.shapes
         },
         _tokenizer_source(config, checkpoints),
+        _open_second_moments(config, layout),
     )
+
+
+def _moments_label(candidate: str) -> str:
+    return f"second moments of {candidate}"
+
+
+def _open_second_moments(config: MergeConfig, layout: ModelLayout) -> dict[str, Checkpoint]:
+    """Open the directories of `method.ota.second_moments`, which hold a tensor for each weight."""
+    given = config.method.ota.second_moments
+    if given is None:
+        return {}
+    if len(given) != len(config.candidates):
+        raise ConfigError(
+            "there is not one directory of second moments for each candidate",
+            where="method.ota.second_moments",
+            got=f"{len(given)} directories",
+            expected=f"{len(config.candidates)}, in the order of the candidates",
+        )
+    opened: dict[str, Checkpoint] = {}
+    for index, path in enumerate(given):
+        candidate = candidate_name(index)
+        label = _moments_label(candidate)
+        try:
+            opened[candidate] = open_tensors(resolve_path(path))
+        except ArmRayError as error:
+            raise error.of(label) from None
+        check_tensors(
+            layout,
+            opened[candidate],
+            f"{label}: {opened[candidate].path}",
+            tied=LM_HEAD not in layout.shapes,
+            hint="save exp_avg_sq of every weight under its name; zeros for one that was frozen",
+        )
+    return opened
 
 
 def _tokenizer_source(config: MergeConfig, checkpoints: Mapping[str, Checkpoint]) -> Path:

@@ -74,6 +74,7 @@ class LayerShard:
             self._device,
             spec.compute_dtype,
             spec.residency,
+            spec.second_moments,
         )
         self._runners: dict[int, GroupRunner] = {}
         self._templates: Templates = {}
@@ -258,7 +259,10 @@ class LayerShard:
 
     def summarise(self, plan: IterationPlan, columns: NDArray[np.int64]) -> dict[str, object]:
         """What other shards need of this one's activations, once all forward passes are over."""
-        relaxation = self._captures.relaxation(plan, LM_HEAD, columns)
+        # Only an embedding that is also the head waits for what the last layers know.
+        is_tied = LM_HEAD not in self._spec.layout.shapes
+        relaxes = is_tied and self._spec.method.settings.aim.tied == "relax"
+        relaxation = self._captures.relaxation(plan, LM_HEAD, columns) if relaxes else None
         return {
             HEAD_RELAXATION: None if relaxation is None else relaxation.cpu(),
             LARGEST_INFORMATION: self._captures.largest_information(plan),
@@ -407,7 +411,9 @@ class LayerShard:
         reference, *contributors = (
             self._store.rows(state, group, spec.name, rows) for state in plan.inputs
         )
-        inputs = tensor_inputs(self._spec, plan, spec, rows, reference, contributors, known)
+        inputs = tensor_inputs(
+            self._spec, self._store, plan, group, spec, rows, reference, contributors, known
+        )
         if columns is None:
             return inputs
         shifts: list[Tensor] = []

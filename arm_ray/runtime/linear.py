@@ -122,7 +122,9 @@ def _run_piece(
 
     for plan in plans:
         reference, *contributors = (get(state) for state in plan.inputs)
-        inputs = tensor_inputs(spec, plan, tensor, rows, reference, contributors, statistics)
+        inputs = tensor_inputs(
+            spec, store, plan, group, tensor, rows, reference, contributors, statistics
+        )
         result = spec.method.merge(inputs).tensor
         compared = similarity_sums(result, get(plan.previous), get(BASE))
         if not compared.is_finite:

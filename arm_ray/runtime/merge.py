@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,15 @@ import arm_ray
 from arm_ray.calibration.settings import CalibrationSettings
 from arm_ray.calibration.stream import CalibrationStream, open_stream
 from arm_ray.checkpoints import states
-from arm_ray.config import MergeConfig
-from arm_ray.errors import ArmRayError, CalibrationError, ConfigError
+from arm_ray.checkpoints.adapter_export import adapter_bytes
+from arm_ray.checkpoints.peft import WEIGHTS_NAME
+from arm_ray.config import MergeConfig, RuntimeConfig
+from arm_ray.errors import ArmRayError, CalibrationError, ConfigError, TransportError
 from arm_ray.events import ModelWritten, RunFailed, RunFinished, RunStarted, Warned
 from arm_ray.merging.method import Method, open_method
 from arm_ray.model.partition import choose_balance, partition_layers
 from arm_ray.report.model_card import write_model_card
+from arm_ray.runtime.adapter import write_adapter
 from arm_ray.runtime.driver import StreamingDriver
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.placement import (
@@ -30,9 +34,9 @@ from arm_ray.runtime.placement import (
     ray_session,
 )
 from arm_ray.runtime.progress import cosine_text, duration, print_summary
-from arm_ray.runtime.run_directory import RunDirectory, open_run
+from arm_ray.runtime.run_directory import Room, RunDirectory, is_disk_full, open_run
 from arm_ray.runtime.shard_spec import ShardSpec
-from arm_ray.schedule import fewest_models
+from arm_ray.schedule import merge_sizes
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,24 @@ def merge(
     console = console or Console(stderr=True)
     started = time.monotonic()
     _check_output_survives(config)
-    method = open_method(config.method, fewest_models(config.schedule, len(config.candidates)))
+    method = open_method(
+        config.method,
+        *merge_sizes(config.schedule, len(config.candidates)),
+        has_window=config.schedule.has_window,
+    )
     inputs = open_inputs(config)
     with open_run(config) as run:
         run.record_inputs(inputs.fingerprints)
         if run.is_complete:
             console.print(f"This run is complete: {run.model}", highlight=False, soft_wrap=True)
             return MergeOutcome(run.path, run.model, run.last_iteration, "complete")
-        _check_disk(config, inputs, run)
-        try:
-            with ray_session(config.runtime, address, len(inputs.layout.groups)):
-                return _merge_on_ray(config, method, inputs, run, stop_after, console, started)
-        except ArmRayError as error:
-            run.events.write(RunFailed(type(error).__name__, str(error)))
-            raise
+        room = _room_of(config, inputs)
+        run.check_disk_space(room)
+        with (
+            _failures_recorded(run, room),
+            ray_session(config.runtime, address, len(inputs.layout.groups)),
+        ):
+            return _merge_on_ray(config, method, inputs, run, stop_after, console, started)
 
 
 def _merge_on_ray(
@@ -107,16 +115,28 @@ def _merge_on_ray(
     # Before the actors: they may take every CPU slot, and Ray Data would wait for one for ever.
     stream = _open_calibration(config, method, inputs, run, warn)
     specs = shard_specs(config, method, inputs, run.path, placement)
-    with placed_shards(specs, config.runtime, placement, warn) as gang:
-        driver = StreamingDriver(config, inputs, run, gang, specs, method, stream, console)
-        if method.needs_forward:
-            # A linear merge reads every byte once, and looks at it then.
-            driver.check_weights()
-        _announce(config, inputs, run, placement, stream, console)
-        reason = driver.iterate(stop_after)
-        model = None if reason == "stop_after" else _publish_model(config, run, driver)
-        seconds = time.monotonic() - started
-        peaks = driver.peak_bytes()
+
+    def attempt(runtime: RuntimeConfig) -> tuple[str, Path | None, tuple[int, ...]]:
+        with placed_shards(specs, runtime, placement, warn) as gang:
+            driver = StreamingDriver(config, inputs, run, gang, specs, method, stream, console)
+            if method.needs_forward:
+                # A linear merge reads every byte once, and looks at it then.
+                driver.check_weights()
+            _announce(config, inputs, run, placement, stream, console)
+            reason = driver.iterate(stop_after)
+            model = None if reason == "stop_after" else _publish_model(config, inputs, run, driver)
+            return reason, model, driver.peak_bytes()
+
+    try:
+        reason, model, peaks = attempt(config.runtime)
+    except TransportError as error:
+        # The actors that a failed transfer leaves behind are of no use: a new gang goes on.
+        states.discard_unfinished_states(run.path)
+        shutil.rmtree(run.partial_model, ignore_errors=True)
+        warn(f"the direct transport failed, going on with the object store: {error}")
+        by_store = config.runtime.model_copy(update={"transport": "object_store"})
+        reason, model, peaks = attempt(by_store)
+    seconds = time.monotonic() - started
     run.events.write(RunFinished(reason, run.last_iteration, round(seconds, 3), peaks))
     _summarise(run, model, reason, seconds, peaks, console)
     return MergeOutcome(run.path, model, run.last_iteration, reason)
@@ -134,10 +154,32 @@ def _check_output_survives(config: MergeConfig) -> None:
         )
 
 
-def _check_disk(config: MergeConfig, inputs: MergeInputs, run: RunDirectory) -> None:
-    shapes, dtypes = inputs.layout.shapes, inputs.storage_dtypes
-    model_bytes = sum(file.num_bytes for file in states.plan_export(shapes, dtypes, 2**62))
-    run.check_disk_space(states.total_bytes(shapes, 4), model_bytes, len(config.candidates))
+def _room_of(config: MergeConfig, inputs: MergeInputs) -> Room:
+    layout, dtypes = inputs.layout, inputs.storage_dtypes
+    if config.output_format == "adapter":
+        model_bytes = adapter_bytes(layout.shapes, layout.rotated, config.adapter_rank)
+    else:
+        exported = states.plan_export(layout.shapes, dtypes, 2**62)
+        model_bytes = sum(file.num_bytes for file in exported)
+    return Room(states.total_bytes(layout.shapes, 4), model_bytes, len(config.candidates))
+
+
+@contextlib.contextmanager
+def _failures_recorded(run: RunDirectory, room: Room) -> Iterator[None]:
+    """Write down what ends a run early, and say of a full disk how much is missing."""
+    try:
+        yield
+    except (ArmRayError, OSError) as error:
+        failure: Exception = error
+        if isinstance(error, OSError):
+            if not is_disk_full(error):
+                raise
+            failure = run.disk_full(room, error)
+        with contextlib.suppress(OSError):
+            run.events.write(RunFailed(type(failure).__name__, str(failure)))
+        if failure is error:
+            raise
+        raise failure from error
 
 
 def _open_calibration(
@@ -202,6 +244,7 @@ def shard_specs(
             inputs.compute_dtype,
             config.runtime.threads,
             config.runtime.residency,
+            second_moments=inputs.second_moments,
         )
         for groups in ranges
     ]
@@ -243,18 +286,27 @@ def _announce(
     )
 
 
-def _publish_model(config: MergeConfig, run: RunDirectory, driver: StreamingDriver) -> Path:
+def _publish_model(
+    config: MergeConfig, inputs: MergeInputs, run: RunDirectory, driver: StreamingDriver
+) -> Path:
     started = time.monotonic()
-    num_bytes = driver.export()
-    partial = run.partial_model
-    write_model_card(partial, config, run.finished[run.last_iteration])
+    partial, last = run.partial_model, run.last_iteration
+    rank = None
+    if config.output_format == "adapter":
+        # The state stays until it is published: with another rank or format, the run goes on here.
+        state = states.state_directory(run.path, last)
+        rank = write_adapter(partial, config, inputs, state, last)
+        num_bytes = (partial / WEIGHTS_NAME).stat().st_size
+    else:
+        num_bytes = driver.export()
+    write_model_card(partial, config, run.finished[last], rank)
     # The rename is the moment of publication: `model/` is whole or absent.
     partial.rename(run.model)
     seconds = round(time.monotonic() - started, 3)
-    state = states.state_directory(run.path, run.last_iteration).name
     if config.keep_states == "none":
         shutil.rmtree(run.path / "states", ignore_errors=True)
-    run.events.write(ModelWritten(state, str(run.model), num_bytes, seconds))
+    name = states.state_directory(run.path, last).name
+    run.events.write(ModelWritten(name, str(run.model), num_bytes, seconds))
     return run.model
 
 

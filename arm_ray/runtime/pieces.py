@@ -15,6 +15,7 @@ from arm_ray.errors import NumericalError
 from arm_ray.merging.operator import TensorInputs
 from arm_ray.model.layout import ModelLayout
 from arm_ray.runtime.shard_spec import ShardSpec
+from arm_ray.runtime.weights import WeightStore
 from arm_ray.schedule import IterationPlan
 
 
@@ -51,7 +52,9 @@ def pieces_of(spec: ShardSpec, tensor: TensorSpec, elements: int) -> list[slice]
 
 def tensor_inputs(
     spec: ShardSpec,
+    store: WeightStore,
     plan: IterationPlan,
+    group: int,
     tensor: TensorSpec,
     rows: slice,
     reference: Tensor,
@@ -62,13 +65,20 @@ def tensor_inputs(
 
     Args:
         spec: The shard's.
+        store: The shard's weights.
         plan: The iteration.
+        group: Index of the tensor's layer group.
         tensor: The whole tensor.
         rows: Which rows.
         reference: The reference's.
         contributors: The contributors'.
         known: What is known of the whole model.
     """
+    moments: list[Tensor] = []
+    if spec.method.operator.second_moments:
+        moments = [
+            store.second_moments(state, group, tensor.name, rows) for state in plan.contributors
+        ]
     return TensorInputs(
         tensor.name,
         reference,
@@ -81,6 +91,7 @@ def tensor_inputs(
         iteration=plan.iteration,
         includes_reference=plan.regime == "sliding_window",
         statistics=known,
+        second_moments=moments,
     )
 
 

@@ -18,7 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import arm_ray
 from arm_ray.config import RuntimeConfig
-from arm_ray.errors import ConfigError, PlacementError, WorkerError
+from arm_ray.errors import PlacementError, WorkerError
+from arm_ray.model.partition import choose_num_shards
 from arm_ray.runtime.layer_shard import LayerShard
 from arm_ray.runtime.shard_spec import ShardSpec
 from arm_ray.runtime.transport import (
@@ -120,18 +121,9 @@ def plan_placement(runtime: RuntimeConfig, num_groups: int) -> Placement:
             expected=f"{share:g} GPU for each shard",
             hint="set runtime.device to cpu, or join a cluster with GPUs",
         )
-    if runtime.layer_shards == "auto":
-        slots = gpus / share if share else resources.get("CPU", 1) / runtime.threads
-        return Placement(max(1, min(int(slots), num_groups)), device, share)
-    if runtime.layer_shards > num_groups:
-        raise ConfigError(
-            "there are more layer shards than layer groups",
-            where="runtime.layer_shards",
-            got=runtime.layer_shards,
-            expected=f"at most {num_groups}",
-            hint="use fewer shards, or a smaller runtime.layers_per_group",
-        )
-    return Placement(runtime.layer_shards, device, share)
+    slots = gpus / share if share else resources.get("CPU", 1) / runtime.threads
+    count = choose_num_shards(runtime.layer_shards, int(slots), num_groups)
+    return Placement(count, device, share)
 
 
 @contextlib.contextmanager

@@ -12,10 +12,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from arm_ray.checkpoints import states
@@ -28,6 +30,22 @@ from arm_ray.schedule import iteration_of, states_needed_after
 CONFIG_NAME = "config.yaml"
 _INPUTS_NAME = "inputs.json"
 _LOCK_NAME = ".lock"
+_MAKE_ROOM = "free some, choose another output, or set keep_states: last"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a run writes; bytes.
+
+    Attributes:
+        state_bytes: Size of a merged state.
+        model_bytes: Size of the final model, or the most that an adapter takes.
+        num_candidates: How many candidates there are.
+    """
+
+    state_bytes: int
+    model_bytes: int
+    num_candidates: int
 
 
 class RunDirectory:
@@ -88,12 +106,45 @@ class RunDirectory:
             if found not in keep and found <= iteration:
                 states.discard_state(self.path, found)
 
-    def check_disk_space(self, state_bytes: int, model_bytes: int, num_candidates: int) -> None:
+    def check_disk_space(self, room: Room) -> None:
         """Check that the states still to come and the final model fit on the disk.
 
         Raises:
             DiskSpaceError: Says how much is missing.
         """
+        count = self._states_to_come(room.num_candidates)
+        needed = count * room.state_bytes + room.model_bytes
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise DiskSpaceError(
+                "not enough room on the disk for the run",
+                where=self.path,
+                got=f"{_size(free)} free",
+                expected=_needed(count, room, needed - free),
+                hint=_MAKE_ROOM,
+            )
+
+    def disk_full(self, room: Room, cause: OSError) -> DiskSpaceError:
+        """The error for a disk that was filled up, by the run or by others, while it wrote."""
+        count = self._states_to_come(room.num_candidates)
+        needed = count * room.state_bytes + room.model_bytes
+        free = shutil.disk_usage(self.path).free
+        unfinished = [
+            directory
+            for directory in states.state_directories(self.path).values()
+            if states.read_manifest(directory) is None
+        ]
+        taken = sum(map(_bytes_on_disk, [*unfinished, self.partial_model]))
+        return DiskSpaceError(
+            f"the disk is full: {cause.strerror}",
+            where=self.path,
+            got=f"{_size(free)} free, and {_size(taken)} in unfinished files, which go first",
+            expected=_needed(count, room, max(0, needed - free - taken)),
+            hint=f"{_MAKE_ROOM}; the same command goes on after iteration {self.last_iteration}",
+        )
+
+    def _states_to_come(self, num_candidates: int) -> int:
+        """States that have to fit beside those that are there."""
         schedule = self.config.schedule
         remaining = schedule.max_iterations - self.last_iteration
         count = remaining
@@ -108,18 +159,34 @@ class RunDirectory:
                 schedule, num_candidates, self.last_iteration
             )
             count = min(remaining, most - len(present))
-        needed = count * state_bytes + model_bytes
-        free = shutil.disk_usage(self.path).free
-        if needed > free:
-            raise DiskSpaceError(
-                "not enough room on the disk for the run",
-                where=self.path,
-                got=f"{free / 1e9:.2f} GB free",
-                expected=f"{needed / 1e9:.2f} GB: {count} states of {state_bytes / 1e9:.2f} GB "
-                f"and the model of {model_bytes / 1e9:.2f} GB; "
-                f"{(needed - free) / 1e9:.2f} GB are missing",
-                hint="free some, choose another output, or set keep_states: last",
-            )
+        return count
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a file could not be written for want of room, on the disk or in a quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _needed(count: int, room: Room, missing: int) -> str:
+    return (
+        f"{_size(count * room.state_bytes + room.model_bytes)}: {count} states of "
+        f"{_size(room.state_bytes)} and the model of {_size(room.model_bytes)}; "
+        f"{_size(missing)} are missing"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes} bytes"
+
+
+def _bytes_on_disk(directory: Path) -> int:
+    """What the files below a directory take, which of a file with holes is less than its size."""
+    total = 0
+    for path in directory.rglob("*"):
+        # Others may be removing files meanwhile.
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_blocks * 512
+    return total
 
 
 @contextlib.contextmanager
@@ -133,8 +200,9 @@ def open_run(config: MergeConfig) -> Iterator[RunDirectory]:
     path = Path(config.output).expanduser().resolve()
     known = _existing_config(path)
     finished = states.finished_states(path) if known is not None else {}
-    if known is not None and (finished or (path / "model").is_dir()):
-        difference = config_difference(known, config)
+    published = (path / "model").is_dir()
+    if known is not None and (finished or published):
+        difference = config_difference(known, config, published=published)
         if difference:
             raise RunDirectoryError(
                 "the output directory holds a run with another configuration",

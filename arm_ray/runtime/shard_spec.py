@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,6 +33,8 @@ class ShardSpec:
         threads: CPU threads.
         residency: Where stored weights live.
         transport: How hidden states leave the shard.
+        second_moments: Name of a candidate -> where its second moments lie, for an operator that
+            wants them.
     """
 
     layout: ModelLayout
@@ -46,6 +48,7 @@ class ShardSpec:
     threads: int
     residency: Residency = "device"
     transport: Transport = "object_store"
+    second_moments: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     @property
     def num_candidates(self) -> int:

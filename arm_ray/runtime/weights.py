@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.validation import check_second_moments
 from arm_ray.model.layout import EMBEDDING, ModelLayout, is_layer_tensor
 from arm_ray.schedule import iteration_of
 
@@ -43,6 +44,8 @@ class WeightStore:
         device: Where the weights are computed with.
         compute_dtype: Of the forward pass.
         residency: Where stored weights live meanwhile.
+        second_moments: Name of a candidate -> Adam's second moments, where an operator wants them.
+            They live where the candidate does, and as long.
     """
 
     def __init__(
@@ -53,10 +56,13 @@ class WeightStore:
         device: torch.device,
         compute_dtype: torch.dtype,
         residency: Residency,
+        second_moments: Mapping[str, Checkpoint] | None = None,
     ) -> None:
         self._layout, self._checkpoints, self._run = layout, checkpoints, run
         self._device, self._compute_dtype, self._residency = device, compute_dtype, residency
+        self._second_moments = second_moments or {}
         self._stored: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._moments: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._compute: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._ahead: dict[tuple[str, int], Future[dict[str, Tensor]]] = {}
         # Pieces of one group are merged by several threads.
@@ -83,6 +89,24 @@ class WeightStore:
     def rows(self, state: str, group: int, name: str, rows: slice) -> Tensor:
         """Rows of one tensor, float32, on the device."""
         return self._group(state, group)[name][rows].to(device=self._device, dtype=torch.float32)
+
+    def second_moments(self, state: str, group: int, name: str, rows: slice) -> Tensor:
+        """Rows of the second moments of one tensor of a candidate, float32, on the device.
+
+        Raises:
+            CorruptCheckpointError: One of them is negative or not finite.
+        """
+        key = (state, group)
+        source = self._second_moments[state]
+        if key not in self._moments:
+            with self._lock:
+                if key not in self._moments:
+                    names = self._layout.groups[group].tensors
+                    self._moments[key] = self._placed(source.read(names))
+        found = self._moments[key][name][rows].to(device=self._device, dtype=torch.float32)
+        where = f"second moments of {state}: {source.tensors[name].file}"
+        check_second_moments(found, name, rows.start or 0, where)
+        return found
 
     def keep(self, state: str, group: int, pieces: Mapping[str, list[Tensor]]) -> None:
         """Take over a new state's tensors, in pieces of rows, so that they are not read back."""
@@ -117,15 +141,19 @@ class WeightStore:
         """
         for state in inputs:
             self._compute.pop((state, group), None)
-        for state, index in [key for key in self._stored if key[1] == group]:
-            if self._residency == "disk" or not keep(state):
-                del self._stored[state, index]
+        for cache in (self._stored, self._moments):
+            for key in [key for key in cache if key[1] == group]:
+                if self._residency == "disk" or not keep(key[0]):
+                    del cache[key]
 
     def release_unless_resident(self, group: int) -> None:
         """Let go of a group for now: of compute copies, and of what was read from disk."""
         if self._residency == "device":
             return
-        for cache in (self._compute, self._stored if self._residency == "disk" else {}):
+        caches = [self._compute]
+        if self._residency == "disk":
+            caches += [self._stored, self._moments]
+        for cache in caches:
             for key in [key for key in cache if key[1] == group]:
                 del cache[key]
 
@@ -146,6 +174,10 @@ class WeightStore:
         else:
             directory = states.state_directory(self._run, iteration)
             mapped = states.read_group(directory, group, names)
+        return self._placed(mapped)
+
+    def _placed(self, mapped: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of one group, from a file to where they live."""
         if self._residency == "device":
             return {name: tensor.to(self._device) for name, tensor in mapped.items()}
         if self._residency == "host":

@@ -63,7 +63,7 @@ def test_every_kind(shape, kind, count, last, warm_up, window, seed) -> None:
     )
     vectors = [gaussian(*shape, seed=seed + i) for i in range(count - window)]
     inputs = inputs_of(gaussian(*shape, seed=seed + 9), vectors, includes_reference=window)
-    found = merge(method_of("average", count, average=settings, coefficient=0.1), inputs)
+    found = merge(method_of("average", count, average=settings), inputs)
     reference, vectors = exact(inputs)
     models = ([reference] if window else []) + [reference + v for v in vectors]
     assert_near(found, expected_average(models, settings))

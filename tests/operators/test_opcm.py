@@ -68,7 +68,7 @@ def test_a_model(count, alpha, seed) -> None:
         )
         for n, (shape, is_linear) in enumerate(SHAPES)
     ]
-    method = method_of("opcm", count, opcm=OpcmSettings(alpha), coefficient=0.2)
+    method = method_of("opcm", count, opcm=OpcmSettings(alpha))
     assert method.rounds(count) == int(count > 1)
     found = merge_model(method, model)
     pairs = [exact(inputs) for inputs in model]
