@@ -14,6 +14,7 @@
     ├── DiskSpaceError       not enough room for what the run writes
     ├── NumericalError       activations or merged weights are not finite
     ├── PlacementError       the cluster cannot hold what was asked
+    ├── TransportError       hidden states did not reach the next layer shard
     └── WorkerError          an actor was lost, or failed in a way that is not the input's fault
 
 Every error says what went wrong, where, what was found, what was expected and what to do.

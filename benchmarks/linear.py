@@ -392,7 +392,7 @@ def main() -> int:
     aims: list[tuple[str, bool]] = []
     cases = [case for case in CASES if arguments.only in (None, case.name)]
     for case in cases:
-        found, compared = measure(case, 1 if arguments.quick else 3, 1 if arguments.quick else 5)
+        found, compared = measure(case, 1 if arguments.quick else 2, 1 if arguments.quick else 2)
         rows += found
         aims += goals(case, found, compared)
     if arguments.quick or arguments.only:

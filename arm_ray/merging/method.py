@@ -30,6 +30,9 @@ from arm_ray.merging.rotation import (
 )
 from arm_ray.merging.settings import MethodSettings
 
+# Stands among the statistics of a tensor whose rounds the caller has done.
+MEASURED = "measured"
+
 
 @dataclass(frozen=True)
 class Method:
@@ -58,13 +61,34 @@ class Method:
         """Whether something must be known of the whole model before the first tensor is merged."""
         return self.rounds(2) > 0
 
+    @property
+    def _by_tensor(self) -> bool:
+        statistics = self.operator.statistics
+        return statistics is not None and statistics.by_tensor(self.settings)
+
     def rounds(self, contributors: int) -> int:
         """Rounds over the whole model before an iteration can be merged."""
+        return 0 if self._by_tensor else self._rounds(contributors)
+
+    def tensor_rounds(self, contributors: int) -> int:
+        """Rounds over each tensor before it can be merged in pieces."""
+        return self._rounds(contributors) if self._by_tensor else 0
+
+    def _rounds(self, contributors: int) -> int:
         statistics = self.operator.statistics
         return statistics.rounds(self.settings, contributors) if statistics else 0
 
-    def takes_rows(self, ndim: int, is_linear: bool) -> bool:
-        """Whether a tensor may come in pieces of rows."""
+    def takes_rows(self, ndim: int, is_linear: bool, *, measures_tensors: bool = False) -> bool:
+        """Whether a tensor may come in pieces of rows.
+
+        Args:
+            ndim: Its dimensions.
+            is_linear: Whether it is the weight of a linear module of the layers.
+            measures_tensors: Whether the caller does the rounds over each tensor; else `merge`
+                does them on the whole.
+        """
+        if self._by_tensor and not measures_tensors:
+            return False
         whole = self.operator.whole_tensors
         if whole(self.settings) if callable(whole) else whole:
             return False
@@ -77,11 +101,24 @@ class Method:
     def merge(self, inputs: TensorInputs) -> MergedTensor:
         """Merge one tensor, or rows of one."""
         given, result = self._task_vectors(inputs)
+        if self._by_tensor and MEASURED not in inputs.statistics:
+            given = self._measured(given)
         update = self.operator.update(given, self.settings)
         if inputs.relaxation is not None:
             update *= inputs.relaxation
         result.tensor = update.add_(inputs.reference)
         return result
+
+    def _measured(self, given: TaskVectors) -> TaskVectors:
+        """With the rounds over this one tensor, which is whole."""
+        statistics = self.operator.statistics
+        assert statistics is not None
+        known = given.inputs.statistics
+        for number in range(self._rounds(len(given.vectors))):
+            inputs = replace(given.inputs, statistics=known)
+            sums = statistics.measure(number, TaskVectors(inputs, given.vectors), self.settings)
+            known = statistics.conclude(number, sums, known, self.settings)
+        return TaskVectors(replace(given.inputs, statistics=known), given.vectors)
 
     def measure(self, number: int, inputs: TensorInputs) -> Sums:
         """One round's numbers of one tensor, or rows of one."""

@@ -75,7 +75,7 @@ Sums = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Numbers over a whole model that an operator needs before it merges the first tensor.
+    """Numbers over a whole model, or a whole tensor, that an operator needs before it merges.
 
     A round goes over all tensors, or pieces of rows of them; what `measure` returns is added up
     (integers, or float64 in a fixed order) and handed to `conclude`.
@@ -85,11 +85,13 @@ class Statistics:
         measure: Of one piece, in a round (0-based): name -> tensor, int64 or float64, of the same
             shape for all pieces. The earlier rounds' findings are in `inputs.statistics`.
         conclude: A round's sums and what was known before -> what is known now.
+        by_tensor: Whether the numbers are those of each tensor by itself.
     """
 
     rounds: Callable[[MethodSettings, int], int]
     measure: Callable[[int, TaskVectors, MethodSettings], Sums]
     conclude: Callable[[int, Sums, Mapping[str, object], MethodSettings], Mapping[str, object]]
+    by_tensor: Callable[[MethodSettings], bool] = lambda _settings: False
 
 
 @dataclass

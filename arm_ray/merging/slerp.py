@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from arm_ray.merging.blocks import gram, in_blocks
-from arm_ray.merging.operator import Operator, TaskVectors
+from arm_ray.merging.operator import Operator, Statistics, Sums, TaskVectors
 from arm_ray.merging.settings import MethodSettings
 
 # Tensors of no larger norm have no direction.
@@ -125,12 +126,9 @@ def _merge(
     """
     reference = given.inputs.reference
     vectors = [v.contiguous() for v in given.vectors]
-    models = list(vectors)
-    if given.inputs.includes_reference:
-        models.insert(0, torch.zeros((), device=reference.device).expand_as(reference))
-    weights = coefficients(gram(models, reference if of_weights else None).numpy())
+    weights = coefficients(cast(Tensor, given.inputs.statistics["products"]).numpy())
     surplus = math.fsum([*weights, -1.0]) if of_weights else 0.0
-    weights = weights[len(models) - len(vectors) :]
+    weights = weights[len(weights) - len(vectors) :]
     if not vectors:
         return torch.zeros_like(reference)
     for total, *terms, base in in_blocks([*vectors, reference]):
@@ -141,6 +139,24 @@ def _merge(
         if surplus != 0.0:
             total.add_(base, alpha=surplus)
     return vectors[0]
+
+
+def _products(given: TaskVectors, of_weights: bool) -> Sums:
+    """Inner products of the models, or of their task vectors, `[n, n]` float64."""
+    reference = given.inputs.reference
+    models = [v.contiguous() for v in given.vectors]
+    if given.inputs.includes_reference:
+        models.insert(0, torch.zeros((), device=reference.device).expand_as(reference))
+    return {"products": gram(models, reference if of_weights else None)}
+
+
+def _statistics(of_weights: Callable[[MethodSettings], bool]) -> Statistics:
+    return Statistics(
+        rounds=lambda _settings, _contributors: 1,
+        measure=lambda _number, given, settings: _products(given, of_weights(settings)),
+        conclude=lambda _number, sums, known, _settings: {**known, **sums},
+        by_tensor=lambda _settings: True,
+    )
 
 
 def _check(settings: MethodSettings, num_models: int) -> list[str]:
@@ -154,12 +170,17 @@ def _check(settings: MethodSettings, num_models: int) -> list[str]:
 
 
 OPERATOR = Operator(
-    "slerp", slerp, whole_tensors=True, uses_coefficient=False, min_models=2, max_models=2
+    "slerp",
+    slerp,
+    statistics=_statistics(lambda settings: settings.slerp.of == "weights"),
+    uses_coefficient=False,
+    min_models=2,
+    max_models=2,
 )
 SPHERICAL_MEAN = Operator(
     "spherical_mean",
     spherical_mean,
-    whole_tensors=True,
+    statistics=_statistics(lambda settings: settings.spherical_mean.of == "weights"),
     uses_coefficient=False,
     min_models=2,
     check=_check,

@@ -25,13 +25,9 @@ def update(given: TaskVectors, settings: MethodSettings) -> Tensor:
     if not given.vectors:
         return torch.zeros_like(given.inputs.reference)
     vectors = [v.contiguous() for v in given.vectors]
-    if ties.scope == "global":
-        known = given.inputs.statistics
-        limits = _limits(_thresholds(known, ties, len(vectors)))
-        majority = cast(int, known.get("majority", 0))
-    else:
-        limits = _limits(quantile.thresholds(vectors, ties.keep))
-        majority = _votes(vectors, limits) if ties.zero_sign == "majority" else 0
+    known = given.inputs.statistics
+    limits = _limits(_thresholds(known, ties, len(vectors)))
+    majority = cast(int, known.get("majority", 0))
     zero_is_positive = ties.zero_sign == "positive" or majority > 0
     for block in in_blocks(vectors):
         trimmed = [torch.hardshrink(v, limit) for v, limit in zip(block, limits, strict=True)]
@@ -90,9 +86,7 @@ def _thresholds(known: Mapping[str, object], ties: TiesSettings, count: int) -> 
 
 
 def _passes(ties: TiesSettings) -> tuple[str, ...]:
-    """What the rounds over the whole model are for."""
-    if ties.scope != "global":
-        return ()
+    """What the rounds over the whole model, or a tensor, are for."""
     trim = ("trim",) * (quantile.ROUNDS if ties.keep < 1.0 else 0)
     return (*trim, "elect") if ties.zero_sign == "majority" else trim
 
@@ -116,10 +110,10 @@ def _conclude(
 OPERATOR = Operator(
     "ties",
     update,
-    whole_tensors=lambda settings: settings.ties.scope == "per_tensor",
     statistics=Statistics(
         rounds=lambda settings, _contributors: len(_passes(settings.ties)),
         measure=_measure,
         conclude=_conclude,
+        by_tensor=lambda settings: settings.ties.scope == "per_tensor",
     ),
 )

@@ -43,9 +43,15 @@ def row_pieces(spec: TensorSpec, elements: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def pieces_of(spec: ShardSpec, tensor: TensorSpec, elements: int) -> list[slice]:
+def pieces_of(
+    spec: ShardSpec, tensor: TensorSpec, elements: int, *, measures_tensors: bool = False
+) -> list[slice]:
     """The rows that a tensor is merged in: all at once, or about so many elements at a time."""
-    if spec.method.takes_rows(len(tensor.shape), tensor.name in spec.layout.rotated):
+    is_linear = tensor.name in spec.layout.rotated
+    takes_rows = spec.method.takes_rows(
+        len(tensor.shape), is_linear, measures_tensors=measures_tensors
+    )
+    if takes_rows:
         return row_pieces(tensor, elements)
     return [slice(0, tensor.shape[0])]
 

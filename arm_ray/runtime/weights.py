@@ -69,6 +69,11 @@ class WeightStore:
         self._lock = threading.Lock()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are computed with."""
+        return self._device
+
     def layers(self, state: str, group: int) -> dict[str, Tensor]:
         """The group's decoder-layer tensors on the device in the compute dtype."""
         key = (state, group)
