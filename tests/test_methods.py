@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from arm_ray.errors import TransportError
 from arm_ray.events import read_events
-from arm_ray.merging import acm
-from arm_ray.merging.settings import AcmSettings
+from arm_ray.merging import acm, aim
+from arm_ray.merging.settings import AcmSettings, AimSettings
 from arm_ray.runtime.driver import StreamingDriver
 from tests import reference
 from tests.conftest import MergeCase
@@ -345,3 +345,28 @@ def test_a_failed_transfer_is_gone_on_with_by_the_object_store(
     assert warning.startswith("the direct transport failed, going on with the object store")
     for iteration in range(1, 5):
         assert_same_bits(state(config, iteration), state(untroubled, iteration))
+
+
+@pytest.mark.parametrize("average", ["sample", "token"])
+@pytest.mark.parametrize("omega", [0.0, 0.4, 1.0])
+def test_relaxation_is_its_formula(average: Literal["sample", "token"], omega: float) -> None:
+    generator = np.random.default_rng(0)
+    magnitudes = generator.random((5, 7)).astype(np.float32)
+    counts, lengths = np.array([1, 2, 1, 1, 3]), np.array([4, 9, 2, 30, 1])
+    found = aim.relaxation(
+        torch.from_numpy(magnitudes),
+        torch.from_numpy(counts),
+        torch.from_numpy(lengths),
+        AimSettings(omega=omega, average=average),
+    )
+    total = (magnitudes * (counts * (lengths if average == "token" else 1))[:, None]).sum(0)
+    expected = 1 - total / total.max() * (1 - omega)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-7)
+    assert found.min() == pytest.approx(omega, abs=1e-7)
+
+
+def test_a_module_without_activation_is_not_held_back() -> None:
+    nothing = torch.zeros(3, 4)
+    ones = torch.ones(3, dtype=torch.int64)
+    assert aim.relaxation(nothing, ones, ones, AimSettings()).tolist() == [1.0] * 4
