@@ -153,15 +153,19 @@ class WeightFileWriter:
     Args:
         path: The file; an older one is replaced.
         specs: What is going to be written, in the order of the file.
+        is_read_again: Whether the file is read again soon; else it does not stay in the page cache,
+            where it would take the place of what others read.
 
     Raises:
         ValueError: On leaving, if not every announced byte was written.
         OSError: The disk is full, or the directory cannot be written.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self, path: Path, specs: Sequence[TensorSpec], *, is_read_again: bool = True
+    ) -> None:
         self._specs = specs
-        self._context = atomic_file(path)
+        self._context = atomic_file(path, is_read_again=is_read_again)
         self._due = {spec.name: spec.num_bytes for spec in specs}
         self._lock = threading.Lock()
 
@@ -300,7 +304,7 @@ def _encode_header(specs: Sequence[TensorSpec]) -> bytes:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, *, is_read_again: bool = True) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears under its name only when it is whole and on disk."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -308,6 +312,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if not is_read_again and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -59,7 +59,10 @@ class Rotation:
     def apply_(self, task_vector: Tensor) -> Tensor:
         """Turn `ΔW` into `U ΔW` in its own memory; see `apply`."""
         dtype, r = task_vector.dtype, self.core.shape[0]
-        rotated = task_vector.mul_(self.signs.to(dtype)[:, None])
+        rotated = task_vector
+        # Few columns of U are flipped: most have a diagonal entry near 1.
+        flipped = torch.nonzero(self.signs < 0.0)[:, 0]
+        rotated[flipped] = -rotated[flipped]
         rotated[:r] = self.core.to(dtype) @ rotated[:r]
         if self.reflectors is None or self.factor is None:
             return rotated

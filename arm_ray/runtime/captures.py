@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -173,13 +174,25 @@ class Captures:
                     plan, state, micro_index, LM_HEAD, num_samples, positions, lengths, logits
                 )
 
-    def shifts(self, plan: IterationPlan, group: int, name: str) -> list[Tensor]:
-        """`ΔA_i` `[d_out, different samples]` float32 of the contributors, for one weight."""
+    def shifts(
+        self, plan: IterationPlan, group: int, name: str, whole: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """`ΔA_i` `[d_out, different samples]` float32 of the contributors, for one weight.
+
+        Args:
+            plan: The iteration.
+            group: Index of the weight's layer group.
+            name: The weight.
+            whole: It, float32, of the reference and of the contributors.
+        """
         layers = [self._store.layers(state, group) for state in plan.inputs]
         bias = name.removesuffix("weight") + "bias"
         means = self._iterations[plan.iteration].means
         shifts = output_shifts(
-            [weights[name] for weights in layers],
+            [
+                self._store.as_computed(state, group, name, weight)
+                for state, weight in zip(plan.inputs, whole, strict=True)
+            ],
             [weights.get(bias) for weights in layers],
             [means[state, name] for state in plan.inputs],
         )

@@ -229,7 +229,11 @@ class LayerShard:
             for inputs in self._pieces(plan, group, spec, columns, known or {}, _PIECE)
         )
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(group_writer(directory, group, specs))
+            # What the store keeps is read from the file once more at the very end, if at all.
+            is_read_again = not self._store.keeps_new_states
+            writer = stack.enter_context(
+                group_writer(directory, group, specs, is_read_again=is_read_again)
+            )
             for spec, result, sums in self._in_order(
                 partial(self._merge_piece, plan, group, writer), pieces
             ):
@@ -419,7 +423,10 @@ class LayerShard:
         shifts: list[Tensor] = []
         if self._spec.method.needs_outputs and spec.name in self._spec.layout.rotated:
             chosen = torch.from_numpy(columns.copy()).to(self._device)
-            shifts = [s[:, chosen] for s in self._captures.shifts(plan, group, spec.name)]
+            shifts = [
+                s[:, chosen]
+                for s in self._captures.shifts(plan, group, spec.name, [reference, *contributors])
+            ]
         relaxation = self._captures.relaxation(plan, spec.name, columns)
         head = cast("Tensor | None", known.get(HEAD_RELAXATION))
         if spec.name == EMBEDDING and head is not None:

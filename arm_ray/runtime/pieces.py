@@ -27,11 +27,12 @@ def group_specs(layout: ModelLayout, group: int) -> list[TensorSpec]:
 
 @contextlib.contextmanager
 def group_writer(
-    directory: Path, group: int, specs: Sequence[TensorSpec]
+    directory: Path, group: int, specs: Sequence[TensorSpec], *, is_read_again: bool = True
 ) -> Iterator[WeightFileWriter]:
     """Write one layer group of a state; the file appears whole when the context ends."""
     directory.mkdir(parents=True, exist_ok=True)
-    with WeightFileWriter(states.group_file(directory, group), specs) as writer:
+    file = states.group_file(directory, group)
+    with WeightFileWriter(file, specs, is_read_again=is_read_again) as writer:
         yield writer
 
 

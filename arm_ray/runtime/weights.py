@@ -113,6 +113,21 @@ class WeightStore:
         check_second_moments(found, name, rows.start or 0, where)
         return found
 
+    def as_computed(self, state: str, group: int, name: str, whole: Tensor) -> Tensor:
+        """A layer's weight as the forward pass used it, float32.
+
+        Args:
+            state: The state.
+            group: Its layer group.
+            name: The weight.
+            whole: What `rows` gave for all of it; taken where the forward pass rounded nothing.
+        """
+        computed = self.layers(state, group)[name]
+        if computed.dtype == torch.float32:
+            return computed
+        stored = self._group(state, group)[name]
+        return whole if stored.dtype == computed.dtype else computed.to(torch.float32)
+
     def keep(self, state: str, group: int, pieces: Mapping[str, list[Tensor]]) -> None:
         """Take over a new state's tensors, in pieces of rows, so that they are not read back."""
         if self._residency != "disk":
