@@ -39,24 +39,26 @@ def weighted_sum_(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor
     return first
 
 
-def gram(tensors: Sequence[Tensor], added: Tensor | None = None) -> Tensor:
+def gram(
+    tensors: Sequence[Tensor], added: Tensor | None = None, *, within_blocks: torch.dtype
+) -> Tensor:
     """Inner products of tensors with each other, `[n, n]` float64 on the CPU.
 
     Args:
         tensors: Float32, of one size.
         added: What is added to each of them first.
+        within_blocks: Of the products in a block; blocks always add up in float64.
     """
     count = len(tensors)
     pairs = [(i, j) for i in range(count) for j in range(i, count)]
     sums = torch.zeros(len(pairs), dtype=torch.float64, device=tensors[0].device)
     every = [*tensors] if added is None else [*tensors, added]
     for block in in_blocks(every):
-        wide = [t.double() for t in block[:count]]
+        models = [t.to(within_blocks) for t in block[:count]]
         if added is not None:
-            offset = block[-1].double()
-            for t in wide:
-                t += offset
-        sums += torch.stack([torch.dot(wide[i], wide[j]) for i, j in pairs])
+            offset = block[-1].to(within_blocks)
+            models = [t + offset for t in models]
+        sums += torch.stack([torch.dot(models[i], models[j]) for i, j in pairs])
     result = torch.zeros(count, count, dtype=torch.float64)
     for (i, j), value in zip(pairs, sums.tolist(), strict=True):
         result[i, j] = result[j, i] = value

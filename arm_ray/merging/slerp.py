@@ -141,19 +141,20 @@ def _merge(
     return vectors[0]
 
 
-def _products(given: TaskVectors, of_weights: bool) -> Sums:
+def _products(given: TaskVectors, of_weights: bool, precision: torch.dtype) -> Sums:
     """Inner products of the models, or of their task vectors, `[n, n]` float64."""
     reference = given.inputs.reference
     models = [v.contiguous() for v in given.vectors]
     if given.inputs.includes_reference:
         models.insert(0, torch.zeros((), device=reference.device).expand_as(reference))
-    return {"products": gram(models, reference if of_weights else None)}
+    added = reference if of_weights else None
+    return {"products": gram(models, added, within_blocks=precision)}
 
 
-def _statistics(of_weights: Callable[[MethodSettings], bool]) -> Statistics:
+def _statistics(of_weights: Callable[[MethodSettings], bool], precision: torch.dtype) -> Statistics:
     return Statistics(
         rounds=lambda _settings, _contributors: 1,
-        measure=lambda _number, given, settings: _products(given, of_weights(settings)),
+        measure=lambda _number, given, settings: _products(given, of_weights(settings), precision),
         conclude=lambda _number, sums, known, _settings: {**known, **sums},
         by_tensor=lambda _settings: True,
     )
@@ -172,7 +173,8 @@ def _check(settings: MethodSettings, num_models: int) -> list[str]:
 OPERATOR = Operator(
     "slerp",
     slerp,
-    statistics=_statistics(lambda settings: settings.slerp.of == "weights"),
+    # Beyond the largest cosine it does not matter, below it float32 gives the angle.
+    statistics=_statistics(lambda settings: settings.slerp.of == "weights", torch.float32),
     uses_coefficient=False,
     min_models=2,
     max_models=2,
@@ -180,7 +182,7 @@ OPERATOR = Operator(
 SPHERICAL_MEAN = Operator(
     "spherical_mean",
     spherical_mean,
-    statistics=_statistics(lambda settings: settings.spherical_mean.of == "weights"),
+    statistics=_statistics(lambda settings: settings.spherical_mean.of == "weights", torch.float64),
     uses_coefficient=False,
     min_models=2,
     check=_check,
