@@ -7,15 +7,18 @@ Exit codes: 0 success, 1 an error that the message explains, 2 a wrong command l
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import arm_ray
-from arm_ray.config import load_merge_config
-from arm_ray.errors import ArmRayError
+from arm_ray.config import EvaluateConfig, load_merge_config, read_yaml, validate
+from arm_ray.errors import ArmRayError, ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [text for text in rest if text.startswith("-") or "=" not in text]
     if unknown or not hasattr(options, "overrides"):
         parser.parse_args(arguments)
-    options.overrides += rest
+    options.overrides = [*options.overrides, *rest]
     # `ray job stop` and schedulers send SIGTERM: leave through the same clean-up as Ctrl-C.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -71,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         help="halt after iteration N; run again to go on",
     )
     merge.set_defaults(run=_merge)
+    _add_evaluate(commands)
     plan = commands.add_parser(
         "plan", help="memory, disk, work and time of a merge", description=_plan.__doc__
     )
@@ -100,6 +104,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate", help="score models on benchmarks", description=_evaluate.__doc__
+    )
+    evaluate.add_argument(
+        "models",
+        nargs="+",
+        metavar="CONFIG.yaml | [NAME=]MODEL_DIR",
+        help="a configuration and section.key=value overrides, or models; the others are compared "
+        "with the first",
+    )
+    evaluate.add_argument("--tasks", metavar="A,B", help="benchmarks to score them on")
+    evaluate.add_argument("--data", metavar="DIR", help="directory of the benchmarks' files")
+    evaluate.add_argument("--output", metavar="DIR", help="default: below runs/")
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="the first N problems")
+    evaluate.add_argument("--tokenizer", metavar="DIR", help="for all models; default: their own")
+    evaluate.add_argument("--adapter-base", metavar="DIR", help="base of models that are adapters")
+    evaluate.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="take precedence over the file, for example evaluation.sampling.temperature=0",
+    )
+    evaluate.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
+    evaluate.set_defaults(run=_evaluate)
+
+
 def _merge(options: argparse.Namespace) -> int:
     """Merge checkpoints as the YAML file says, or go on with the run in its output directory."""
     config = load_merge_config(options.config, options.overrides)
@@ -108,6 +141,71 @@ def _merge(options: argparse.Namespace) -> int:
 
     merge(config, address=options.address, stop_after=options.stop_after)
     return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    """Score models on benchmarks with vLLM, and compare each with the first, problem by problem."""
+    config = evaluate_config(options)
+    from rich.console import Console
+
+    from arm_ray.runtime.evaluate import evaluate
+
+    evaluate(config, address=options.address, console=Console())
+    return 0
+
+
+def evaluate_config(options: argparse.Namespace) -> EvaluateConfig:
+    """The configuration that the command line of `evaluate` asks for.
+
+    Raises:
+        ConfigError: It is not one, or lacks the tasks.
+    """
+    given: list[str] = options.models
+    from_file = given[0].endswith((".yaml", ".yml"))
+    overrides = [*(given[1:] if from_file else []), *options.overrides]
+    content = read_yaml(Path(given[0])) if from_file else {"models": _named_models(given)}
+    evaluation = content.setdefault("evaluation", {})
+    if options.tasks:
+        evaluation["tasks"] = [name.strip() for name in options.tasks.split(",")]
+    if options.data:
+        evaluation["data_dir"] = options.data
+    if options.limit:
+        evaluation["tasks"] = [
+            {**({"name": task} if isinstance(task, str) else task), "limit": options.limit}
+            for task in evaluation.get("tasks", [])
+        ]
+    for key in ("tokenizer", "adapter_base", "output"):
+        if getattr(options, key):
+            content[key] = getattr(options, key)
+    if not evaluation.get("tasks"):
+        raise ConfigError(
+            "there is nothing to score the models on",
+            where=given[0] if from_file else "command line",
+            expected="--tasks with names of benchmarks, for example --tasks gsm8k,math500",
+        )
+    if "output" not in content:
+        text = json.dumps([content["models"], evaluation["tasks"]], sort_keys=True, default=str)
+        content["output"] = f"runs/evaluate-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    source = given[0] if from_file else "command line"
+    return validate(EvaluateConfig, content, overrides, source=source)
+
+
+def _named_models(given: Sequence[str]) -> dict[str, str]:
+    """`NAME=DIR`, or a directory under its last parts."""
+    models: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals:
+            parts = Path(text).parts
+            name, path = parts[-1] if parts else text, text
+            if name in models and len(parts) > 1:
+                name = f"{parts[-2]}-{parts[-1]}"
+        if name in models:
+            raise ConfigError(
+                "two models have the same name", got=text, expected="NAME=DIR with another name"
+            )
+        models[name] = path
+    return models
 
 
 def _plan(options: argparse.Namespace) -> int:

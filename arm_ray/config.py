@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arm_ray.errors import ConfigError
+from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
 from arm_ray.presets import PRESETS, merged
 
@@ -143,11 +144,31 @@ class MergeConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    evaluation: EvaluationSettings | None = None
+    """What the checkpoints and merged states are scored on, beside the merge."""
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, every key written out."""
         content = self.model_dump(mode="json")
         return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False))
+
+
+class EvaluateConfig(Section):
+    """Everything `arm-ray evaluate` needs."""
+
+    models: Annotated[dict[str, str], Field(min_length=1)]
+    """Name in the results -> directory of a model, or of a LoRA adapter."""
+    output: str
+    """Directory of the results."""
+    adapter_base: str | None = None
+    """The base of models that are adapters."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer for all models; null: each model's own."""
+    evaluation: EvaluationSettings
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, every key written out."""
+        return str(yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False))
 
 
 def load_merge_config(path: str | Path, overrides: Sequence[str] = ()) -> MergeConfig:
@@ -304,7 +325,10 @@ def config_difference(old: MergeConfig, new: MergeConfig, *, published: bool = F
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in dict.fromkeys([*before, *after])
-        if key not in ignored and before.get(key, ...) != after.get(key, ...)
+        if key not in ignored
+        and before.get(key, ...) != after.get(key, ...)
+        # Scores change nothing about the states, but a model that is published was chosen by them.
+        and (not key.startswith("evaluation") or (published and ".select." in key))
     ]
 
 
@@ -354,12 +378,21 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.removesuffix("."), value
 
 
-_UNION_MEMBERS = ("constrained-int", "constrained-float", "literal['auto']")
+_UNION_MEMBERS = ("constrained-int", "constrained-float", "literal['auto']", "TaskSettings")
 
 
 def _describe_all(model: type[BaseModel], error: ValidationError) -> str:
     by_key: dict[tuple[str, ...], list[Any]] = {}
-    for item in error.errors():
+    found = error.errors()
+    for item in found:
+        if item["type"] == "string_type" and item["loc"][-1] == "str":
+            # A task may also be a name alone; what is wrong with it as a section says more.
+            continue
+        if item["type"] == "too_short" and any(
+            other["loc"][: len(item["loc"])] == item["loc"] and other is not item for other in found
+        ):
+            # Pydantic counts the entries that are right.
+            continue
         # Pydantic names the members of a union in the location; they are no keys.
         location = tuple(str(p) for p in item["loc"] if str(p) not in _UNION_MEMBERS)
         by_key.setdefault(location, []).append(item)
@@ -395,13 +428,24 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
     for part in location:
+        if part.isdigit():
+            # The entries of a list have the keys that their section has.
+            continue
         if issubclass(model, BaseModel):
             annotation = model.model_fields[part].annotation
         else:
             annotation = get_type_hints(model)[part]
-        options = getattr(annotation, "__args__", (annotation,))
-        model = next(o for o in options if isinstance(o, type) and _is_section(o))
+        model = next(o for o in _members(annotation) if isinstance(o, type) and _is_section(o))
     return [*model.model_fields] if issubclass(model, BaseModel) else _field_names(model)
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The classes that an annotation names, inside of unions and tuples too."""
+    arguments = getattr(annotation, "__args__", None)
+    if arguments is None:
+        yield annotation
+    for argument in arguments or ():
+        yield from _members(argument)
 
 
 def _is_section(value: type) -> bool:

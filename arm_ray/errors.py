@@ -15,6 +15,8 @@
     ├── NumericalError       activations or merged weights are not finite
     ├── PlacementError       the cluster cannot hold what was asked
     ├── TransportError       hidden states did not reach the next layer shard
+    ├── EvaluationError      a benchmark, its data or an engine cannot be used
+    │   └── SandboxError           model-written code cannot be isolated here
     └── WorkerError          an actor was lost, or failed in a way that is not the input's fault
 
 Every error says what went wrong, where, what was found, what was expected and what to do.
@@ -127,6 +129,14 @@ class PlacementError(ArmRayError):
 
 class TransportError(ArmRayError):
     """Hidden states did not reach the next layer shard."""
+
+
+class EvaluationError(ArmRayError):
+    """A benchmark, its data, or a model's engine cannot be used."""
+
+
+class SandboxError(EvaluationError):
+    """Model-written code cannot be isolated on this machine."""
 
 
 class WorkerError(ArmRayError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,6 +72,23 @@ class IterationFinished(Event):
 
 
 @dataclass(frozen=True)
+class ModelScored(Event):
+    """A checkpoint or a merged state has been scored.
+
+    `scores` is task -> metric -> mean; `reload_seconds` is null and `canary` empty where all of it
+    was known from before. `canary` are the token ids that the weights make of a fixed prompt.
+    """
+
+    name: ClassVar[str] = "model_scored"
+    model: str
+    path: str
+    scores: Mapping[str, Mapping[str, float]]
+    seconds: float
+    reload_seconds: float | None
+    canary: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ModelWritten(Event):
     """`model/` is published."""
 
@@ -83,7 +101,10 @@ class ModelWritten(Event):
 
 @dataclass(frozen=True)
 class RunFinished(Event):
-    """The run ended by itself: `reason` is `converged`, `max_iterations` or `stop_after`."""
+    """The run ended by itself.
+
+    `reason` is `converged`, `max_iterations`, `patience` or `stop_after`.
+    """
 
     name: ClassVar[str] = "run_finished"
     reason: str

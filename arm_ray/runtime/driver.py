@@ -33,6 +33,7 @@ from arm_ray.runtime.placement import ShardGang
 from arm_ray.runtime.progress import MergeProgress
 from arm_ray.runtime.run_directory import RunDirectory, is_disk_full
 from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
+from arm_ray.runtime.state_scoring import StateScoring
 from arm_ray.schedule import (
     IterationPlan,
     has_converged,
@@ -67,6 +68,7 @@ class StreamingDriver:
         method: How they are merged.
         stream: The calibration stream; None where no activations are needed.
         console: Where progress goes.
+        scoring: Scores the states beside the merge; None where nothing is scored.
     """
 
     def __init__(
@@ -79,11 +81,13 @@ class StreamingDriver:
         method: Method,
         stream: CalibrationStream | None,
         console: Console,
+        scoring: StateScoring | None = None,
     ) -> None:
         self._config, self._inputs, self._run = config, inputs, run
         self._gang, self._specs, self._method = gang, specs, method
         self._actors = gang.actors
         self._stream, self._console = stream, console
+        self._scoring = scoring
         self._last_finished = 0.0
         self._is_exported = False
 
@@ -102,11 +106,11 @@ class StreamingDriver:
             stop_after: Halt after this iteration, although the schedule goes on.
 
         Returns:
-            Why it ended: `max_iterations`, `converged` or `stop_after`.
+            Why it ended: `max_iterations`, `converged`, `patience` or `stop_after`.
         """
         schedule, run = self._config.schedule, self._run
         done = run.finished.get(run.last_iteration)
-        if done and should_stop(schedule, done.iteration, done.task_vector_cosine):
+        if done and self._ends_with(done):
             return self._reason(done)
         following = run.last_iteration + 1
         last = min(schedule.max_iterations, stop_after or schedule.max_iterations)
@@ -279,7 +283,9 @@ class StreamingDriver:
 
     def _ends_with(self, manifest: states.StateManifest) -> bool:
         schedule = self._config.schedule
-        return should_stop(schedule, manifest.iteration, manifest.task_vector_cosine)
+        if should_stop(schedule, manifest.iteration, manifest.task_vector_cosine):
+            return True
+        return self._scoring is not None and self._scoring.stops(manifest.iteration)
 
     def _drop(self, flights: Sequence[_InFlight], last: int) -> None:
         """Let go of speculative iterations, and remove what they have written."""
@@ -293,11 +299,14 @@ class StreamingDriver:
             ray.wait(flight.merges, num_returns=len(flight.merges))
             states.discard_state(self._run.path, flight.plan.iteration)
 
-    def export(self) -> int:
+    def export(self, iteration: int) -> int:
         """Complete the final model in its unfinished directory; returns bytes of weights.
 
-        Each weight file is written by one of the shards from the last state, unless a linear merge
-        has written it already.
+        Each weight file is written by one of the shards from the state, unless a linear merge has
+        written it already.
+
+        Args:
+            iteration: Whose state becomes the model.
         """
         partial, files = self._run.partial_model, self._model_files()
         if not self._is_exported:
@@ -305,7 +314,7 @@ class StreamingDriver:
             actors = self._actors
             self._get(
                 [
-                    actors[i % len(actors)].export.remote(partial, file, self._run.last_iteration)
+                    actors[i % len(actors)].export.remote(partial, file, iteration)
                     for i, file in enumerate(files)
                 ]
             )
@@ -319,8 +328,10 @@ class StreamingDriver:
         return tuple(self._get([actor.peak_bytes.remote() for actor in self._actors]))
 
     def _reason(self, manifest: states.StateManifest) -> str:
-        converged = has_converged(self._config.schedule, manifest.task_vector_cosine)
-        return "converged" if converged else "max_iterations"
+        if has_converged(self._config.schedule, manifest.task_vector_cosine):
+            return "converged"
+        is_last = manifest.iteration >= self._config.schedule.max_iterations
+        return "max_iterations" if is_last else "patience"
 
     def _plan(self, iteration: int) -> IterationPlan:
         return plan_iteration(self._config.schedule, len(self._config.candidates), iteration)
@@ -427,7 +438,11 @@ class StreamingDriver:
         progress: MergeProgress,
     ) -> None:
         self._run.finished[manifest.iteration] = manifest
-        self._run.prune(len(self._config.candidates), manifest.iteration)
+        held: set[int] = set()
+        if self._scoring is not None:
+            self._scoring.state_finished(manifest.iteration)
+            held = self._scoring.held()
+        self._run.prune(len(self._config.candidates), manifest.iteration, held)
         progress.finish_iteration(
             manifest.iteration,
             manifest.regime,

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from arm_ray.checkpoints.adapter_export import adapter_bytes
 from arm_ray.checkpoints.peft import WEIGHTS_NAME
 from arm_ray.config import MergeConfig, RuntimeConfig
 from arm_ray.errors import ArmRayError, CalibrationError, ConfigError, TransportError
+from arm_ray.evaluation.tasks import Task
 from arm_ray.events import ModelWritten, RunFailed, RunFinished, RunStarted, Warned
 from arm_ray.merging.method import Method, open_method
 from arm_ray.model.partition import choose_balance, partition_layers
@@ -29,6 +31,7 @@ from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.placement import (
     Placement,
     in_submitted_job,
+    local_slots,
     placed_shards,
     plan_placement,
     ray_session,
@@ -36,6 +39,13 @@ from arm_ray.runtime.placement import (
 from arm_ray.runtime.progress import cosine_text, duration, print_summary
 from arm_ray.runtime.run_directory import Room, RunDirectory, is_disk_full, open_run
 from arm_ray.runtime.shard_spec import ShardSpec
+from arm_ray.runtime.state_scoring import (
+    StateScoring,
+    local_evaluator_slots,
+    open_evaluation,
+    reserved_resources,
+    state_scoring,
+)
 from arm_ray.schedule import merge_sizes
 
 
@@ -47,7 +57,7 @@ class MergeOutcome:
         run: The run directory.
         model: The final model; None where the merge was halted before its end.
         iterations: Complete iterations.
-        reason: `max_iterations`, `converged` or `stop_after`.
+        reason: `max_iterations`, `converged`, `patience` or `stop_after`.
     """
 
     run: Path
@@ -83,6 +93,7 @@ def merge(
         has_window=config.schedule.has_window,
     )
     inputs = open_inputs(config)
+    tasks = open_evaluation(config, inputs)
     with open_run(config) as run:
         run.record_inputs(inputs.fingerprints)
         if run.is_complete:
@@ -92,9 +103,13 @@ def merge(
         run.check_disk_space(room)
         with (
             _failures_recorded(run, room),
-            ray_session(config.runtime, address, len(inputs.layout.groups)),
+            ray_session(
+                address,
+                local_slots(config.runtime, len(inputs.layout.groups))
+                + local_evaluator_slots(config.evaluation),
+            ),
         ):
-            return _merge_on_ray(config, method, inputs, run, stop_after, console, started)
+            return _merge_on_ray(config, method, inputs, run, tasks, stop_after, console, started)
 
 
 def _merge_on_ray(
@@ -102,11 +117,16 @@ def _merge_on_ray(
     method: Method,
     inputs: MergeInputs,
     run: RunDirectory,
+    tasks: list[Task],
     stop_after: int | None,
     console: Console,
     started: float,
 ) -> MergeOutcome:
-    placement = plan_placement(config.runtime, len(inputs.layout.groups))
+    reserved = reserved_resources(config)
+    placement = plan_placement(config.runtime, len(inputs.layout.groups), reserved)
+
+    def say(message: str) -> None:
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def warn(message: str) -> None:
         run.events.write(Warned(message))
@@ -116,30 +136,43 @@ def _merge_on_ray(
     stream = _open_calibration(config, method, inputs, run, warn)
     specs = shard_specs(config, method, inputs, run.path, placement)
 
-    def attempt(runtime: RuntimeConfig) -> tuple[str, Path | None, tuple[int, ...]]:
+    def attempt(runtime: RuntimeConfig, scoring: StateScoring | None) -> _Ending:
         with placed_shards(specs, runtime, placement, warn) as gang:
-            driver = StreamingDriver(config, inputs, run, gang, specs, method, stream, console)
+            driver = StreamingDriver(
+                config, inputs, run, gang, specs, method, stream, console, scoring
+            )
             if method.needs_forward:
                 # A linear merge reads every byte once, and looks at it then.
                 driver.check_weights()
             _announce(config, inputs, run, placement, stream, console)
             reason = driver.iterate(stop_after)
-            model = None if reason == "stop_after" else _publish_model(config, inputs, run, driver)
-            return reason, model, driver.peak_bytes()
+            selected = run.last_iteration
+            if reason == "stop_after":
+                return _Ending(reason, None, selected, driver.peak_bytes())
+            if scoring is not None:
+                selected = scoring.select(selected)
+            model = _publish_model(config, inputs, run, driver, selected)
+            if scoring is not None:
+                scoring.report(console, selected)
+                run.prune(len(config.candidates), run.last_iteration, {selected})
+            return _Ending(reason, model, selected, driver.peak_bytes())
 
-    try:
-        reason, model, peaks = attempt(config.runtime)
-    except TransportError as error:
-        # The actors that a failed transfer leaves behind are of no use: a new gang goes on.
-        states.discard_unfinished_states(run.path)
-        shutil.rmtree(run.partial_model, ignore_errors=True)
-        warn(f"the direct transport failed, going on with the object store: {error}")
-        by_store = config.runtime.model_copy(update={"transport": "object_store"})
-        reason, model, peaks = attempt(by_store)
+    scored = state_scoring(config, inputs, run, tasks, say) if tasks else nullcontext()
+    with scored as scoring:
+        try:
+            ending = attempt(config.runtime, scoring)
+        except TransportError as error:
+            # The actors that a failed transfer leaves behind are of no use: a new gang goes on.
+            states.discard_unfinished_states(run.path)
+            shutil.rmtree(run.partial_model, ignore_errors=True)
+            warn(f"the direct transport failed, going on with the object store: {error}")
+            by_store = config.runtime.model_copy(update={"transport": "object_store"})
+            ending = attempt(by_store, scoring)
     seconds = time.monotonic() - started
-    run.events.write(RunFinished(reason, run.last_iteration, round(seconds, 3), peaks))
-    _summarise(run, model, reason, seconds, peaks, console)
-    return MergeOutcome(run.path, model, run.last_iteration, reason)
+    finished = RunFinished(ending.reason, run.last_iteration, round(seconds, 3), ending.peaks)
+    run.events.write(finished)
+    _summarise(run, ending, seconds, console)
+    return MergeOutcome(run.path, ending.model, run.last_iteration, ending.reason)
 
 
 def _check_output_survives(config: MergeConfig) -> None:
@@ -287,50 +320,63 @@ def _announce(
 
 
 def _publish_model(
-    config: MergeConfig, inputs: MergeInputs, run: RunDirectory, driver: StreamingDriver
+    config: MergeConfig,
+    inputs: MergeInputs,
+    run: RunDirectory,
+    driver: StreamingDriver,
+    selected: int,
 ) -> Path:
     started = time.monotonic()
-    partial, last = run.partial_model, run.last_iteration
+    partial = run.partial_model
     rank = None
     if config.output_format == "adapter":
         # The state stays until it is published: with another rank or format, the run goes on here.
-        state = states.state_directory(run.path, last)
-        rank = write_adapter(partial, config, inputs, state, last)
+        state = states.state_directory(run.path, selected)
+        rank = write_adapter(partial, config, inputs, state, selected)
         num_bytes = (partial / WEIGHTS_NAME).stat().st_size
     else:
-        num_bytes = driver.export()
-    write_model_card(partial, config, run.finished[last], rank)
+        num_bytes = driver.export(selected)
+    write_model_card(partial, config, run.finished[selected], rank)
     # The rename is the moment of publication: `model/` is whole or absent.
     partial.rename(run.model)
     seconds = round(time.monotonic() - started, 3)
     if config.keep_states == "none":
         shutil.rmtree(run.path / "states", ignore_errors=True)
-    name = states.state_directory(run.path, last).name
+    name = states.state_directory(run.path, selected).name
     run.events.write(ModelWritten(name, str(run.model), num_bytes, seconds))
     return run.model
 
 
-def _summarise(
-    run: RunDirectory,
-    model: Path | None,
-    reason: str,
-    seconds: float,
-    peaks: tuple[int, ...],
-    console: Console,
-) -> None:
+@dataclass(frozen=True)
+class _Ending:
+    """How a merge ended: why, the model and the iteration it is of, and the shards' memory."""
+
+    reason: str
+    model: Path | None
+    selected: int
+    peaks: tuple[int, ...]
+
+
+def _summarise(run: RunDirectory, ending: _Ending, seconds: float, console: Console) -> None:
     last = run.finished.get(run.last_iteration)
     reasons = {
         "max_iterations": "all iterations done",
         "converged": "the states stopped turning (schedule.tolerance)",
+        "patience": "the states stopped getting better (evaluation.select.patience)",
         "stop_after": "halted as asked; the same command without --stop-after goes on",
     }
     rows = [
-        ("ended", reasons[reason]),
+        ("ended", reasons[ending.reason]),
         ("iterations", str(run.last_iteration)),
         ("cos(W_t, W_t-1)", cosine_text(last.weight_cosine if last else None)),
         ("cos of task vectors", cosine_text(last.task_vector_cosine if last else None)),
         ("time", duration(seconds)),
-        ("peak memory of a shard", f"{max(peaks) / 1e9:.2f} GB"),
-        ("model", str(model) if model else "not written yet"),
+        ("peak memory of a shard", f"{max(ending.peaks) / 1e9:.2f} GB"),
+        ("model", str(ending.model) if ending.model else "not written yet"),
+        *(
+            [("of iteration", str(ending.selected))]
+            if ending.selected != run.last_iteration
+            else []
+        ),
     ]
     print_summary(console, f"run {run.path.name}", rows)

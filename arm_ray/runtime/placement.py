@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,12 @@ def in_submitted_job() -> bool:
 
 
 @contextlib.contextmanager
-def ray_session(runtime: RuntimeConfig, address: str | None, num_groups: int) -> Iterator[None]:
+def ray_session(address: str | None, cpu_slots: int) -> Iterator[None]:
     """Have Ray available: as it is, by joining a cluster, or by starting one that ends with us.
 
     Args:
-        runtime: For the number of CPU slots of a Ray that is started here.
         address: Address of a cluster; None takes RAY_ADDRESS, and without that starts a local Ray.
-        num_groups: Most shards that there can be.
+        cpu_slots: CPU slots of a Ray that is started here.
 
     Raises:
         WorkerError: The cluster cannot be joined.
@@ -78,11 +77,8 @@ def ray_session(runtime: RuntimeConfig, address: str | None, num_groups: int) ->
             options["runtime_env"] = {"py_modules": [str(Path(arm_ray.__file__).parent)]}
         options["address"] = address
     else:
-        cores = os.cpu_count() or 1
-        shards = 1 if runtime.layer_shards == "auto" else min(runtime.layer_shards, num_groups)
         # "local", because a bare init would join whatever an old address file names.
-        options |= {"address": "local", "include_dashboard": False}
-        options["num_cpus"] = max(cores, shards * runtime.threads)
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": cpu_slots}
     try:
         ray.init(logging_level=logging.ERROR, **options)
     except Exception as error:  # connection, version and authentication errors of many types
@@ -99,29 +95,44 @@ def ray_session(runtime: RuntimeConfig, address: str | None, num_groups: int) ->
         ray.shutdown()
 
 
-def plan_placement(runtime: RuntimeConfig, num_groups: int) -> Placement:
+def local_slots(runtime: RuntimeConfig, num_groups: int) -> int:
+    """CPU slots that a local Ray needs for the layer shards: at least one for each core."""
+    shards = 1 if runtime.layer_shards == "auto" else min(runtime.layer_shards, num_groups)
+    return max(os.cpu_count() or 1, shards * runtime.threads)
+
+
+def plan_placement(
+    runtime: RuntimeConfig, num_groups: int, reserved: Mapping[str, float] | None = None
+) -> Placement:
     """Decide on the device, the shards and their resources from what the cluster has.
+
+    Args:
+        runtime: The settings.
+        num_groups: Most shards that there can be.
+        reserved: What others of this run have taken of the cluster.
 
     Raises:
         ConfigError: More shards were asked for than there are layer groups.
         PlacementError: The cluster has no GPU, but one was asked for.
     """
-    resources = ray.cluster_resources()
+    resources, reserved = ray.cluster_resources(), reserved or {}
     gpus = resources.get("GPU", 0.0)
     device = runtime.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
+    gpus -= reserved.get("GPU", 0.0)
     share = runtime.gpus_per_shard
     if share == "auto":
         share = 1.0 if device == "cuda" else 0.0
     if device == "cuda" and gpus < share:
         raise PlacementError(
             "the cluster has no GPU for a layer shard",
-            got=_format(resources),
+            got=format_resources(resources),
             expected=f"{share:g} GPU for each shard",
             hint="set runtime.device to cpu, or join a cluster with GPUs",
         )
-    slots = gpus / share if share else resources.get("CPU", 1) / runtime.threads
+    cpus = max(1.0, resources.get("CPU", 1) - reserved.get("CPU", 0.0))
+    slots = gpus / share if share else cpus / runtime.threads
     count = choose_num_shards(runtime.layer_shards, int(slots), num_groups)
     return Placement(count, device, share)
 
@@ -210,18 +221,28 @@ def _start(
 def _not_placed(runtime: RuntimeConfig, count: int, bundle: dict[str, float]) -> PlacementError:
     return PlacementError(
         f"the cluster did not place {count} layer shards within {runtime.placement_timeout_s:g} s",
-        got=f"free: {_format(ray.available_resources())}; "
-        f"in all: {_format(ray.cluster_resources())} on {_alive_nodes()} node(s)",
-        expected=f"{count} times {_format(bundle)}, {runtime.placement_strategy}",
+        got=cluster_has(),
+        expected=f"{count} times {format_resources(bundle)}, {runtime.placement_strategy}",
         hint="use fewer runtime.layer_shards or another runtime.placement_strategy, wait for "
         "other jobs, or add nodes",
     )
 
 
-def _alive_nodes() -> int:
-    return sum(bool(node["Alive"]) for node in ray.nodes())
+def cluster_has() -> str:
+    """What the cluster has, free and in all, in words."""
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    return (
+        f"free: {format_resources(ray.available_resources())}; "
+        f"in all: {format_resources(ray.cluster_resources())} on {nodes} node(s)"
+    )
 
 
-def _format(resources: dict[str, float]) -> str:
-    shown = [f"{value:g} {key}" for key, value in resources.items() if key in ("CPU", "GPU")]
+def format_resources(resources: Mapping[str, float]) -> str:
+    """Resources in words; those that Ray makes up itself are left out."""
+    own = ("memory", "object_store_memory", "node:", "accelerator_type:", "bundle_")
+    shown = [
+        f"{value:g} {key}"
+        for key, value in resources.items()
+        if not key.startswith(own) and "_group_" not in key
+    ]
     return ", ".join(sorted(shown)) or "nothing"

@@ -16,7 +16,7 @@ import errno
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,12 +96,20 @@ class RunDirectory:
         self.inputs.update(digests)
         write_json(self.path / _INPUTS_NAME, self.inputs)
 
-    def prune(self, num_candidates: int, iteration: int) -> None:
-        """Remove states that no later iteration needs, unless `keep_states` is `all`."""
+    def prune(
+        self, num_candidates: int, iteration: int, held: Collection[int] = frozenset()
+    ) -> None:
+        """Remove states that no later iteration needs, unless `keep_states` is `all`.
+
+        Args:
+            num_candidates: Of the run.
+            iteration: The last one that is done.
+            held: Iterations whose states are needed for something else.
+        """
         if self.config.keep_states == "all" or not (self.path / "states").is_dir():
             return
         needed = states_needed_after(self.config.schedule, num_candidates, iteration)
-        keep = {iteration_of(name) for name in needed}
+        keep = {iteration_of(name) for name in needed} | set(held)
         for found in states.state_directories(self.path):
             if found not in keep and found <= iteration:
                 states.discard_state(self.path, found)

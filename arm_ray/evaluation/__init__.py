@@ -1,0 +1,1 @@
+"""Scoring of merged states: benchmarks, generation, graders."""

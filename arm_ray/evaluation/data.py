@@ -1,0 +1,105 @@
+"""Rows of benchmark files: JSON Lines, a JSON array, Parquet, or a data set of the hub."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from arm_ray.calibration.sources import DatasetSource, find_source, load_dataset
+from arm_ray.errors import CalibrationError, EvaluationError
+
+Row = dict[str, Any]
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+
+
+def read_rows(path: str, limit: int | None = None) -> list[Row]:
+    """Read the rows of a file or of a hub data set, in order.
+
+    Args:
+        path: A file, or a data set id (`owner/name:split`).
+        limit: How many of the first rows; None for all.
+
+    Raises:
+        EvaluationError: Missing, empty or malformed; names the line.
+    """
+    file = Path(path).expanduser()
+    rows = _from_file(file) if file.is_file() else _from_dataset(path)
+    if not rows:
+        raise EvaluationError(
+            "the benchmark's data are empty", where=path, got="no rows", expected="at least one"
+        )
+    return rows[:limit]
+
+
+def find_file(data_dir: str | None, names: Sequence[str]) -> Path | None:
+    """The first of some relative paths that exists below the data directory."""
+    if data_dir is None:
+        return None
+    root = Path(data_dir).expanduser()
+    return next((root / name for name in names if (root / name).is_file()), None)
+
+
+def _from_file(file: Path) -> list[Row]:
+    if not file.name.endswith(_SUFFIXES):
+        raise EvaluationError(
+            "the benchmark's file is of a kind that is not read",
+            where=file,
+            got=file.name,
+            expected="a name ending in " + ", ".join(_SUFFIXES),
+        )
+    try:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return list(pq.read_table(file).to_pylist())
+        content = file.read_bytes()
+        text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")
+    except (OSError, EOFError, ValueError) as error:
+        raise EvaluationError(
+            "the benchmark's file cannot be read", where=file, got=f"{error}"
+        ) from None
+    if ".jsonl" not in file.name and text.lstrip().startswith("["):
+        return _objects(_parsed(text, file), file)
+    # Not splitlines: it also splits at separators that JSON allows within a text.
+    numbered = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return _objects([_parsed(line, f"{file}, line {n}") for n, line in numbered], file)
+
+
+def _parsed(text: str, where: object) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise EvaluationError(
+            "the benchmark's file is not valid JSON", where=where, got=error
+        ) from None
+
+
+def _objects(rows: Sequence[Any], where: object) -> list[Row]:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise EvaluationError(
+                "a row of the benchmark's file is no object",
+                where=f"{where}, row {number}",
+                got=type(row).__name__,
+                expected="an object with named columns",
+            )
+    return list(rows)
+
+
+def _from_dataset(path: str) -> list[Row]:
+    try:
+        source = find_source(path)
+        if not isinstance(source, DatasetSource):
+            return [row for file in source.paths for row in _from_file(Path(file))]
+        return [dict(row) for row in load_dataset(source)]
+    except CalibrationError as error:
+        raise EvaluationError(
+            "the benchmark's data cannot be had",
+            where=path,
+            got=error.got or error.what,
+            expected=error.expected,
+            hint="name a file in the task's `path`, or a directory in evaluation.data_dir",
+        ) from None

@@ -1,0 +1,133 @@
+"""Which state is the best one, and when to stop looking. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from arm_ray.errors import EvaluationError
+from arm_ray.evaluation.settings import SelectSettings
+
+AVERAGE = "average"
+LAST = "last"
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What states are compared by.
+
+    Attributes:
+        metrics: Task and metric; their mean counts where there are several.
+        higher_is_better: False for losses.
+    """
+
+    metrics: tuple[tuple[str, str], ...]
+    higher_is_better: bool
+
+    def value(self, scores: Mapping[tuple[str, str], float]) -> float | None:
+        """The number of a state from its scores; None where one of them is missing or NaN."""
+        found = [scores.get(name) for name in self.metrics]
+        if any(value is None or math.isnan(value) for value in found):
+            return None
+        return math.fsum(value for value in found if value is not None) / len(found)
+
+    def is_better(self, value: float, than: float) -> bool:
+        """Whether one value is better than another."""
+        return value > than if self.higher_is_better else value < than
+
+
+def make_criterion(
+    select: SelectSettings, metrics: Mapping[str, Sequence[str]]
+) -> Criterion | None:
+    """Turn the setting into a criterion; None where the last state is taken as it is.
+
+    Args:
+        select: The setting.
+        metrics: Task -> its metrics, the main one first.
+
+    Raises:
+        EvaluationError: An unknown task, or a metric that the task does not have.
+    """
+    if select.by == LAST:
+        if select.patience is not None:
+            raise EvaluationError(
+                "patience needs something to compare states by",
+                where="evaluation.select",
+                got="by: last",
+                expected="by: the name of a task, or average",
+            )
+        return None
+    if select.by == AVERAGE:
+        scored = {task: names for task, names in metrics.items() if names[0] != "loss"}
+        if not scored:
+            raise EvaluationError(
+                "there is no task to take the average of",
+                where="evaluation.select.by",
+                got="losses only",
+                expected="the name of a task: " + ", ".join(metrics),
+            )
+        chosen = tuple((task, _metric(select, task, names)) for task, names in scored.items())
+        return Criterion(chosen, True)
+    if select.by not in metrics:
+        raise EvaluationError(
+            "states are to be selected by a task that is not there",
+            where="evaluation.select.by",
+            got=select.by,
+            expected="one of " + ", ".join([*metrics, AVERAGE, LAST]),
+        )
+    metric = _metric(select, select.by, metrics[select.by])
+    return Criterion(((select.by, metric),), metric != "loss")
+
+
+def best_state(values: Mapping[int, float | None], criterion: Criterion) -> int | None:
+    """The iteration whose state is the best; the earlier of equal ones, None without values."""
+    best: int | None = None
+    for iteration in sorted(values):
+        value = values[iteration]
+        if value is None:
+            continue
+        held = values[best] if best is not None else None
+        if held is None or criterion.is_better(value, held):
+            best = iteration
+    return best
+
+
+def stops_at(
+    values: Mapping[int, float | None], criterion: Criterion, patience: int | None
+) -> int | None:
+    """The iteration at which `patience` states in a row were no better than the best before.
+
+    It depends on the values in the order of the iterations alone, not on when they became known.
+    """
+    if patience is None:
+        return None
+    best: float | None = None
+    without = 0
+    for iteration in sorted(values):
+        value = values[iteration]
+        if value is None:
+            # Scores come in order; what comes after a gap is not looked at yet.
+            return None
+        if best is None or criterion.is_better(value, best):
+            best, without = value, 0
+        else:
+            without += 1
+        if without >= patience:
+            return iteration
+    return None
+
+
+def _metric(select: SelectSettings, task: str, names: Sequence[str]) -> str:
+    if select.metric is None:
+        return names[0]
+    if select.metric not in names:
+        if select.by == AVERAGE:
+            return names[0]
+        raise EvaluationError(
+            f"the task {task!r} has no such metric",
+            where="evaluation.select.metric",
+            got=select.metric,
+            expected=" or ".join(names),
+        )
+    return select.metric

@@ -1,0 +1,174 @@
+"""Settings of an evaluation: plain values with their ranges.
+
+The section `evaluation` of a merge, and the whole file of `arm-ray evaluate`, are made of these. The
+ranges in the annotations are checked where a configuration is read. Nothing is imported here but the
+standard library and the vocabulary of ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, MinLen
+
+GraderName = Literal["math", "exact", "number", "python"]
+Metric = Literal["strict", "qwen_compat", "pass@1", "loss"]
+# What the reader of a configuration does with these: no unknown keys, no changed types.
+_STRICT: Mapping[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are drawn. The defaults are the paper's (Section 4.1)."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+    temperature: Annotated[float, Ge(0.0)] = 0.7
+    """0 is greedy; then one completion a problem is drawn, whatever `repeats` says."""
+    top_p: Annotated[float, Gt(0.0), Le(1.0)] = 0.8
+    max_tokens: Annotated[int, Ge(1)] = 4096
+    """Longest completion, in tokens."""
+    repeats: Annotated[int, Ge(1)] = 5
+    """Completions of each problem; their verdicts are averaged."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Every state gets the same seeds, so that states can be compared problem by problem."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, beside the end tokens of the tokenizer and the model."""
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """One benchmark, or data of one's own. What is null is as the benchmark has it."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+    name: Annotated[str, MinLen(1)]
+    """A benchmark that is known, or a name for one's own data."""
+    path: str | None = None
+    """The data: a file, or a data set id; null: `data_dir/<name>/…`, then the hub."""
+    type: Literal["benchmark", "questions", "loss"] | None = None
+    """What it is, where the name is not known: `questions` are completed and graded, `loss` is the
+    negative log-likelihood of held-out samples, without generation."""
+    limit: Annotated[int, Ge(1)] | None = None
+    """The first problems alone, for a quick look."""
+    question_column: str = "question"
+    answer_column: str = "answer"
+    grader: GraderName | None = None
+    """For one's own questions; default: `math`."""
+    scorer: str | None = None
+    """`path/to/file.py:function`, for `grader: python`: called with the completion and the row,
+    returns a number from 0 to 1. It runs with your rights."""
+    system: str | None = None
+    """System message; an empty text is none."""
+    template: str | None = None
+    """The user message; `{question}` is replaced."""
+    few_shot: Annotated[int, Ge(0)] = 0
+    """Solved examples before the question, from `few_shot_path`."""
+    few_shot_path: str | None = None
+    """File of the same columns that the examples are taken from, from its beginning."""
+    chat_template: Literal["auto", "on", "off"] = "auto"
+    """Whether the prompt goes through the tokenizer's chat template; auto: where it has one, and
+    the benchmark does not say otherwise."""
+    temperature: Annotated[float, Ge(0.0)] | None = None
+    top_p: Annotated[float, Gt(0.0), Le(1.0)] | None = None
+    max_tokens: Annotated[int, Ge(1)] | None = None
+    repeats: Annotated[int, Ge(1)] | None = None
+    stop: tuple[str, ...] | None = None
+    pass_at: tuple[Annotated[int, Ge(1)], ...] = (1,)
+    """k of pass@k, for code; each at most `repeats`."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The vLLM engines."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+    replicas: Annotated[int, Ge(1)] = 1
+    """Engines that share the prompts. It has no influence on the result."""
+    tensor_parallel: Annotated[int, Ge(1)] = 1
+    """GPUs that share one model."""
+    gpus_per_engine: Literal["auto"] | Annotated[float, Ge(0.0)] = "auto"
+    """GPUs reserved for an engine; auto: `tensor_parallel` where the cluster has GPUs, else 0."""
+    cpus_per_engine: Annotated[int, Ge(1)] = 1
+    """CPU slots and threads of an engine. On CPUs, threads are part of the result."""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Custom Ray resources, to place the engines on nodes of your choice."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and computation; auto: as the first model says, float32 as bfloat16."""
+    max_model_len: Annotated[int, Ge(16)] | None = None
+    """Longest prompt and completion together, in tokens; null: the model's, at most 8192."""
+    gpu_memory_utilization: Annotated[float, Gt(0.0), Le(1.0)] = 0.9
+    """Share of a GPU's memory that an engine takes."""
+    kv_cache_gb: Annotated[float, Gt(0.0)] = 1.0
+    """On CPUs: size of the key-value cache, 10^9 bytes."""
+    max_num_seqs: Annotated[int, Ge(1)] = 64
+    """Completions that an engine works on at once."""
+    chunk_size: Annotated[int, Ge(1)] = 256
+    """Completions that an engine is given at once. It decides what runs side by side, and so it is
+    part of the result."""
+    enforce_eager: bool = False
+    """Whether to do without graph capture and compilation; on CPUs that is so anyway."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's engine."""
+    placement_timeout_s: Annotated[float, Gt(0.0)] = 300.0
+
+
+@dataclass(frozen=True)
+class GradingSettings:
+    """The processes that grade."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+    workers: Annotated[int, Ge(1)] = 1
+    """CPU actors that grade, or run code in the sandbox."""
+    limit_s: Annotated[float, Gt(0.0)] = 10.0
+    """Longest time for one answer of a math problem; what takes longer is wrong."""
+    sandbox: Literal["bubblewrap", "unsafe_subprocess"] = "bubblewrap"
+    """How model-written code is run. `unsafe_subprocess` does not isolate it from your files and
+    network: only for models and machines that you would trust with a shell."""
+    interpreter: str = "/usr/bin/python3"
+    """Python that runs the code, as the sandbox sees it."""
+
+
+@dataclass(frozen=True)
+class SelectSettings:
+    """Which merged state becomes `model/`."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+    by: str = "last"
+    """`last`; the name of a task; or `average`, over all tasks but losses."""
+    metric: Metric | None = None
+    """Which number of the task; null: `strict` for math, `pass@1` for code, `loss` for losses."""
+    patience: Annotated[int, Ge(1)] | None = None
+    """Stop merging after so many states in a row that are not better than the best before."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is scored, and by what."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+    tasks: Annotated[tuple[str | TaskSettings, ...], MinLen(1)]
+    """Names of benchmarks, or tasks in full."""
+    data_dir: str | None = None
+    """Directory with the benchmarks' files, one folder each."""
+    sampling: SamplingSettings = SamplingSettings()
+    engine: EngineSettings = EngineSettings()
+    grading: GradingSettings = GradingSettings()
+    select: SelectSettings = SelectSettings()
+    base: bool = True
+    """Whether the base is scored."""
+    candidates: bool = True
+    """Whether the candidates are scored."""
+    every: Annotated[int, Ge(1)] = 1
+    """Every how many iterations the merged state is scored; the last one always is."""
+    wait: bool = False
+    """Whether the merge waits for a state's scores before it goes on."""
+    confidence: Annotated[float, Gt(0.0)] = 0.95
+    """Of the intervals."""
+    resamples: Annotated[int, Ge(100)] = 10_000
+    """Of the bootstrap and of the permutation test."""
+
+    @property
+    def task_settings(self) -> tuple[TaskSettings, ...]:
+        """The tasks, in full."""
+        return tuple(TaskSettings(t) if isinstance(t, str) else t for t in self.tasks)

@@ -1,0 +1,133 @@
+"""How sure a score is, and whether one model is better than another on the same problems.
+
+Problems are drawn anew, completions are not: a model is judged on problems like these, and the
+completions of one problem are no independent evidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Resamples drawn at once: bounds the memory at this many times the number of problems.
+_BLOCK = 500
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model against another on the same problems.
+
+    Attributes:
+        difference: Mean of the differences, first minus second.
+        low: Lower end of its bootstrap interval.
+        high: Upper end.
+        p_value: Two-sided, of a permutation test: how often differences at least this large come
+            about when it is by chance which model a problem's score is ascribed to.
+        num_problems: Problems that both were scored on.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    num_problems: int
+
+
+def estimate(
+    values: NDArray[np.float64],
+    weights: NDArray[np.float64] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Weighted mean over problems, with a percentile bootstrap interval (Efron, 1979).
+
+    Args:
+        values: `[n]`, one for each problem: its mean score, or its sum where weights are given.
+        weights: `[n]`, what the sums are divided by (tokens, for a loss); None for ones.
+        confidence: Of the interval.
+        resamples: Of the bootstrap.
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: There are no values.
+    """
+    if len(values) == 0:
+        raise ValueError("no values to take a mean of")
+    weights = np.ones(len(values)) if weights is None else weights
+    generator = np.random.default_rng(seed)
+    means = []
+    for start in range(0, resamples, _BLOCK):
+        rows = min(_BLOCK, resamples - start)
+        drawn = generator.integers(0, len(values), (rows, len(values)))
+        means.append(values[drawn].sum(axis=1) / weights[drawn].sum(axis=1))
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(np.concatenate(means), [tail, 100.0 - tail])
+    return Estimate(float(values.sum() / weights.sum()), float(low), float(high))
+
+
+def compare(
+    first: NDArray[np.float64],
+    second: NDArray[np.float64],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Comparison:
+    """Paired comparison of two models.
+
+    Args:
+        first: `[n]`, mean score of each problem.
+        second: `[n]`, the other model's, problem by problem.
+        confidence: Of the interval.
+        resamples: Of the bootstrap and of the permutation test, which is exact where fewer than
+            this many sign patterns exist.
+        seed: Of both.
+
+    Raises:
+        ValueError: The arrays differ in length, or are empty.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"got {len(first)} and {len(second)} problems, expected the same")
+    differences = first - second
+    interval = estimate(differences, confidence=confidence, resamples=resamples, seed=seed)
+    return Comparison(
+        interval.mean,
+        interval.low,
+        interval.high,
+        _sign_flip_p(differences, resamples, seed),
+        len(differences),
+    )
+
+
+def _sign_flip_p(differences: NDArray[np.float64], resamples: int, seed: int) -> float:
+    """Two-sided p-value of a sign-flip permutation test on the sum of differences."""
+    telling = differences[differences != 0.0]
+    if len(telling) == 0:
+        return 1.0
+    # Sums of the same numbers in another order differ in their last bits.
+    observed = abs(telling.sum()) * (1.0 - 1e-12)
+    if len(telling) < 30 and 2 ** len(telling) <= resamples:
+        patterns = np.arange(2 ** len(telling))[:, None] >> np.arange(len(telling)) & 1
+        sums = (1.0 - 2.0 * patterns) @ telling
+        return float(np.mean(np.abs(sums) >= observed))
+    generator = np.random.default_rng(seed)
+    as_large = 0
+    for start in range(0, resamples, _BLOCK):
+        rows = min(_BLOCK, resamples - start)
+        signs = generator.integers(0, 2, (rows, len(telling))) * 2.0 - 1.0
+        as_large += int(np.sum(np.abs(signs @ telling) >= observed))
+    # The observed pattern is one of those possible: p is never 0.
+    return (as_large + 1) / (resamples + 1)

@@ -1,0 +1,153 @@
+"""Scores any models on benchmarks, and compares them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.huggingface import open_checkpoint, resolve_path
+from arm_ray.checkpoints.peft import is_adapter, open_adapter
+from arm_ray.checkpoints.weight_file import atomic_file
+from arm_ray.config import EvaluateConfig
+from arm_ray.errors import ArmRayError, ConfigError, EvaluationError
+from arm_ray.evaluation.engine import LoadReport, ModelSource
+from arm_ray.evaluation.records import TaskScores
+from arm_ray.evaluation.tasks import load_tasks
+from arm_ray.events import EventLog
+from arm_ray.report.scores import paired_results, print_scores, scores_as_json
+from arm_ray.runtime.placement import in_submitted_job, ray_session
+from arm_ray.runtime.progress import duration
+from arm_ray.runtime.scoring import Subject, as_error, scoring_service, write_table
+from arm_ray.runtime.state_scoring import local_evaluator_slots, scored_event, scored_line
+
+CONFIG_NAME = "config.yaml"
+
+
+def evaluate(
+    config: EvaluateConfig, *, address: str | None = None, console: Console | None = None
+) -> dict[str, dict[str, TaskScores]]:
+    """Score models as configured; what is scored already is not scored again.
+
+    Args:
+        config: The configuration.
+        address: Address of a Ray cluster; None takes RAY_ADDRESS, and without that a local Ray.
+        console: Where progress goes; None: standard error. The tables go there too.
+
+    Returns:
+        Model -> task -> numbers.
+
+    Raises:
+        ArmRayError: Any of its kinds. What is complete on disk stays and is used again.
+    """
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+    output = Path(config.output).expanduser()
+    if in_submitted_job() and not output.is_absolute():
+        raise ConfigError(
+            "the output of a submitted job is a relative path",
+            where="output",
+            got=config.output,
+            expected="an absolute path, on storage that outlives the job",
+        )
+    tasks = load_tasks(config.evaluation)
+    subjects = [_subject(name, given, config) for name, given in config.models.items()]
+    output = _opened(output, config)
+    events = EventLog(output / "events.jsonl")
+
+    def told(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def wrote(
+        subject: Subject,
+        scores: Mapping[str, TaskScores],
+        report: LoadReport | None,
+        seconds: float,
+    ) -> None:
+        events.write(scored_event(subject, scores, report, seconds))
+        told(scored_line(subject.name, scores, seconds))
+
+    sizes = ", ".join(f"{t.name} ({len(t.problems)} x {t.repeats})" for t in tasks)
+    told(f"scoring {len(subjects)} model(s) on {sizes}")
+    with ray_session(address, 1 + local_evaluator_slots(config.evaluation)):
+        first = subjects[0].source.path
+        with scoring_service(config.evaluation, tasks, output, first, told, wrote) as service:
+            for subject in subjects:
+                service.submit(subject)
+            try:
+                service.wait()
+            except Exception as error:
+                raise as_error(error) from error
+            scores = service.scores()
+    reference = subjects[0].name
+    paired = paired_results(scores, output, reference, config.evaluation)
+    write_table(output, scores_as_json(scores, paired))
+    print_scores(console, scores, paired, title=f"scores, in % ({output.name})")
+    told(f"{duration(time.monotonic() - started)}; records and numbers are in {output}")
+    return scores
+
+
+def _subject(name: str, given: str, config: EvaluateConfig) -> Subject:
+    """Check a model and say where its weights and tokenizer are."""
+    if not name or "/" in name or name.startswith("."):
+        raise ConfigError(
+            "a model's name is used for a directory",
+            where="models",
+            got=repr(name),
+            expected="a name without slashes",
+        )
+    try:
+        path = resolve_path(given)
+        if not is_adapter(path):
+            checkpoint = open_checkpoint(path)
+            source = ModelSource(str(path))
+        elif config.adapter_base is None:
+            raise EvaluationError(
+                "the path holds a LoRA adapter, and its base is not named",
+                where=path,
+                expected="the key adapter_base (or --adapter-base)",
+            )
+        else:
+            base = open_checkpoint(resolve_path(config.adapter_base))
+            checkpoint = open_adapter(path, base)
+            source = ModelSource(str(base.path), str(path))
+    except ArmRayError as error:
+        raise error.of(name) from None
+    tokenizer = _tokenizer(name, Path(source.path), path, config)
+    return Subject(name, source, str(tokenizer), checkpoint.fingerprint)
+
+
+def _tokenizer(name: str, base: Path, path: Path, config: EvaluateConfig) -> Path:
+    given = [Path(config.tokenizer).expanduser()] if config.tokenizer else [path, base]
+    for directory in given:
+        if states.has_tokenizer(directory):
+            return directory
+    raise EvaluationError(
+        f"{name}: no tokenizer for the prompts",
+        where=given[0],
+        expected="tokenizer.json or tokenizer.model",
+        hint="copy it beside the weights, or name one (tokenizer, --tokenizer)",
+    )
+
+
+def _opened(output: Path, config: EvaluateConfig) -> Path:
+    """Make the directory of the results, unless it holds something else."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if any(output.iterdir()) and not (output / CONFIG_NAME).is_file():
+            raise ConfigError(
+                "the output directory holds something else than an evaluation",
+                where=output,
+                expected="an empty or new directory, or an earlier evaluation",
+                hint="choose another output; nothing there was touched",
+            )
+        with atomic_file(output / CONFIG_NAME) as file:
+            file.write(config.to_yaml().encode())
+    except OSError as error:
+        raise ConfigError(
+            "the output directory cannot be written", where=output, got=error
+        ) from None
+    return output.resolve()

@@ -1,0 +1,196 @@
+"""The actors that score models: vLLM engines, and the CPU processes that grade what they say."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from arm_ray.errors import ArmRayError, PlacementError, WorkerError
+from arm_ray.evaluation.engine import ENVIRONMENT, Engine
+from arm_ray.evaluation.graders import Grader
+from arm_ray.evaluation.settings import EvaluationSettings
+from arm_ray.runtime.placement import cluster_has, format_resources
+
+
+@dataclass(frozen=True)
+class EvaluatorResources:
+    """What the evaluation reserves in the cluster."""
+
+    engine: dict[str, float]
+    replicas: int
+    grader: dict[str, float]
+    graders: int
+
+    @property
+    def total(self) -> dict[str, float]:
+        """Everything together."""
+        names = {*self.engine, *self.grader}
+        return {
+            name: self.engine.get(name, 0.0) * self.replicas
+            + self.grader.get(name, 0.0) * self.graders
+            for name in names
+        }
+
+
+def evaluator_resources(settings: EvaluationSettings, gpus_in_cluster: float) -> EvaluatorResources:
+    """What the settings ask of a cluster with so many GPUs."""
+    engine = settings.engine
+    gpus = engine.gpus_per_engine
+    if gpus == "auto":
+        gpus = float(engine.tensor_parallel) if gpus_in_cluster else 0.0
+    wanted = {"CPU": float(engine.cpus_per_engine), **engine.resources}
+    if gpus:
+        wanted["GPU"] = float(gpus)
+    return EvaluatorResources(wanted, engine.replicas, {"CPU": 1.0}, settings.grading.workers)
+
+
+class EvaluatorGang:
+    """Engines and graders, placed; a lost one is replaced in its own place."""
+
+    def __init__(
+        self, settings: EvaluationSettings, resources: EvaluatorResources, group: Any
+    ) -> None:
+        self._settings, self._resources, self._group = settings, resources, group
+        self.engines: list[Any] = [None] * resources.replicas
+        self.graders: list[Any] = [None] * resources.graders
+
+    def start_engine(self, index: int, model: str) -> Any:
+        """Start an engine, instead of the one that may be in this place."""
+        self._kill(self.engines[index])
+        threads = str(self._settings.engine.cpus_per_engine)
+        env = {
+            **ENVIRONMENT,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            # Several engines may share a machine: each finds its own free ports.
+            "VLLM_HOST_IP": "127.0.0.1",
+        }
+        actor: Any = ray.remote(Engine)
+        self.engines[index] = actor.options(
+            **_options(self._resources.engine),
+            runtime_env={"env_vars": env},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=index
+            ),
+        ).remote(model, self._settings.engine)
+        return self.engines[index]
+
+    def start_grader(self, index: int) -> Any:
+        """Start a grader, instead of the one that may be in this place."""
+        self._kill(self.graders[index])
+        actor: Any = ray.remote(Grader)
+        self.graders[index] = actor.options(
+            **_options(self._resources.grader),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=self._resources.replicas + index
+            ),
+        ).remote(self._settings.grading)
+        return self.graders[index]
+
+    def close(self) -> None:
+        """End all actors."""
+        for grader in self.graders:
+            if grader is not None:
+                with contextlib.suppress(RayError):
+                    ray.get(grader.close.remote(), timeout=10)
+        for actor in [*self.engines, *self.graders]:
+            self._kill(actor)
+
+    @staticmethod
+    def _kill(actor: Any) -> None:
+        if actor is not None:
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+
+
+@contextlib.contextmanager
+def placed_evaluators(
+    settings: EvaluationSettings, model: str, runs_code: bool
+) -> Iterator[EvaluatorGang]:
+    """Have the engines and graders run; they end with the context.
+
+    Args:
+        settings: Of the evaluation.
+        model: Directory that the engines are started with.
+        runs_code: Whether graders must be able to isolate code.
+
+    Raises:
+        PlacementError: The cluster does not give the resources in time; says what was asked and
+            what there is.
+        EvaluationError: An engine does not start, or code cannot be isolated.
+    """
+    resources = evaluator_resources(settings, ray.cluster_resources().get("GPU", 0.0))
+    bundles = [resources.engine] * resources.replicas + [resources.grader] * resources.graders
+    group = placement_group(bundles, strategy="PACK")
+    gang = EvaluatorGang(settings, resources, group)
+    try:
+        if not group.wait(settings.engine.placement_timeout_s):
+            raise _not_placed(settings, resources)
+        engines = [gang.start_engine(i, model) for i in range(resources.replicas)]
+        graders = [gang.start_grader(i) for i in range(resources.graders)]
+        results([grader.ready.remote(runs_code) for grader in graders])
+        results([engine.ready.remote() for engine in engines])
+        yield gang
+    finally:
+        gang.close()
+        with contextlib.suppress(RayError):
+            remove_placement_group(group)
+
+
+def results(refs: Sequence[Any]) -> list[Any]:
+    """`ray.get`, with arm_ray's own errors as they were raised.
+
+    Raises:
+        ArmRayError: As an actor raised it.
+        WorkerError: An actor was lost.
+    """
+    try:
+        return list(ray.get(list(refs)))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ArmRayError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayActorError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ArmRayError):
+            raise cause from None
+        raise _lost(error) from None
+
+
+def _lost(error: Exception) -> ArmRayError:
+    text = " ".join(str(error).split())
+    # An error in an actor's constructor arrives as text only.
+    return WorkerError(
+        "an evaluator was lost",
+        got=text[-700:],
+        hint="if it ran out of memory, lower evaluation.engine.kv_cache_gb or max_num_seqs",
+    )
+
+
+def _options(resources: dict[str, float]) -> dict[str, Any]:
+    custom = {name: n for name, n in resources.items() if name not in ("CPU", "GPU")}
+    return {
+        "num_cpus": resources.get("CPU", 0.0),
+        "num_gpus": resources.get("GPU", 0.0),
+        "resources": custom,
+    }
+
+
+def _not_placed(settings: EvaluationSettings, resources: EvaluatorResources) -> PlacementError:
+    return PlacementError(
+        f"the cluster did not place the evaluators within "
+        f"{settings.engine.placement_timeout_s:g} s",
+        got=cluster_has(),
+        expected=f"{resources.replicas} times {format_resources(resources.engine)} for the "
+        f"engines, {resources.graders} times {format_resources(resources.grader)} for the graders",
+        hint="use fewer evaluation.engine.replicas, a fraction of a GPU "
+        "(evaluation.engine.gpus_per_engine), or nodes of their own "
+        "(evaluation.engine.resources)",
+    )
