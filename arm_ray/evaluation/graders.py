@@ -158,14 +158,14 @@ class Grader:
             raise EvaluationError(
                 f"the scorer of the task {spec.task!r} failed",
                 where=spec.scorer,
-                got=f"{type(error).__name__}: {error}, on the completion {answer.completion[:200]!r}",
+                got=f"{type(error).__name__}: {error}, on {answer.completion[:200]!r}",
                 expected="a number from 0 to 1",
             ) from error
         if not 0.0 <= value <= 1.0:
             raise EvaluationError(
                 f"the scorer of the task {spec.task!r} returned no score",
                 where=spec.scorer,
-                got=f"{value!r}, on the completion {answer.completion[:200]!r}",
+                got=f"{value!r}, on {answer.completion[:200]!r}",
                 expected="a number from 0 to 1",
             )
         return Graded(answer.completion, "scorer", {"score": value})

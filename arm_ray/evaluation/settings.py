@@ -1,8 +1,8 @@
 """Settings of an evaluation: plain values with their ranges.
 
-The section `evaluation` of a merge, and the whole file of `arm-ray evaluate`, are made of these. The
-ranges in the annotations are checked where a configuration is read. Nothing is imported here but the
-standard library and the vocabulary of ranges.
+The section `evaluation` of a merge and of `arm-ray evaluate` is `EvaluationSettings`. The ranges in
+the annotations are checked where a configuration is read. Nothing is imported here but the standard
+library and the vocabulary of ranges.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def _sign_flip_p(differences: NDArray[np.float64], resamples: int, seed: int) ->
     if len(telling) == 0:
         return 1.0
     # Sums of the same numbers in another order differ in their last bits.
-    observed = abs(telling.sum()) * (1.0 - 1e-12)
+    observed = abs(telling.sum()) - 1e-12 * np.abs(telling).sum()
     if len(telling) < 30 and 2 ** len(telling) <= resamples:
         patterns = np.arange(2 ** len(telling))[:, None] >> np.arange(len(telling)) & 1
         sums = (1.0 - 2.0 * patterns) @ telling

@@ -8,6 +8,8 @@ import yaml
 
 from arm_ray.checkpoints.states import StateManifest
 from arm_ray.config import MergeConfig
+from arm_ray.report.scores import Scores, scores_as_markdown
+from arm_ray.schedule import state_name
 
 _TEMPLATE = """---
 {front_matter}---
@@ -25,7 +27,7 @@ A merge of {count} checkpoint(s) into their base, made without training by
 | schedule | {anchored} anchored iteration(s), then a sliding window of {window}; {done} done |
 | cos(W_t, W_t-1) | {weight_cosine} |
 | cos of the task vectors | {task_vector_cosine} |
-
+{scores}
 ## Configuration
 
 ```yaml
@@ -38,16 +40,31 @@ It is a LoRA adapter of rank {rank} over the base, to be loaded with PEFT.
 """
 
 
+_SCORES = """
+## Scores
+
+Means over problems in %, losses in nats per token, ± half a {confidence:.0%} interval (bootstrap
+over problems). This model is **{state}**.
+
+{table}
+"""
+
+
 def write_model_card(
-    directory: Path, config: MergeConfig, last: StateManifest, adapter_rank: int | None = None
+    directory: Path,
+    config: MergeConfig,
+    last: StateManifest,
+    adapter_rank: int | None = None,
+    scores: Scores | None = None,
 ) -> None:
     """Write `README.md`: front matter for the hub, what was merged, and the whole configuration.
 
     Args:
         directory: Where.
         config: The configuration.
-        last: What the last state was made of.
+        last: What the state was made of that became the model.
         adapter_rank: Of an adapter; None: it is a whole model.
+        scores: Of the checkpoints and states; None where nothing was scored.
     """
     front = {
         "base_model": [config.base],
@@ -71,6 +88,15 @@ def write_model_card(
         done=last.iteration,
         weight_cosine=last.weight_cosine,
         task_vector_cosine=last.task_vector_cosine,
+        scores=_scores_text(config, last, scores),
         config=config.to_yaml(),
     )
     (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def _scores_text(config: MergeConfig, last: StateManifest, scores: Scores | None) -> str:
+    if not scores or config.evaluation is None:
+        return ""
+    name = state_name(last.iteration)
+    table = scores_as_markdown(scores, name)
+    return _SCORES.format(confidence=config.evaluation.confidence, state=name, table=table)

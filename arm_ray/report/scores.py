@@ -128,6 +128,22 @@ def print_scores(
     _print_paired(console, paired)
 
 
+def scores_as_markdown(scores: Scores, marked: str) -> str:
+    """The table of scores for a model card; the selected model is marked."""
+    names = list(dict.fromkeys(task for tasks in scores.values() for task in tasks))
+    first = {name: next(t[name] for t in scores.values() if name in t) for name in names}
+    heads = [f"{name} ({', '.join(first[name].metrics)})" for name in names]
+    lines = ["| model | " + " | ".join(heads) + " |", "|---" * (len(names) + 1) + "|"]
+    for model, tasks in scores.items():
+        # The bar that parts two metrics in a terminal would part two cells here.
+        cells = [
+            _cell(tasks[name]).replace(" | ", ", ") if name in tasks else "-" for name in names
+        ]
+        shown = f"**{model}**" if model == marked else model
+        lines.append("| " + " | ".join([shown, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def _cell(scores: TaskScores) -> str:
     parts = []
     for name, value in scores.metrics.items():

@@ -251,7 +251,12 @@ class StreamingDriver:
             written = {plan.iteration for plan in plans if plan.output in needed}
         if config.keep_states == "all":
             written = {plan.iteration for plan in plans}
-        files = self._create_model_files() if is_end and not makes_adapter else []
+        writes_model = is_end and not makes_adapter
+        if self._scoring is not None:
+            written |= {p.iteration for p in plans if self._scoring.is_due(p.iteration)} | {last}
+            # Which state becomes the model is known when all are scored.
+            writes_model = writes_model and not self._scoring.may_choose_earlier
+        files = self._create_model_files() if writes_model else []
         refs = [
             actor.merge_linear.remote(plans, group, frozenset(written), files, known)
             for actor, spec in zip(self._actors, self._specs, strict=True)

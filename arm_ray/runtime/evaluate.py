@@ -73,7 +73,7 @@ def evaluate(
     sizes = ", ".join(f"{t.name} ({len(t.problems)} x {t.repeats})" for t in tasks)
     told(f"scoring {len(subjects)} model(s) on {sizes}")
     with ray_session(address, 1 + local_evaluator_slots(config.evaluation)):
-        first = subjects[0].source.path
+        first = subjects[0]
         with scoring_service(config.evaluation, tasks, output, first, told, wrote) as service:
             for subject in subjects:
                 service.submit(subject)

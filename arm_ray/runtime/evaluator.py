@@ -13,9 +13,16 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from arm_ray.errors import ArmRayError, PlacementError, WorkerError
-from arm_ray.evaluation.engine import ENVIRONMENT, Engine
+from arm_ray.evaluation.engine import (
+    ENVIRONMENT,
+    Completion,
+    Engine,
+    LoadReport,
+    ModelSource,
+    Request,
+)
 from arm_ray.evaluation.graders import Grader
-from arm_ray.evaluation.settings import EvaluationSettings
+from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
 from arm_ray.runtime.placement import cluster_has, format_resources
 
 
@@ -51,6 +58,44 @@ def evaluator_resources(settings: EvaluationSettings, gpus_in_cluster: float) ->
     return EvaluatorResources(wanted, engine.replicas, {"CPU": 1.0}, settings.grading.workers)
 
 
+class EngineActor:
+    """An engine in an actor. It starts in a call of its own, whose errors arrive as they are.
+
+    Args:
+        model: Directory that it is started with.
+        tokenizer: Directory of the tokenizer.
+        settings: Of the engine.
+    """
+
+    def __init__(self, model: str, tokenizer: str, settings: EngineSettings) -> None:
+        self._arguments = (model, tokenizer, settings)
+        self._engine: Engine | None = None
+
+    def ready(self) -> float:
+        """Start the engine, unless it runs; returns the seconds that it took."""
+        return self._started.start_seconds
+
+    def load(self, source: ModelSource, version: str) -> LoadReport:
+        """See `Engine.load`."""
+        return self._started.load(source, version)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See `Engine.generate`."""
+        return self._started.generate(requests)
+
+    def log_likelihoods(
+        self, samples: Sequence[tuple[Sequence[int], int]]
+    ) -> list[tuple[float, int, bool] | None]:
+        """See `Engine.log_likelihoods`."""
+        return self._started.log_likelihoods(samples)
+
+    @property
+    def _started(self) -> Engine:
+        if self._engine is None:
+            self._engine = Engine(*self._arguments)
+        return self._engine
+
+
 class EvaluatorGang:
     """Engines and graders, placed; a lost one is replaced in its own place."""
 
@@ -61,8 +106,8 @@ class EvaluatorGang:
         self.engines: list[Any] = [None] * resources.replicas
         self.graders: list[Any] = [None] * resources.graders
 
-    def start_engine(self, index: int, model: str) -> Any:
-        """Start an engine, instead of the one that may be in this place."""
+    def start_engine(self, index: int, model: str, tokenizer: str) -> Any:
+        """Place an engine, instead of the one that may be in this place; `ready` starts it."""
         self._kill(self.engines[index])
         threads = str(self._settings.engine.cpus_per_engine)
         env = {
@@ -72,14 +117,14 @@ class EvaluatorGang:
             # Several engines may share a machine: each finds its own free ports.
             "VLLM_HOST_IP": "127.0.0.1",
         }
-        actor: Any = ray.remote(Engine)
+        actor: Any = ray.remote(EngineActor)
         self.engines[index] = actor.options(
             **_options(self._resources.engine),
             runtime_env={"env_vars": env},
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=index
             ),
-        ).remote(model, self._settings.engine)
+        ).remote(model, tokenizer, self._settings.engine)
         return self.engines[index]
 
     def start_grader(self, index: int) -> Any:
@@ -112,13 +157,14 @@ class EvaluatorGang:
 
 @contextlib.contextmanager
 def placed_evaluators(
-    settings: EvaluationSettings, model: str, runs_code: bool
+    settings: EvaluationSettings, model: str, tokenizer: str, runs_code: bool
 ) -> Iterator[EvaluatorGang]:
     """Have the engines and graders run; they end with the context.
 
     Args:
         settings: Of the evaluation.
         model: Directory that the engines are started with.
+        tokenizer: Directory of the tokenizer.
         runs_code: Whether graders must be able to isolate code.
 
     Raises:
@@ -133,7 +179,7 @@ def placed_evaluators(
     try:
         if not group.wait(settings.engine.placement_timeout_s):
             raise _not_placed(settings, resources)
-        engines = [gang.start_engine(i, model) for i in range(resources.replicas)]
+        engines = [gang.start_engine(i, model, tokenizer) for i in range(resources.replicas)]
         graders = [gang.start_grader(i) for i in range(resources.graders)]
         results([grader.ready.remote(runs_code) for grader in graders])
         results([engine.ready.remote() for engine in engines])
@@ -158,20 +204,11 @@ def results(refs: Sequence[Any]) -> list[Any]:
             raise error.cause from None
         raise
     except ray.exceptions.RayActorError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, ArmRayError):
-            raise cause from None
-        raise _lost(error) from None
-
-
-def _lost(error: Exception) -> ArmRayError:
-    text = " ".join(str(error).split())
-    # An error in an actor's constructor arrives as text only.
-    return WorkerError(
-        "an evaluator was lost",
-        got=text[-700:],
-        hint="if it ran out of memory, lower evaluation.engine.kv_cache_gb or max_num_seqs",
-    )
+        raise WorkerError(
+            "an evaluator was lost",
+            got=" ".join(str(error).split())[:500],
+            hint="if it ran out of memory, lower evaluation.engine.kv_cache_gb or max_num_seqs",
+        ) from None
 
 
 def _options(resources: dict[str, float]) -> dict[str, Any]:

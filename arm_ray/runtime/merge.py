@@ -25,6 +25,7 @@ from arm_ray.events import ModelWritten, RunFailed, RunFinished, RunStarted, War
 from arm_ray.merging.method import Method, open_method
 from arm_ray.model.partition import choose_balance, partition_layers
 from arm_ray.report.model_card import write_model_card
+from arm_ray.report.scores import Scores
 from arm_ray.runtime.adapter import write_adapter
 from arm_ray.runtime.driver import StreamingDriver
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
@@ -151,7 +152,8 @@ def _merge_on_ray(
                 return _Ending(reason, None, selected, driver.peak_bytes())
             if scoring is not None:
                 selected = scoring.select(selected)
-            model = _publish_model(config, inputs, run, driver, selected)
+            scores = scoring.scores() if scoring is not None else None
+            model = _publish_model(config, inputs, run, driver, selected, scores)
             if scoring is not None:
                 scoring.report(console, selected)
                 run.prune(len(config.candidates), run.last_iteration, {selected})
@@ -325,6 +327,7 @@ def _publish_model(
     run: RunDirectory,
     driver: StreamingDriver,
     selected: int,
+    scores: Scores | None,
 ) -> Path:
     started = time.monotonic()
     partial = run.partial_model
@@ -336,7 +339,7 @@ def _publish_model(
         num_bytes = (partial / WEIGHTS_NAME).stat().st_size
     else:
         num_bytes = driver.export(selected)
-    write_model_card(partial, config, run.finished[selected], rank)
+    write_model_card(partial, config, run.finished[selected], rank, scores)
     # The rename is the moment of publication: `model/` is whole or absent.
     partial.rename(run.model)
     seconds = round(time.monotonic() - started, 3)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -286,7 +286,7 @@ class ScoringService:
         self._loaded[index] = None
         wanted = architecture(subject.source.path)
         if self._architecture[index] != wanted:
-            self._restart(index, subject.source.path)
+            self._restart(index, subject)
             self._architecture[index] = wanted
         for attempt in range(2):
             try:
@@ -299,13 +299,14 @@ class ScoringService:
                 if attempt:
                     raise
                 self._told(f"{subject.name}: reloading failed, starting the engine anew")
-                self._restart(index, subject.source.path)
+                self._restart(index, subject)
         self._reports[subject.name] = report
         self._loaded[index] = subject.name
 
-    def _restart(self, index: int, model: str) -> None:
+    def _restart(self, index: int, subject: Subject) -> None:
         self._loaded[index] = None
-        results([self._gang.start_engine(index, model).ready.remote()])
+        engine = self._gang.start_engine(index, subject.source.path, subject.tokenizer)
+        results([engine.ready.remote()])
 
     def _retry(self, state: _Round, index: int, chunk: _Chunk) -> None:
         """After an engine was lost: another one in its place, and the chunk once more."""
@@ -318,7 +319,7 @@ class ScoringService:
                 "max_num_seqs; what is scored is kept",
             )
         self._told(f"{state.subject.name}: an evaluator was lost, starting it anew")
-        self._restart(index, state.subject.source.path)
+        self._restart(index, state.subject)
         self._busy_engines.discard(index)
         state.waiting.appendleft(chunk)
 
@@ -451,18 +452,21 @@ def scoring_service(
     settings: EvaluationSettings,
     tasks: Sequence[Task],
     directory: Path,
-    model: str,
+    first: Subject,
     told: Callable[[str], None],
     wrote: Callable[[Subject, Mapping[str, TaskScores], LoadReport | None, float], None],
 ) -> Iterator[ScoringService]:
     """Place the evaluators and have the service run; all of it ends with the context.
+
+    The engines are started with the model `first`; it is not submitted.
 
     Raises:
         PlacementError: The cluster has no room for the evaluators.
         EvaluationError: An engine does not start, or code cannot be isolated.
     """
     runs_code = any(task.kind == "code" for task in tasks)
-    with placed_evaluators(settings, model, runs_code) as gang:
+    model = first.source.path
+    with placed_evaluators(settings, model, first.tokenizer, runs_code) as gang:
         service = ScoringService(settings, tasks, directory, gang, model, told, wrote)
         try:
             yield service
@@ -568,8 +572,3 @@ def as_error(error: Exception) -> ArmRayError:
     if isinstance(error, ArmRayError):
         return error
     return WorkerError("the evaluation failed", got=f"{type(error).__name__}: {error}")
-
-
-def renamed(subject: Subject, name: str) -> Subject:
-    """The same model under another name."""
-    return replace(subject, name=name)

@@ -80,7 +80,7 @@ class StateScoring:
         if self._settings.candidates:
             wanted += [candidate_name(i) for i in range(len(self._config.candidates))]
         for name in wanted:
-            self._service.submit(self._checkpoint(name))
+            self._service.submit(checkpoint_subject(self._inputs, name))
         for iteration in sorted(self._run.finished):
             self.state_finished(iteration)
 
@@ -161,6 +161,10 @@ class StateScoring:
             )
         return best
 
+    def scores(self) -> dict[str, dict[str, TaskScores]]:
+        """Model -> task -> numbers, of what is scored so far."""
+        return self._service.scores()
+
     def report(self, console: Console, selected: int) -> None:
         """Print the tables, and write them beside the records."""
         scores = self._service.scores()
@@ -211,18 +215,20 @@ class StateScoring:
         except Exception as error:
             raise as_error(error) from error
 
-    def _checkpoint(self, name: str) -> Subject:
-        checkpoint: Checkpoint = self._inputs.checkpoints[name]
-        if isinstance(checkpoint, AdaptedCheckpoint):
-            source = ModelSource(str(checkpoint.base.path), str(checkpoint.path))
-        else:
-            source = ModelSource(str(checkpoint.path))
-        # All are asked with the merged model's tokenizer: the same prompts for all.
-        return Subject(name, source, str(self._inputs.tokenizer), checkpoint.fingerprint)
-
     def _warn(self, message: str) -> None:
         self._run.events.write(Warned(message))
         self._told(f"warning: {message}")
+
+
+def checkpoint_subject(inputs: MergeInputs, name: str) -> Subject:
+    """The base or a candidate as a model to score."""
+    checkpoint: Checkpoint = inputs.checkpoints[name]
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        source = ModelSource(str(checkpoint.base.path), str(checkpoint.path))
+    else:
+        source = ModelSource(str(checkpoint.path))
+    # All are asked with the merged model's tokenizer: the same prompts for all.
+    return Subject(name, source, str(inputs.tokenizer), checkpoint.fingerprint)
 
 
 @contextlib.contextmanager
@@ -252,7 +258,7 @@ def state_scoring(
         run.events.write(scored_event(subject, scores, report, seconds))
         told(scored_line(subject.name, scores, seconds))
 
-    base = str(inputs.checkpoints[BASE].path)
+    base = checkpoint_subject(inputs, BASE)
     with scoring_service(settings, tasks, run.path / DIRECTORY, base, told, wrote) as service:
         scoring = StateScoring(config, inputs, run, service, criterion, told)
         scoring.start()

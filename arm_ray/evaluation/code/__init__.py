@@ -1,0 +1,1 @@
+"""Runs code that a model wrote, in a sandbox, and scores the code benchmarks with it."""

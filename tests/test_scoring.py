@@ -1,0 +1,294 @@
+"""Models scored by real engines: any number of them, lost ones, and beside a merge."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from arm_ray.config import EvaluateConfig, MergeConfig, validate
+from arm_ray.errors import ArmRayError, ConfigError, EvaluationError, PlacementError
+from arm_ray.evaluation.records import Record, read_records, read_scores
+from arm_ray.events import read_events
+from arm_ray.runtime import scoring
+from arm_ray.runtime.evaluate import evaluate
+from arm_ray.runtime.merge import MergeOutcome, merge
+from tests.conftest import SERVED, MergeCase
+from tests.test_merge import load_all
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+ENGINE = {"kv_cache_gb": 0.05, "max_model_len": 64, "dtype": "float32", "chunk_size": 16}
+
+
+def make(case: MergeCase, family: str = "smollm2") -> MergeCase:
+    case.make(family, sizes=SERVED)
+    rows = [{"question": f"{i} red apples and", "answer": str(i)} for i in range(20)]
+    # One prompt that no context of 64 tokens holds.
+    rows.append({"question": "apples " * 100, "answer": "1"})
+    (case.root / "questions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (case.root / "scorer.py").write_text(
+        "def score(completion, row):\n    return (len(completion) * 7 % 11) / 10\n"
+    )
+    return case
+
+
+def section(case: MergeCase, **others: Any) -> dict[str, Any]:
+    question = {"type": "questions", "path": str(case.root / "questions.jsonl"), "max_tokens": 6}
+    return {
+        "tasks": [
+            {"name": "scored", **question, "scorer": f"{case.root}/scorer.py:score", "repeats": 2},
+            {"name": "boxed", **question, "temperature": 0.0, "limit": 5},
+            {"name": "held", "type": "loss", "path": str(case.root / "calibration.jsonl")},
+        ],
+        "engine": dict(ENGINE),
+        "resamples": 200,
+        **others,
+    }
+
+
+def evaluation(case: MergeCase, output: str, **others: Any) -> EvaluateConfig:
+    content = {
+        "models": {"base": str(case.root / "base"), "later": str(case.candidates[1])},
+        "output": str(case.root / output),
+        "tokenizer": str(case.root / "base"),
+        "evaluation": section(case, **others),
+    }
+    return validate(EvaluateConfig, content, source="test")
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def records(directory: Path, model: str, tasks: tuple[str, ...]) -> dict[str, list[Record]]:
+    return {task: read_records(directory / model, task) for task in tasks}
+
+
+def test_the_number_of_engines_and_lost_ones_change_nothing(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(case)
+    one = evaluate(evaluation(case, "one"), console=quiet())
+    names = ("scored", "boxed", "held")
+    expected = {m: records(case.root / "one", m, names) for m in ("base", "later")}
+    scored = expected["base"]["scored"]
+    assert [r.finish for r in scored[-2:]] == ["too_long", "too_long"]
+    assert [r.scores for r in scored[-2:]] == [{"score": 0.0}] * 2
+    assert one["base"]["scored"].counts["too_long"] == 2
+    assert len({r.seed for r in scored}) == len(scored) == 42
+    assert {r.version for r in scored} == {"base"}
+    assert one["base"]["held"].metrics["loss"].mean != one["later"]["held"].metrics["loss"].mean
+    assert list(one["base"]["boxed"].metrics) == ["strict", "qwen_compat"]
+
+    # Two engines, of which one is killed while it works, and a grader.
+    prepare = scoring.ScoringService._prepare
+    killed: list[int] = []
+
+    def prepare_and_kill(service: Any, index: int, subject: Any) -> None:
+        prepare(service, index, subject)
+        if subject.name == "later" and not killed:
+            killed.append(index)
+            actor = service._gang.engines[index]
+            threading.Timer(0.05, lambda: ray.kill(actor)).start()
+            ray.kill(service._gang.graders[0])
+            time.sleep(0.2)
+
+    monkeypatch.setattr(scoring.ScoringService, "_prepare", prepare_and_kill)
+    engine = {**ENGINE, "replicas": 2}
+    two = evaluate(evaluation(case, "two", engine=engine), console=quiet())
+    assert killed
+    for model, tasks in expected.items():
+        assert records(case.root / "two", model, names) == tasks
+        for task in names:
+            assert two[model][task].metrics == one[model][task].metrics
+
+
+def test_what_is_scored_is_not_scored_again(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(case)
+    first = evaluate(evaluation(case, "out"), console=quiet())
+    directory = case.root / "out"
+    (directory / "later" / "held.json").unlink()
+    before = {p: p.stat().st_mtime_ns for p in directory.glob("*/*.json")}
+    again = evaluate(evaluation(case, "out"), console=quiet())
+    after = {p: p.stat().st_mtime_ns for p in directory.glob("*/*.json")}
+    assert {p for p in after if after[p] != before.get(p)} == {directory / "later" / "held.json"}
+    for model in first:
+        for task in first[model]:
+            assert again[model][task].metrics == first[model][task].metrics
+    events = [e for e in read_events(directory / "events.jsonl") if e["event"] == "model_scored"]
+    assert [len(e["canary"]) for e in events] == [8, 8, 0, 8]
+    table = json.loads((directory / "scores.json").read_text())
+    assert {p["task"] for p in table["paired"]} == {"scored", "boxed", "held"}
+    assert table["models"]["base"]["tasks"]["held"]["metrics"]["loss"]["mean"] == (
+        first["base"]["held"].metrics["loss"].mean
+    )
+    changed = evaluation(case, "out", confidence=0.8)
+    assert read_scores(directory / "base", "held").digest != (
+        evaluate(changed, console=quiet())["base"]["held"].digest
+    )
+
+
+def test_models_of_other_shapes_are_scored_by_another_engine(case: MergeCase) -> None:
+    make(case)
+    other = MergeCase(case.root / "other")
+    other.make("qwen2.5", sizes=SERVED)
+    content = {
+        "models": {"a": str(case.root / "base"), "b": str(other.root / "base")},
+        "output": str(case.root / "out"),
+        "evaluation": {**section(case), "tasks": section(case)["tasks"][2:]},
+    }
+    scores = evaluate(validate(EvaluateConfig, content, source="test"), console=quiet())
+    assert scores["a"]["held"].version == "a"
+    assert scores["b"]["held"].version == "b"
+    assert scores["a"]["held"].metrics != scores["b"]["held"].metrics
+
+
+def test_what_cannot_be_placed_or_used_is_told_at_once(case: MergeCase) -> None:
+    make(case)
+    many = {**ENGINE, "cpus_per_engine": 500, "placement_timeout_s": 1.0}
+    with pytest.raises(PlacementError, match="1 times 500 CPU for the engines"):
+        evaluate(evaluation(case, "a", engine=many), console=quiet())
+    labelled = {**ENGINE, "resources": {"eval_node": 1.0}, "placement_timeout_s": 1.0}
+    with pytest.raises(PlacementError, match="1 eval_node"):
+        evaluate(evaluation(case, "b", engine=labelled), console=quiet())
+    (case.root / "c").mkdir()
+    (case.root / "c" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="something else than an evaluation"):
+        evaluate(evaluation(case, "c"), console=quiet())
+    content = evaluation(case, "d").model_dump(mode="json")
+    content["models"] = {"later": str(case.candidates[1])}
+    content["tokenizer"] = None
+    with pytest.raises(EvaluationError, match="later: no tokenizer"):
+        evaluate(validate(EvaluateConfig, content, source="test"), console=quiet())
+
+
+# ---- beside a merge
+
+
+def merged(case: MergeCase, *overrides: str, output: str = "run", **others: Any) -> MergeOutcome:
+    return merge(merge_config(case, *overrides, output=output, **others), console=quiet())
+
+
+def merge_config(
+    case: MergeCase, *overrides: str, output: str = "run", **others: Any
+) -> MergeConfig:
+    content = case.content(output)
+    content["evaluation"] = {**section(case), "tasks": section(case)["tasks"][2:], **others}
+    return validate(MergeConfig, content, overrides, source="test")
+
+
+def losses(run: Path) -> Mapping[str, float]:
+    found = {}
+    for file in sorted((run / "evaluation").glob("*/held.json")):
+        scores = read_scores(file.parent, "held")
+        assert scores is not None
+        found[file.parent.name] = scores.metrics["loss"].mean
+    return found
+
+
+def written_states(run: Path) -> list[str]:
+    """Names of the states that became models."""
+    events = read_events(run / "events.jsonl")
+    return [e["state"] for e in events if e["event"] == "model_written"]
+
+
+@pytest.mark.parametrize("operator", ["arm", "task_arithmetic", "ties"])
+def test_the_best_state_is_published(case: MergeCase, operator: str) -> None:
+    """Of states that are written all at once, or one by one, and removed when not needed."""
+    make(case)
+    outcome = merged(
+        case,
+        f"method.operator={operator}",
+        "keep_states=last",
+        "schedule.max_iterations=5",
+        select={"by": "held"},
+    )
+    found = losses(outcome.run)
+    assert set(found) == {"base", "candidate-1", "candidate-2"} | {
+        f"state-000{t}" for t in range(1, 6)
+    }
+    of_states = {name: value for name, value in found.items() if name.startswith("state")}
+    best = min(of_states, key=lambda name: of_states[name])
+    written = [
+        e for e in read_events(outcome.run / "events.jsonl") if e["event"] == "model_written"
+    ]
+    assert [e["state"] for e in written] == [best.removeprefix("state-")]
+    left = {path.name for path in (outcome.run / "states").iterdir()}
+    assert left == {best.removeprefix("state-"), "0005"}
+    assert outcome.model is not None
+    model, state = load_all(outcome.model), load_all(outcome.run / "states" / best[-4:])
+    assert all(model[name].equal(state[name].to(model[name].dtype)) for name in state)
+    card = (outcome.model / "README.md").read_text()
+    assert f"This model is **{best}**" in card
+    assert f"| **{best}** | {of_states[best]:.4f} ±" in card
+
+
+def test_scores_and_selection_are_the_same_after_a_stop(case: MergeCase) -> None:
+    make(case, "llama3.2")
+    whole = merged(case, output="whole", select={"by": "held"})
+    config = merge_config(case, "keep_states=last", output="halted", select={"by": "held"})
+    halted = merge(config, console=quiet(), stop_after=2)
+    assert halted.model is None
+    assert (halted.run / "states" / "0002").is_dir()
+    resumed = merge(config, console=quiet())
+    assert losses(resumed.run) == losses(whole.run)
+    assert resumed.model is not None
+    assert whole.model is not None
+    one, other = load_file(resumed.model / "model.safetensors"), load_all(whole.model)
+    assert all(one[name].equal(other[name]) for name in other)
+
+
+def test_patience_ends_a_merge_and_waiting_makes_it_exact(case: MergeCase) -> None:
+    make(case)
+    overrides = ("schedule.max_iterations=12", "runtime.lookahead=0")
+    select = {"by": "held", "patience": 1}
+    outcome = merged(case, *overrides, wait=True, select=select)
+    values = [v for name, v in losses(outcome.run).items() if name.startswith("state")]
+    first = next(i for i in range(1, len(values)) if values[i] >= min(values[:i]))
+    assert outcome.iterations == first + 1 == len(values)
+    assert outcome.reason == "patience"
+    # Without waiting more may be merged, but the same state is chosen.
+    later = merged(case, *overrides[:1], output="later", select=select)
+    assert written_states(outcome.run) == written_states(later.run)
+
+
+def test_an_evaluation_that_fails_leaves_the_merge(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(case)
+
+    def fail(self: Any, task: Any, items: Any) -> list[Any]:
+        raise ArmRayError("the evaluation broke")
+
+    monkeypatch.setattr(scoring.ScoringService, "_chunks", fail)
+    outcome = merged(case, output="last")
+    assert outcome.model is not None
+    warnings = [e for e in read_events(outcome.run / "events.jsonl") if e["event"] == "warning"]
+    assert any("the evaluation broke" in e["message"] for e in warnings)
+    with pytest.raises(ArmRayError, match="the evaluation broke"):
+        merged(case, output="chosen", select={"by": "held"})
+    assert (case.root / "chosen" / "states" / "0001").is_dir()
+    assert not (case.root / "chosen" / "model").exists()
+    monkeypatch.undo()
+    again = merged(case, output="chosen", select={"by": "held"})
+    assert again.model is not None
+
+
+def test_a_tokenizer_is_needed_before_anything_starts(case: MergeCase) -> None:
+    make(case)
+    AutoTokenizer.from_pretrained(case.root / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (case.root / "base" / name).unlink()
+    with pytest.raises(ArmRayError, match="no tokenizer"):
+        merged(case)
