@@ -163,7 +163,9 @@ def evaluate_config(options: argparse.Namespace) -> EvaluateConfig:
     given: list[str] = options.models
     from_file = given[0].endswith((".yaml", ".yml"))
     overrides = [*(given[1:] if from_file else []), *options.overrides]
-    content = read_yaml(Path(given[0])) if from_file else {"models": _named_models(given)}
+    content: dict[str, Any] = (
+        read_yaml(Path(given[0])) if from_file else {"models": _named_models(given)}
+    )
     evaluation = content.setdefault("evaluation", {})
     if options.tasks:
         evaluation["tasks"] = [name.strip() for name in options.tasks.split(",")]
