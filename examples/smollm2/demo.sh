@@ -29,15 +29,9 @@ merge() {
     fi
 }
 
-models=("base=$runs/base")
-for step in 40 60 80; do
-    models+=("checkpoint-$step=$runs/sft/checkpoint-$step")
-done
-models+=("Task Arithmetic=$runs/merge_task_arithmetic/model" "ARM=$runs/merge_arm/model")
-
 stage "1/5 base model" "$PYTHON" "$here/prepare_base.py" --output "$runs/base"
 stage "2/5 fine-tuning" "$PYTHON" -m jobs.sft "$here/sft.yaml"
 stage "3/5 merge by Task Arithmetic" merge merge_task_arithmetic
 stage "4/5 merge by ARM" merge merge_arm
-stage "5/5 scores" "$PYTHON" "$here/evaluate.py" "${models[@]}"
+stage "5/5 scores" "$PYTHON" -m arm_ray.cli evaluate "$here/evaluate.yaml"
 printf '\ndone after %d s\n' "$SECONDS"

@@ -335,7 +335,8 @@ CHEATS = {
     "printed token": "print('0' * 32)\nprint('passed')\nimport os; os._exit(0)",
     "noise on every file": """
 import os
-for fd in range(3, 64):
+# The socket's number is what it was in the process that opened it.
+for fd in sorted(int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2):
     try:
         os.write(fd, b"KKKK" + b"0" * 64)
     except OSError:
@@ -391,7 +392,8 @@ memory = "\\n".join(seen)
 def test_a_program_that_waits_for_its_tests_on_the_wrong_file_times_out(sandbox: Sandbox) -> None:
     code = """
 import os
-for fd in range(3, 64):
+# The socket's number is what it was in the process that opened it.
+for fd in sorted(int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2):
     try:
         os.read(fd, 100)
     except OSError:
