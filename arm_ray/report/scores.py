@@ -77,7 +77,9 @@ def scores_as_json(scores: Scores, paired: Sequence[PairedResult]) -> dict[str, 
         "models": {
             model: {
                 "average": average(tasks),
-                "tasks": {name: asdict(value) for name, value in tasks.items()},
+                "tasks": {
+                    name: {**asdict(value), **_perplexity(value)} for name, value in tasks.items()
+                },
             }
             for model, tasks in scores.items()
         },
@@ -149,12 +151,21 @@ def _cell(scores: TaskScores) -> str:
     for name, value in scores.metrics.items():
         half = (value.high - value.low) / 2
         if name == "loss":
-            parts.append(f"{value.mean:.4f} ± {half:.4f}")
+            perplexity = _perplexity(scores)["perplexity"]
+            parts.append(f"{value.mean:.4f} ± {half:.4f} (ppl {perplexity:.4g})")
         elif parts:
             parts.append(f"{100 * value.mean:.1f}")
         else:
             parts.append(f"{100 * value.mean:.1f} ± {100 * half:.1f}")
     return " | ".join(parts)
+
+
+def _perplexity(scores: TaskScores) -> dict[str, float]:
+    """exp(loss) of a held-out loss in nats per token; nothing for other tasks."""
+    if "loss" not in scores.metrics:
+        return {}
+    # A model that is lost entirely may be beyond the largest float.
+    return {"perplexity": math.exp(min(scores.metrics["loss"].mean, 700.0))}
 
 
 def _print_notes(console: Console, scores: Scores) -> None:
@@ -199,6 +210,7 @@ def _print_paired(console: Console, paired: Sequence[PairedResult]) -> None:
 
 def _paired_cell(result: PairedResult) -> str:
     found = result.comparison
+    sure = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
     if result.metric == "loss":
-        return f"{found.difference:+.4f} (p {found.p_value:.3f})"
-    return f"{100 * found.difference:+.1f} (p {found.p_value:.3f})"
+        return f"{found.difference:+.4f} ({sure})"
+    return f"{100 * found.difference:+.1f} ({sure})"
