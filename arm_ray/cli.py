@@ -7,6 +7,7 @@ Exit codes: 0 success, 1 an error that the message explains, 2 a wrong command l
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import signal
@@ -46,6 +47,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {value}, expected 1 or more")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"got {value}, expected 0 or more")
     return value
 
 
@@ -119,6 +127,20 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--data", metavar="DIR", help="directory of the benchmarks' files")
     evaluate.add_argument("--output", metavar="DIR", help="default: below runs/")
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="the first N problems")
+    evaluate.add_argument(
+        "--lm-eval", metavar="A,B", help="tasks of lm-evaluation-harness, after the benchmarks"
+    )
+    evaluate.add_argument(
+        "--lm-eval-path", metavar="DIR", help="directory of lm-eval task files of your own"
+    )
+    evaluate.add_argument(
+        "--num-fewshot", type=_count, metavar="N", help="examples in the prompts of lm-eval tasks"
+    )
+    evaluate.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="put prompts of lm-eval tasks through the tokenizer's chat template",
+    )
     evaluate.add_argument("--tokenizer", metavar="DIR", help="for all models; default: their own")
     evaluate.add_argument("--adapter-base", metavar="DIR", help="base of models that are adapters")
     evaluate.add_argument(
@@ -145,17 +167,45 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     """Score models on benchmarks with vLLM, and compare each with the first, problem by problem."""
+    given = options.lm_eval_path or options.num_fewshot is not None or options.apply_chat_template
+    if given and not options.lm_eval:
+        raise ConfigError(
+            "options of lm-eval tasks are given, and no such task",
+            where="command line",
+            expected="--lm-eval with names of tasks, for example --lm-eval arc_easy",
+        )
     config = evaluate_config(options)
     from rich.console import Console
 
-    from arm_ray.runtime.evaluate import evaluate
+    console = Console()
+    if not options.lm_eval:
+        from arm_ray.runtime.evaluate import evaluate
 
-    evaluate(config, address=options.address, console=Console())
+        evaluate(config, address=options.address, console=console)
+        return 0
+    from arm_ray.runtime.lm_eval import LmEvalOptions, evaluate_lm_eval, open_lm_eval
+
+    lm_eval = LmEvalOptions(
+        _names(options.lm_eval),
+        options.lm_eval_path,
+        options.num_fewshot,
+        options.limit,
+        options.apply_chat_template,
+    )
+    # A wrong name is told before the benchmarks, which may take hours.
+    tasks = open_lm_eval(lm_eval)
+    if config.evaluation.tasks:
+        from arm_ray.runtime.evaluate import evaluate
+
+        evaluate(config, address=options.address, console=console)
+    evaluate_lm_eval(config, lm_eval, tasks, address=options.address, console=console)
     return 0
 
 
 def evaluate_config(options: argparse.Namespace) -> EvaluateConfig:
     """The configuration that the command line of `evaluate` asks for.
+
+    It has no tasks of ours where there are only those of lm-evaluation-harness.
 
     Raises:
         ConfigError: It is not one, or lacks the tasks.
@@ -168,7 +218,7 @@ def evaluate_config(options: argparse.Namespace) -> EvaluateConfig:
     )
     evaluation = content.setdefault("evaluation", {})
     if options.tasks:
-        evaluation["tasks"] = [name.strip() for name in options.tasks.split(",")]
+        evaluation["tasks"] = list(_names(options.tasks))
     if options.data:
         evaluation["data_dir"] = options.data
     if options.limit:
@@ -179,6 +229,10 @@ def evaluate_config(options: argparse.Namespace) -> EvaluateConfig:
     for key in ("tokenizer", "adapter_base", "output"):
         if getattr(options, key):
             content[key] = getattr(options, key)
+    only_lm_eval = bool(options.lm_eval) and not evaluation.get("tasks")
+    if only_lm_eval:
+        # Checked as a name like any other, and taken out again below.
+        evaluation["tasks"] = [options.lm_eval]
     if not evaluation.get("tasks"):
         raise ConfigError(
             "there is nothing to score the models on",
@@ -189,7 +243,15 @@ def evaluate_config(options: argparse.Namespace) -> EvaluateConfig:
         text = json.dumps([content["models"], evaluation["tasks"]], sort_keys=True, default=str)
         content["output"] = f"runs/evaluate-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     source = given[0] if from_file else "command line"
-    return validate(EvaluateConfig, content, overrides, source=source)
+    config = validate(EvaluateConfig, content, overrides, source=source)
+    if only_lm_eval and config.evaluation.tasks == (options.lm_eval,):
+        without = dataclasses.replace(config.evaluation, tasks=())
+        return config.model_copy(update={"evaluation": without})
+    return config
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _named_models(given: Sequence[str]) -> dict[str, str]:

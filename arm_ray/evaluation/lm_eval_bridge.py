@@ -1,0 +1,645 @@
+"""The tasks of lm-evaluation-harness, put to our engines.
+
+`EngineLM` is the harness's model class over `generate` and `log_likelihoods` of our engine.
+Prompts, rolling windows, cuts from the left and metrics are the harness's, so that its numbers stay
+what they are elsewhere. Importing this module imports lm_eval, which is an optional dependency.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import METRIC_REGISTRY
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from arm_ray.errors import EvaluationError
+from arm_ray.evaluation.encode import completion_seed
+from arm_ray.evaluation.engine import Completion, Request
+
+_MAX_TOKENS_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SAMPLING_KEYS = {"until", "do_sample", "temperature", "top_p", *_MAX_TOKENS_KEYS}
+# Other keys are allowed with the values that change nothing.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
+
+
+class Scorer(Protocol):
+    """What of an engine the bridge needs; see `arm_ray.evaluation.engine.Engine`."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Complete prompts, in their order."""
+
+    def log_likelihoods(
+        self, samples: Sequence[tuple[Sequence[int], int]]
+    ) -> list[tuple[float, int, bool] | None]:
+        """Sums of log-probabilities in nats, numbers of tokens, and whether they are greedy."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Generation arguments of a harness task, as our engines take them."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop: tuple[str, ...]
+
+
+@dataclass
+class RequestCount:
+    """Requests of one kind.
+
+    Attributes:
+        requests: Prompts or, for `loglikelihood_rolling`, windows that documents were split into.
+        cut: How many of them lost tokens on the left because the context does not hold them.
+    """
+
+    requests: int = 0
+    cut: int = 0
+
+
+class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
+    """A model of lm_eval whose computation is done by one of our engines.
+
+    Args:
+        engine: The engine, with a model loaded.
+        tokenizer: A tokenizer of transformers.
+        max_length: Longest prompt and completion together, in tokens: the engine's.
+        seed: Of sampled completions.
+        chunk_size: Requests that the engine is given at once.
+        max_gen_toks: Longest completion in tokens, where a task does not say.
+        told: Called with what is done, done requests and all requests, after each chunk.
+
+    Raises:
+        EvaluationError: The tokenizer has neither a token for the beginning nor one for the end.
+    """
+
+    def __init__(
+        self,
+        engine: Scorer,
+        tokenizer: Any,
+        max_length: int,
+        *,
+        seed: int = 0,
+        chunk_size: int = 256,
+        max_gen_toks: int = 256,
+        told: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._engine, self.tokenizer, self._max_length = engine, tokenizer, max_length
+        self._seed, self._chunk_size, self._max_gen_toks = seed, chunk_size, max_gen_toks
+        self._told = told
+        self.counts: dict[str, RequestCount] = {}
+        self.dropped_system_messages = 0
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise EvaluationError(
+                "the tokenizer has no token to put before a text",
+                where=self.tokenizer_name,
+                got="neither bos_token nor eos_token",
+                expected="one of them",
+                hint="name another tokenizer (tokenizer, --tokenizer)",
+            )
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """Id of the token that ends a text."""
+        found: int | None = self.tokenizer.eos_token_id
+        return found
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Id of the token that stands before a text without context."""
+        first = self.tokenizer.bos_token_id
+        return int(first if first is not None else self.tokenizer.eos_token_id)
+
+    @property
+    def max_length(self) -> int:
+        """Longest prompt and completion together, in tokens."""
+        return self._max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Longest completion in tokens, where a task does not say."""
+        return self._max_gen_toks
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer, without slashes."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_kwargs: Any
+    ) -> list[int]:
+        """Token ids; a beginning token that the text brings itself is not added once more."""
+        if not string:
+            return []
+        adds: dict[str, bool] = {}
+        if string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            adds = {"add_special_tokens": False}
+        elif add_special_tokens is not None:
+            adds = {"add_special_tokens": add_special_tokens}
+        ids: list[int] = self.tokenizer(string, verbose=False, **adds)["input_ids"]
+        return ids
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages as text, by the tokenizer's chat template.
+
+        As in the harness, system messages are left out for a template that refuses them;
+        `dropped_system_messages` counts them.
+
+        Raises:
+            EvaluationError: There is no template, or it does not accept the messages.
+        """
+
+        def render(messages: list[dict[str, str]]) -> str:
+            text: str = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+            return text
+
+        try:
+            return render(chat_history)
+        except Exception as error:  # templates raise what they like
+            others = [m for m in chat_history if m["role"] != "system"]
+            failure = error
+            if len(others) < len(chat_history):
+                try:
+                    text = render(others)
+                except Exception as second:  # as above
+                    failure = second
+                else:
+                    self.dropped_system_messages += len(chat_history) - len(others)
+                    return text
+        raise EvaluationError(
+            "the chat template does not accept a prompt of lm_eval",
+            where=self.tokenizer_name,
+            got=f"{type(failure).__name__}: {failure}",
+            hint="name a tokenizer with a fitting template, or do without the template",
+        )
+
+    def loglikelihood(
+        self,
+        requests: list[Any],
+        disable_tqdm: bool = True,  # noqa: ARG002 -- our own progress lines
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations in nats, and whether they are greedy."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        return self._log_likelihoods([(c, k) for _, c, k in requests], "loglikelihood")
+
+    def loglikelihood_rolling(
+        self,
+        requests: list[Any],
+        disable_tqdm: bool = True,  # noqa: ARG002 -- our own progress lines
+    ) -> list[float]:
+        """Log-likelihoods of whole texts in nats.
+
+        Texts that are longer than the context are split into windows, each token predicted once;
+        a window has room for the prefix token and the one token that vLLM draws.
+        """
+        windows: list[tuple[list[int], list[int]]] = []
+        ends = []
+        for instance in requests:
+            (text,) = instance.args
+            windows += map(
+                make_disjoint_window,
+                get_rolling_token_windows(
+                    token_list=self.tok_encode(text),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length - 2,
+                    context_len=1,
+                ),
+            )
+            ends.append(len(windows))
+        values = self._log_likelihoods(windows, "loglikelihood_rolling")
+        return [
+            sum((value for value, _ in values[start:end]), 0.0)
+            for start, end in itertools.pairwise([0, *ends])
+        ]
+
+    def generate_until(
+        self,
+        requests: list[Any],
+        disable_tqdm: bool = True,  # noqa: ARG002 -- our own progress lines
+    ) -> list[str]:
+        """Completions. A sampled one depends on its task, document and repeat, not on the others.
+
+        Raises:
+            EvaluationError: A task asks for generation arguments that our engines do not know, or
+                for more new tokens than the context has.
+        """
+        count = self.counts.setdefault("generate_until", RequestCount())
+        seen: Counter[str] = Counter()
+        asked = []
+        for instance in requests:
+            context, arguments = instance.args[:2]
+            where = f"task {instance.task_name}, document {instance.doc_id}"
+            sampling = sampling_of(arguments, self.max_gen_toks, where)
+            room = self.max_length - sampling.max_tokens
+            if room < 1:
+                raise EvaluationError(
+                    "a task of lm_eval asks for longer completions than the context holds",
+                    where=where,
+                    got=f"max_gen_toks {sampling.max_tokens}",
+                    expected=f"less than the {self.max_length} tokens of the context",
+                    hint="raise evaluation.engine.max_model_len, if the model has a longer "
+                    "context, or lower max_gen_toks in a task file of your own",
+                )
+            ids = self.tok_encode(context) or [self.prefix_token_id]
+            count.cut += len(ids) > room
+            key = f"{instance.task_name}/{instance.doc_id}/{instance.idx}"
+            seed = completion_seed(self._seed, key, seen[key]) if sampling.temperature else 0
+            seen[key] += 1
+            asked.append(
+                Request(
+                    tuple(ids[-room:]),
+                    sampling.temperature,
+                    sampling.top_p,
+                    sampling.max_tokens,
+                    seed,
+                    sampling.stop,
+                )
+            )
+        count.requests += len(asked)
+        texts = []
+        for chunk in self._chunks(asked, "completions"):
+            for request, completion in zip(chunk, self._engine.generate(chunk), strict=True):
+                if completion.finish == "too_long":
+                    raise self._disagreement(len(request.token_ids))
+                text = completion.text
+                for stop in request.stop:
+                    text = text.split(stop)[0]
+                texts.append(text)
+        return texts
+
+    def _log_likelihoods(
+        self, pairs: Sequence[tuple[list[int], list[int]]], kind: str
+    ) -> list[tuple[float, bool]]:
+        """Of continuations after contexts, both as token ids."""
+        count = self.counts.setdefault(kind, RequestCount())
+        samples = []
+        for context, continuation in pairs:
+            ids, first, is_cut = self._sample(context, continuation)
+            count.cut += is_cut
+            samples.append((ids, first))
+        count.requests += len(samples)
+        found = []
+        for chunk in self._chunks(samples, "log-likelihoods"):
+            for (ids, _), value in zip(chunk, self._engine.log_likelihoods(chunk), strict=True):
+                if value is None:
+                    raise self._disagreement(len(ids))
+                found.append((value[0], value[2]))
+        return found
+
+    def _sample(
+        self, context: list[int], continuation: list[int]
+    ) -> tuple[tuple[int, ...], int, bool]:
+        """Token ids cut from the left, the first that counts, and whether any were cut."""
+        if not context:
+            # A context of nothing but spaces: the harness moves them into the continuation.
+            context = [self.prefix_token_id]
+            if continuation[:1] == context:
+                continuation = continuation[1:]
+        # vLLM has to draw one token after the prompt.
+        room = self.max_length - 1
+        if len(continuation) >= room:
+            raise EvaluationError(
+                "an answer to be scored by lm_eval is longer than the context",
+                got=f"{len(continuation)} tokens",
+                expected=f"at most {room - 1}, so that one token can stand before it",
+                hint="raise evaluation.engine.max_model_len, if the model has a longer context",
+            )
+        cut = max(0, len(context) + len(continuation) - room)
+        return tuple([*context, *continuation][cut:]), len(context) - cut, cut > 0
+
+    def _chunks(self, items: Sequence[Any], what: str) -> Iterator[list[Any]]:
+        for start in range(0, len(items), self._chunk_size):
+            chunk = list(items[start : start + self._chunk_size])
+            yield chunk
+            if self._told is not None:
+                self._told(what, start + len(chunk), len(items))
+
+    def _disagreement(self, length: int) -> EvaluationError:
+        return EvaluationError(
+            "the engine's context is shorter than lm_eval was told",
+            got=f"a prompt of {length} tokens is too long for the engine",
+            expected=f"a context of {self.max_length} tokens",
+            hint="set evaluation.engine.max_model_len",
+        )
+
+
+def sampling_of(arguments: Mapping[str, Any], max_gen_toks: int, where: object) -> Sampling:
+    """Generation arguments of a task, with the meanings that the harness gives them.
+
+    `do_sample: false` is greedy, whatever the temperature; `do_sample: true` without a temperature
+    is temperature 1, as in transformers; without both it is greedy.
+
+    Args:
+        arguments: The task's `generation_kwargs`.
+        max_gen_toks: Longest completion in tokens, if they do not say.
+        where: The task, for errors.
+
+    Raises:
+        EvaluationError: An argument is unknown here, or its value is wrong.
+    """
+    unknown = [
+        f"{key}: {value}"
+        for key, value in arguments.items()
+        if key not in _SAMPLING_KEYS and value is not None and value not in _NEUTRAL.get(key, ())
+    ]
+    if unknown:
+        raise EvaluationError(
+            "a task of lm_eval asks for generation arguments that are not supported",
+            where=where,
+            got=", ".join(unknown),
+            expected=", ".join(sorted(_SAMPLING_KEYS)),
+            hint="leave them out in a task file of your own (--lm-eval-path)",
+        )
+    does_sample = arguments.get("do_sample")
+    given = arguments.get("temperature")
+    until = arguments.get("until") or []
+    try:
+        texts = [until] if isinstance(until, str) else list(until)
+        temperature = float(given if given is not None else bool(does_sample))
+        top_p = arguments.get("top_p")
+        lengths = [arguments[key] for key in _MAX_TOKENS_KEYS if arguments.get(key) is not None]
+        found = Sampling(
+            0.0 if does_sample is False else temperature,
+            1.0 if top_p is None else float(top_p),
+            int(lengths[0] if lengths else max_gen_toks),
+            tuple(text for text in texts if text),
+        )
+        right = (
+            found.temperature >= 0.0
+            and 0.0 < found.top_p <= 1.0
+            and found.max_tokens >= 1
+            and all(isinstance(text, str) for text in texts)
+        )
+    except (TypeError, ValueError):
+        right = False
+    if not right:
+        raise EvaluationError(
+            "a task of lm_eval has wrong generation arguments",
+            where=where,
+            got=dict(arguments),
+            expected="temperature 0 or more, top_p above 0 and at most 1, max_gen_toks 1 or more, "
+            "texts in until",
+        )
+    return found
+
+
+# ---- tasks
+
+
+class OpenTasks(TaskManager):  # type: ignore[misc]  # lm_eval is not typed
+    """Tasks of the harness that are checked and loaded once, for all models.
+
+    Attributes:
+        names: Of the tasks, groups and tags that were asked for.
+        notes: What a user should know about them, one line each.
+    """
+
+    def __init__(self, names: Sequence[str], include_path: Path | None) -> None:
+        super().__init__(include_path=include_path)
+        self.names = tuple(names)
+        self.notes: list[str] = []
+        self._loaded: Any = None
+
+    def load(self, task_list: Any) -> Any:
+        """The loaded tasks; each model is given the same ones."""
+        if self._loaded is None:
+            self._loaded = super().load(task_list)
+        return self._loaded
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """Name -> task, groups resolved."""
+        found: dict[str, Any] = self.load(list(self.names))["tasks"]
+        return found
+
+    def digest(self, limit: int | None) -> str:
+        """Of the tasks' definitions, of the documents asked, and of the few-shot examples."""
+        state = hashlib.sha256()
+        for name, task in sorted(self.tasks.items()):
+            definition = task.dump_config()
+            (definition.get("metadata") or {}).pop("config_source", None)
+            examples = getattr(getattr(task, "sampler", None), "df", None) or []
+            for part in ([name, definition], itertools.islice(task.eval_docs, limit), examples):
+                for value in part:
+                    state.update(json.dumps(value, sort_keys=True, default=_name_of).encode())
+        return state.hexdigest()
+
+
+def open_tasks(
+    names: Sequence[str], include_path: str | None = None, num_fewshot: int | None = None
+) -> OpenTasks:
+    """Find, check and load tasks. It may download their data sets.
+
+    Args:
+        names: Tasks, groups or tags of the harness, or of `include_path`.
+        include_path: Directory of task files of one's own. Python functions that they name run
+            with your rights.
+        num_fewshot: Solved examples in each prompt; None: as each task says.
+
+    Raises:
+        EvaluationError: A task is unknown, cannot be loaded, lacks examples, or is refused because
+            it runs code that a model or a stranger wrote.
+    """
+    if not names:
+        raise EvaluationError(
+            "no task of lm_eval is named", expected="--lm-eval with names, for example arc_easy"
+        )
+    if not hasattr(TaskManager, "load") or not hasattr(TaskManager, "task_index"):
+        raise EvaluationError(
+            "this version of lm_eval is too old",
+            got=metadata.version("lm_eval"),
+            expected="0.4.12 or newer",
+            hint="pip install --upgrade arm-ray[lm-eval]",
+        )
+    path = _checked_path(include_path)
+    manager = OpenTasks(list(dict.fromkeys(names)), path)
+    for name in manager.names:
+        if name not in manager.task_index:
+            raise _unknown(name, manager.all_tasks, path)
+    for name, content in _definitions(manager):
+        _check_definition(name, content)
+    try:
+        tasks = manager.tasks
+    except Exception as error:  # data sets, templates and functions of tasks raise what they like
+        raise EvaluationError(
+            "lm_eval cannot load the tasks",
+            where=", ".join(manager.names),
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
+            hint="most tasks download their data from the hub: run it where that is reached, or "
+            "write a task file with local data (--lm-eval-path)",
+        ) from error
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise _refused_code(name)
+        if getattr(task, "MULTIMODAL", False):
+            raise _refused_media(name)
+        _check_examples(name, task, num_fewshot, manager.notes)
+    return manager
+
+
+def _checked_path(include_path: str | None) -> Path | None:
+    if include_path is None:
+        return None
+    path = Path(include_path).expanduser()
+    if not path.is_dir() or next(path.glob("**/*.yaml"), None) is None:
+        raise EvaluationError(
+            "the directory of lm_eval tasks is not there, or has none",
+            where=path,
+            got="a directory without .yaml files" if path.is_dir() else "no directory",
+            expected="a directory with task files (*.yaml)",
+            hint="check --lm-eval-path",
+        )
+    return path.resolve()
+
+
+def _unknown(name: str, known: Sequence[str], path: Path | None) -> EvaluationError:
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    hint = f"nearest: {', '.join(near)}" if near else "`lm-eval ls tasks` lists them"
+    return EvaluationError(
+        f"lm_eval has no task {name!r}",
+        where=path or "the tasks of lm_eval",
+        got=name,
+        expected=f"one of its {len(known)} tasks, groups and tags",
+        hint=hint
+        if path
+        else f"{hint}; for tasks of your own, name their directory (--lm-eval-path)",
+    )
+
+
+def _definitions(manager: OpenTasks) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Names and contents of the files of all tasks that were asked for, without running code."""
+    waiting: list[Any] = list(manager.names)
+    done: set[str] = set()
+    while waiting:
+        item = waiting.pop()
+        content: Mapping[str, Any] = item if isinstance(item, Mapping) else {}
+        name = item if isinstance(item, str) else item.get("group", item.get("task"))
+        if content:
+            yield str(name), content
+        if isinstance(content.get("task"), list):
+            waiting += content["task"]
+        if not isinstance(name, str) or name in done or name not in manager.task_index:
+            continue
+        done.add(name)
+        entry = manager.task_index[name]
+        if entry.cfg is None:
+            waiting += sorted(entry.tags)
+        else:
+            waiting.append(entry.cfg)
+
+
+def _check_definition(name: str, content: Mapping[str, Any]) -> None:
+    """Refuse, before anything of it is run, a task that runs code of a model or of a stranger."""
+    if content.get("unsafe_code"):
+        raise _refused_code(name)
+    if content.get("doc_to_image") or content.get("doc_to_audio"):
+        raise _refused_media(name)
+    data = content.get("dataset_kwargs")
+    # Newer versions of datasets do not know scripts any more, and lm_eval drops the argument.
+    if isinstance(data, Mapping) and data.get("trust_remote_code") and _datasets_version() < 4:
+        raise EvaluationError(
+            f"the task {name} of lm_eval runs code from its data set",
+            got="trust_remote_code",
+            expected="data without code",
+            hint="pip install 'datasets>=4', which loads data without code",
+        )
+    if content.get("process_results") is not None or content.get("class") is not None:
+        return
+    for metric in content.get("metric_list") or []:
+        label = metric.get("metric") if isinstance(metric, Mapping) else None
+        # Functions beside the task file are given with their path.
+        if not isinstance(label, str) or "/" in label:
+            continue
+        if metric.get("hf_evaluate") or label not in METRIC_REGISTRY:
+            raise EvaluationError(
+                f"the task {name} of lm_eval uses a metric whose code is downloaded from the hub",
+                got=label,
+                expected="a metric of lm_eval itself, or a function beside the task file",
+                hint="leave the metric out in a task file of your own (--lm-eval-path)",
+            )
+
+
+def _refused_code(name: str) -> EvaluationError:
+    return EvaluationError(
+        f"the task {name} of lm_eval runs code that the model wrote, without isolation",
+        got="unsafe_code",
+        expected="tasks that run no code of the model",
+        hint="use our benchmarks for code, which run it in a sandbox: --tasks humaneval,mbpp "
+        "(docs/sandbox.md)",
+    )
+
+
+def _refused_media(name: str) -> EvaluationError:
+    return EvaluationError(
+        f"the task {name} of lm_eval asks about images or sound",
+        expected="tasks of text alone",
+    )
+
+
+def _check_examples(name: str, task: Any, num_fewshot: int | None, notes: list[str]) -> None:
+    """See that there are enough examples for the prompts of a task."""
+    own = task.get_config("num_fewshot")
+    if num_fewshot is not None and own == 0:
+        if num_fewshot:
+            notes.append(f"{name} is defined without examples; num_fewshot does not change that")
+        return
+    wanted = own if num_fewshot is None else num_fewshot
+    # A text of which all is predicted has no prompt.
+    if not wanted or task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return
+    if not hasattr(task, "sampler"):
+        return  # a class of Python that draws examples in its own way
+    split, samples = task.fewshot_cfg.split, task.fewshot_cfg.samples
+    has_own = bool(split or samples or task.has_training_docs() or task.has_validation_docs())
+    pool = len(task.sampler.df or [])
+    # The document that is asked must not be its own example.
+    needed = wanted + (split is not None and split == task.config.test_split)
+    if pool >= needed and (has_own or num_fewshot is None):
+        return
+    raise EvaluationError(
+        f"the task {name} of lm_eval has no {wanted} examples for its prompts",
+        where=split or "no fewshot_split",
+        got=f"{pool} examples" if has_own else "only the documents that are asked",
+        expected=f"{needed} or more in a split of their own, or in fewshot_split",
+        hint="lower --num-fewshot, or leave it out",
+    )
+
+
+def _datasets_version() -> int:
+    return int(metadata.version("datasets").split(".")[0])
+
+
+def _name_of(value: Any) -> str:
+    return str(getattr(value, "__qualname__", value))
