@@ -216,16 +216,14 @@ def evaluate_config(options: argparse.Namespace) -> EvaluateConfig:
     content: dict[str, Any] = (
         read_yaml(Path(given[0])) if from_file else {"models": _named_models(given)}
     )
-    evaluation = content.setdefault("evaluation", {})
+    source = given[0] if from_file else "command line"
+    evaluation = _evaluation_section(content, source)
     if options.tasks:
         evaluation["tasks"] = list(_names(options.tasks))
     if options.data:
         evaluation["data_dir"] = options.data
-    if options.limit:
-        evaluation["tasks"] = [
-            {**({"name": task} if isinstance(task, str) else task), "limit": options.limit}
-            for task in evaluation.get("tasks", [])
-        ]
+    if options.limit and evaluation.get("tasks"):
+        evaluation["tasks"] = _limited(evaluation["tasks"], options.limit, source)
     for key in ("tokenizer", "adapter_base", "output"):
         if getattr(options, key):
             content[key] = getattr(options, key)
@@ -236,13 +234,14 @@ def evaluate_config(options: argparse.Namespace) -> EvaluateConfig:
     if not evaluation.get("tasks"):
         raise ConfigError(
             "there is nothing to score the models on",
-            where=given[0] if from_file else "command line",
+            where=source,
             expected="--tasks with names of benchmarks, for example --tasks gsm8k,math500",
         )
     if "output" not in content:
-        text = json.dumps([content["models"], evaluation["tasks"]], sort_keys=True, default=str)
+        # Where the models are missing, the check below says so.
+        asked = [content.get("models"), evaluation["tasks"]]
+        text = json.dumps(asked, sort_keys=True, default=str)
         content["output"] = f"runs/evaluate-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    source = given[0] if from_file else "command line"
     config = validate(EvaluateConfig, content, overrides, source=source)
     if only_lm_eval and config.evaluation.tasks == (options.lm_eval,):
         without = dataclasses.replace(config.evaluation, tasks=())
@@ -250,16 +249,46 @@ def evaluate_config(options: argparse.Namespace) -> EvaluateConfig:
     return config
 
 
+def _evaluation_section(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """The section `evaluation` of the content; an empty one, put there, where it has none."""
+    section = content.get("evaluation")
+    # A section with nothing below its name parses as null.
+    if section is None:
+        section = content["evaluation"] = {}
+    if not isinstance(section, dict):
+        raise ConfigError(
+            "the section `evaluation` does not hold keys and values",
+            where=source,
+            got=repr(section),
+            expected="a mapping with tasks, data_dir, sampling, …",
+        )
+    return section
+
+
+def _limited(tasks: Any, limit: int, source: str) -> list[Any]:
+    """The tasks with a limit each."""
+    if not isinstance(tasks, list):
+        raise ConfigError(
+            "the tasks are no list",
+            where=f"{source}: evaluation.tasks",
+            got=repr(tasks),
+            expected="names of benchmarks or tasks in full, for example [gsm8k, math500]",
+        )
+    named = [{"name": task} if isinstance(task, str) else task for task in tasks]
+    # What is neither a name nor a mapping is told with all other problems.
+    return [{**task, "limit": limit} if isinstance(task, dict) else task for task in named]
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _named_models(given: Sequence[str]) -> dict[str, str]:
-    """`NAME=DIR`, or a directory under its last parts."""
+    """`NAME=DIR`, or a directory under its last parts; a name has no slash."""
     models: dict[str, str] = {}
     for text in given:
         name, equals, path = text.partition("=")
-        if not equals:
+        if not equals or "/" in name:
             parts = Path(text).parts
             name, path = parts[-1] if parts else text, text
             if name in models and len(parts) > 1:

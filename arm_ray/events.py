@@ -76,14 +76,14 @@ class IterationFinished(Event):
 class ModelScored(Event):
     """A checkpoint or a merged state has been scored.
 
-    `scores` is task -> metric -> mean; `reload_seconds` is null and `canary` empty where all of it
+    `scores` is task -> metric -> mean, null where it is not finite; `reload_seconds` is null and `canary` empty where all of it
     was known from before. `canary` are the token ids that the weights make of a fixed prompt.
     """
 
     name: ClassVar[str] = "model_scored"
     model: str
     path: str
-    scores: Mapping[str, Mapping[str, float]]
+    scores: Mapping[str, Mapping[str, float | None]]
     seconds: float
     reload_seconds: float | None
     canary: tuple[int, ...]

@@ -15,7 +15,7 @@ import yaml
 
 import arm_ray
 from arm_ray import cli
-from arm_ray.config import MergeConfig
+from arm_ray.config import EvaluateConfig, MergeConfig
 from arm_ray.errors import CheckpointError
 from tests.conftest import ROOT
 
@@ -109,6 +109,48 @@ def test_a_wrong_override_is_1(config: Path, merges, capsys) -> None:
     assert cli.main(["merge", str(config), "schedule.max_iteration=3"]) == 1
     assert "did you mean 'max_iterations'?" in capsys.readouterr().err
     assert merges == []
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "words"),
+    [
+        ("evaluation: {tasks: [gsm8k]}", [], "models"),
+        ("models: {a: b}\nevaluation:", [], "nothing to score the models on"),
+        ("models: {a: b}\nevaluation: [gsm8k]", [], "does not hold keys and values"),
+        ("models: {a: b}\nevaluation: {tasks: gsm8k}", ["--limit", "3"], "the tasks are no list"),
+        ("models: {a: b}\nevaluation: {tasks: [3]}", ["--limit", "3"], "evaluation.tasks"),
+        ("models: {a: b}\nevaluation: {tasks: [gsm8k], confidence: 95}", [], "less than 1"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_1(
+    tmp_path: Path, text: str, arguments: list[str], words: str, capsys
+) -> None:
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(text)
+    assert cli.main(["evaluate", str(path), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert words in error
+
+
+def evaluation(*arguments: str) -> EvaluateConfig:
+    return cli.evaluate_config(cli._parser().parse_args(["evaluate", *arguments]))
+
+
+def test_an_empty_section_is_filled_from_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "evaluate.yaml"
+    path.write_text("models: {a: b}\nevaluation:\n")
+    config = evaluation(str(path), "--tasks", "gsm8k")
+    assert config.evaluation.tasks == ("gsm8k",)
+    assert config.output.startswith("runs/evaluate-")
+
+
+def test_a_path_with_an_equals_sign_is_no_name() -> None:
+    given = ["runs/lr=1e-5/checkpoint-100", "best=runs/lr=1e-5/checkpoint-200"]
+    assert evaluation(*given, "--tasks", "gsm8k").models == {
+        "checkpoint-100": "runs/lr=1e-5/checkpoint-100",
+        "best": "runs/lr=1e-5/checkpoint-200",
+    }
 
 
 def test_an_error_of_the_merge_is_1_with_its_text(config: Path, monkeypatch, capsys) -> None:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import io
 import json
 import math
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from arm_ray.evaluation.records import TaskScores
+from arm_ray.evaluation.records import Record, TaskScores, summarise, write_records
+from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.statistics import Estimate
-from arm_ray.report.scores import average, print_scores, scores_as_json, scores_as_markdown
+from arm_ray.report.scores import (
+    PairedResult,
+    average,
+    paired_results,
+    print_scores,
+    scores_as_json,
+    scores_as_markdown,
+)
 
 
 def task(name: str, kind: str = "math", **metrics: tuple[float, float, float]) -> TaskScores:
@@ -82,3 +92,62 @@ def test_markdown_marks_the_selected_model() -> None:
     rows = scores_as_markdown(SCORES, "state-0001").splitlines()
     assert rows[0].startswith("| model | gsm8k (strict, qwen_compat) |")
     assert rows[-1].startswith("| **state-0001** | 70.0 ± 10.0, 75.0 |")
+
+
+SETTINGS = EvaluationSettings(("dev",), resamples=200)
+
+
+def held_out(directory: Path, model: str, samples: list[tuple[float, int]]) -> TaskScores:
+    """Write what a model's losses leave: loss per token and tokens of each sample."""
+    rows = [
+        Record(str(i), 0, 0, "", n, "", n, "stop", "v", None, "", {"loss": mean * n})
+        for i, (mean, n) in enumerate(samples)
+    ]
+    scores = summarise(
+        rows, SETTINGS, task="dev", kind="loss", metrics=["loss"], digest="", seconds=0.0
+    )
+    write_records(directory / model, rows, scores)
+    return scores
+
+
+def compared(
+    directory: Path, ours: list[tuple[float, int]], theirs: list[tuple[float, int]]
+) -> tuple[dict[str, dict[str, TaskScores]], list[PairedResult]]:
+    scores = {
+        "base": {"dev": held_out(directory, "base", theirs)},
+        "merged": {"dev": held_out(directory, "merged", ours)},
+    }
+    return scores, paired_results(scores, directory, "base", SETTINGS)
+
+
+def test_losses_are_compared_as_the_table_has_them(tmp_path: Path) -> None:
+    # By samples the first model is better, by tokens the second; the last one did not fit.
+    ours, theirs = [(1.0, 10), (2.0, 1000), (0.0, 0)], [(1.4, 10), (1.9, 1000), (0.0, 0)]
+    scores, [paired] = compared(tmp_path, ours, theirs)
+    table = [scores[model]["dev"].metrics["loss"].mean for model in ("merged", "base")]
+    assert paired.comparison.difference == pytest.approx(table[0] - table[1], abs=1e-12)
+    assert paired.comparison.difference > 0
+    assert paired.comparison.num_problems == 2
+
+
+def test_samples_that_one_model_could_not_take_are_not_compared(tmp_path: Path) -> None:
+    _, [paired] = compared(tmp_path, [(1.0, 10), (0.0, 0)], [(1.5, 10), (9.0, 10)])
+    assert paired.comparison.difference == pytest.approx(-0.5)
+    assert paired.comparison.num_problems == 1
+    # With another tokenizer it is still the difference of nats per token.
+    _, [paired] = compared(tmp_path, [(1.0, 10)], [(1.5, 20)])
+    assert paired.comparison.difference == pytest.approx(-0.5)
+    _, none = compared(tmp_path, [(0.0, 0)], [(1.5, 10)])
+    assert none == []
+
+
+def test_a_loss_that_is_no_number_is_null_in_json(tmp_path: Path) -> None:
+    scores, paired = compared(tmp_path, [(1.0, 10), (math.nan, 5)], [(1.5, 10), (2.0, 5)])
+    content = json.loads(json.dumps(scores_as_json(scores, paired), allow_nan=False))
+    loss = content["models"]["merged"]["tasks"]["dev"]["metrics"]["loss"]
+    assert loss == {"mean": None, "low": None, "high": None}
+    assert content["models"]["merged"]["tasks"]["dev"]["perplexity"] is None
+    assert content["paired"][0]["comparison"]["p_value"] is None
+    stream = io.StringIO()
+    print_scores(Console(file=stream, width=160), scores, paired)
+    assert "p <" not in stream.getvalue()

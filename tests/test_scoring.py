@@ -24,6 +24,7 @@ from arm_ray.runtime.evaluate import evaluate
 from arm_ray.runtime.merge import MergeOutcome, merge
 from tests.conftest import SERVED, MergeCase
 from tests.test_merge import load_all
+from tests.test_peft_merge import write_adapters, write_dense
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 ENGINE = {"kv_cache_gb": 0.05, "max_model_len": 64, "dtype": "float32", "chunk_size": 16}
@@ -292,3 +293,40 @@ def test_a_tokenizer_is_needed_before_anything_starts(case: MergeCase) -> None:
         (case.root / "base" / name).unlink()
     with pytest.raises(ArmRayError, match="no tokenizer"):
         merged(case)
+
+
+def test_two_processes_share_a_model(case: MergeCase) -> None:
+    """Tensor parallelism, which GPUs are for, on CPUs: the losses of one process."""
+    make(case)
+    tasks = [{"name": "held", "type": "loss", "path": str(case.root / "calibration.jsonl")}]
+    losses = {}
+    for size in (1, 2):
+        engine = {**ENGINE, "tensor_parallel": size}
+        config = evaluation(case, f"of-{size}", engine=engine, tasks=tasks)
+        scores = evaluate(config, console=quiet())
+        losses[size] = [scores[m]["held"].metrics["loss"].mean for m in ("base", "later")]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+    assert abs(losses[1][0] - losses[1][1]) > 1e-3
+
+
+def test_an_adapter_is_scored_as_the_dense_model_it_stands_for(case: MergeCase) -> None:
+    make(case)
+    [adapter, _] = write_adapters(case)
+    write_dense(case, adapter)
+    task = {"name": "held", "type": "loss", "path": str(case.root / "calibration.jsonl")}
+    content = {
+        "models": {
+            name: str(case.root / name) for name in ("base", "adapter-1", "adapter-1-dense")
+        },
+        "adapter_base": str(case.root / "base"),
+        "tokenizer": str(case.root / "base"),
+        "output": str(case.root / "adapters"),
+        "evaluation": section(case, tasks=[task]),
+    }
+    scores = evaluate(validate(EvaluateConfig, content, source="test"), console=quiet())
+    base, ours, dense = (tasks["held"].metrics["loss"].mean for tasks in scores.values())
+    assert ours == pytest.approx(dense, rel=1e-6)
+    assert abs(ours - base) > 1e-3
+    content.pop("adapter_base")
+    with pytest.raises(EvaluationError, match="its base is not named"):
+        evaluate(validate(EvaluateConfig, content, source="test"), console=quiet())

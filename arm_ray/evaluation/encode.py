@@ -34,9 +34,8 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, chat: Chat, where: object) -> 
 def render_prompt(tokenizer: Any, prompt: Prompt, chat: Chat, where: object) -> tuple[str, bool]:
     """The prompt as text, and whether its special tokens are in it already."""
     if not uses_chat(tokenizer, chat, where):
-        shots = "".join(f"{question}\n{answer}\n\n" for question, answer in prompt.examples)
         head = f"{prompt.system}\n" if prompt.system else ""
-        return head + shots + prompt.user + prompt.prefix, False
+        return head + _plain(prompt) + prompt.prefix, False
     messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
     for question, answer in prompt.examples:
         messages += [
@@ -57,6 +56,28 @@ def render_prompt(tokenizer: Any, prompt: Prompt, chat: Chat, where: object) -> 
             "knows no system message",
         ) from None
     return text + prompt.prefix, True
+
+
+def prompt_stops(tokenizer: Any, prompt: Prompt, chat: Chat, where: object) -> tuple[str, ...]:
+    """Texts that end a completion of this prompt, beside those of the task.
+
+    Only a prompt without a chat template has some: a chat model ends its turn.
+    """
+    return () if uses_chat(tokenizer, chat, where) else prompt.stop
+
+
+def _plain(prompt: Prompt) -> str:
+    """Examples and question as text."""
+    if prompt.labelled:
+        # The layout, with its empty lines, of the Qwen2.5-Math toolkit's prompts for base models.
+        shots = (f"Question: {question}\nAnswer: {answer}" for question, answer in prompt.examples)
+        return "\n\n\n".join([*shots, f"Question: {prompt.user}\nAnswer:"])
+    # A template that ends in a space or a new line is gone on from directly.
+    shots = (
+        f"{question}{answer}\n\n" if question[-1:].isspace() else f"{question}\n{answer}\n\n"
+        for question, answer in prompt.examples
+    )
+    return "".join(shots) + prompt.user
 
 
 def uses_chat(tokenizer: Any, chat: Chat, where: object) -> bool:

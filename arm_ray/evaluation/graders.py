@@ -6,13 +6,16 @@ runs in the sandbox. Nothing here needs a GPU, Ray or vLLM.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,10 @@ from arm_ray.evaluation.code.sandbox import Sandbox
 from arm_ray.evaluation.grading.pool import GraderPool, GradingItem
 from arm_ray.evaluation.settings import GradingSettings
 
+# Part of what "scored already" means: to be raised with every change after which some completion
+# gets another verdict.
+GRADING_VERSION = 1
+_MATH_PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -171,6 +178,45 @@ class Grader:
         return Graded(answer.completion, "scorer", {"score": value})
 
 
+def grading_identity(spec: GraderSpec) -> dict[str, str]:
+    """What verdicts on a task depend on beside its settings, as names and versions or digests.
+
+    Raises:
+        EvaluationError: The scorer's file cannot be read.
+    """
+    found = {"arm_ray": str(GRADING_VERSION)}
+    if spec.kind == "math" or spec.grader == "math":
+        for package in _MATH_PACKAGES:
+            try:
+                found[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                found[package] = ""
+    if spec.scorer is not None:
+        found["scorer"] = _scorer_digest(spec.scorer)
+    return found
+
+
+def absolute_scorer(name: str) -> str:
+    """A scorer's name with the path of its file made absolute; names of modules as they are."""
+    place, colon, function = name.rpartition(":")
+    if not place.endswith(".py"):
+        return name
+    return f"{Path(place).expanduser().absolute()}{colon}{function}"
+
+
+def _scorer_digest(name: str) -> str:
+    """SHA-256 of the file that a scorer is in; empty for a module without one."""
+    place = name.rpartition(":")[0]
+    try:
+        if not place.endswith(".py"):
+            spec = importlib.util.find_spec(place)
+            place = (spec.origin or "") if spec is not None else ""
+        file = Path(place).expanduser()
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    except (OSError, ImportError, ValueError) as error:
+        raise _no_scorer(name, error) from None
+
+
 def load_scorer(name: str) -> Callable[..., Any]:
     """The function that `path/to/file.py:function` or `module:function` names.
 
@@ -188,18 +234,26 @@ def load_scorer(name: str) -> Callable[..., Any]:
             if spec is None or spec.loader is None:
                 raise ImportError(f"{place} is no Python file")
             module = importlib.util.module_from_spec(spec)
+            # Dataclasses look up the module that they are defined in.
+            sys.modules[spec.name] = module
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
         found: Callable[..., Any] = getattr(module, function)
+        if not callable(found):
+            raise TypeError(f"{function} is no function")
     except Exception as error:  # the user's file may raise anything
-        raise EvaluationError(
-            "the scorer cannot be loaded",
-            where=name,
-            got=f"{type(error).__name__}: {error}",
-            expected="path/to/file.py:function, callable with the completion and the row",
-        ) from None
+        raise _no_scorer(name, error) from None
     return found
+
+
+def _no_scorer(name: str, error: Exception) -> EvaluationError:
+    return EvaluationError(
+        "the scorer cannot be loaded",
+        where=name,
+        got=f"{type(error).__name__}: {error}",
+        expected="path/to/file.py:function, callable with the completion and the row",
+    )
 
 
 def last_number(text: str) -> float | None:

@@ -88,7 +88,10 @@ class TaskScores:
 
 
 def per_problem(records: Sequence[Record], metric: str) -> dict[str, float]:
-    """Problem -> its score: the mean over its completions, or pass@k of them."""
+    """Problem -> its score: the mean over its completions, or pass@k of them.
+
+    A loss is per token; what has no token that counts is left out.
+    """
     by_problem: dict[str, list[Record]] = {}
     for record in records:
         by_problem.setdefault(record.problem, []).append(record)
@@ -107,8 +110,9 @@ def per_problem(records: Sequence[Record], metric: str) -> dict[str, float]:
         return max(tables, key=lambda table: math.fsum(table.values()))
     if metric == "loss":
         return {
-            problem: sum(r.scores["loss"] for r in rows) / max(1, sum(r.num_tokens for r in rows))
+            problem: sum(r.scores["loss"] for r in rows) / sum(r.num_tokens for r in rows)
             for problem, rows in by_problem.items()
+            if any(r.num_tokens for r in rows)
         }
     return {
         problem: math.fsum(r.scores[metric] for r in rows) / len(rows)
@@ -171,10 +175,10 @@ def write_records(directory: Path, records: Sequence[Record], scores: TaskScores
     rows = []
     for record in records:
         row = dataclasses.asdict(record)
-        rows.append({**row, "scores": json.dumps(row["scores"], sort_keys=True)})
+        rows.append({**row, "scores": json.dumps(finite(row["scores"]), sort_keys=True)})
     with atomic_file(directory / f"{scores.task}.parquet") as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), file)
-    write_json(directory / f"{scores.task}.json", dataclasses.asdict(scores))
+    write_json(directory / f"{scores.task}.json", finite(dataclasses.asdict(scores)))
 
 
 def read_records(directory: Path, task: str) -> list[Record]:
@@ -182,23 +186,59 @@ def read_records(directory: Path, task: str) -> list[Record]:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(directory / f"{task}.parquet").to_pylist()
-    return [Record(**{**row, "scores": json.loads(row["scores"])}) for row in rows]
+    return [Record(**{**row, "scores": _numbers(json.loads(row["scores"]))}) for row in rows]
 
 
 def read_scores(directory: Path, task: str) -> TaskScores | None:
     """The summary of a task, or None where it is not complete."""
     try:
         content = json.loads((directory / f"{task}.json").read_text(encoding="utf-8"))
-        metrics = {name: Estimate(**value) for name, value in content.pop("metrics").items()}
+        metrics = {
+            name: Estimate(**_numbers(value)) for name, value in content.pop("metrics").items()
+        }
         return TaskScores(**content, metrics=metrics)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def scores_of(records: Sequence[Record], metric: str, keys: Sequence[str]) -> NDArray[np.float64]:
-    """Scores of these problems, in this order, `[n]` float64."""
+    """Scores of these problems, in this order, `[n]` float64. For losses: `losses_of`."""
     found = per_problem(records, metric)
     return np.array([found[key] for key in keys])
+
+
+def losses_of(
+    first: Sequence[Record], second: Sequence[Record]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Summed losses of two models, sample by sample, and the tokens that they are sums over.
+
+    Samples of which one model has no token that counts are left out. Divided by the sum of the
+    tokens, the difference of the two sums is that of the models' losses per token.
+
+    Returns:
+        The first model's sums, the second's, and the first's tokens: `[n]` each.
+    """
+    by_problem = {record.problem: record for record in second if record.num_tokens}
+    ours = [r for r in first if r.num_tokens and r.problem in by_problem]
+    theirs = [by_problem[record.problem] for record in ours]
+    sums, other_sums = (np.array([r.scores["loss"] for r in rows]) for rows in (ours, theirs))
+    tokens, other = (np.array([float(r.num_tokens) for r in rows]) for rows in (ours, theirs))
+    # Under another tokenizer a sample has another number of tokens: put on the first's scale.
+    scale = tokens.sum() / other.sum() if ours else 1.0
+    return sums, other_sums * scale, tokens
+
+
+def finite(content: Any) -> Any:
+    """The same content for JSON, which knows no NaN and no infinity: they become null."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _numbers(content: Mapping[str, float | None]) -> dict[str, float]:
+    return {key: math.nan if value is None else value for key, value in content.items()}
 
 
 def _schema() -> Any:

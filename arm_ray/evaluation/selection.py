@@ -26,14 +26,21 @@ class Criterion:
     higher_is_better: bool
 
     def value(self, scores: Mapping[tuple[str, str], float]) -> float | None:
-        """The number of a state from its scores; None where one of them is missing or NaN."""
+        """The number of a state from its scores.
+
+        None where one of them is missing, and NaN where one of them is NaN: such a state is scored,
+        and it is not good.
+        """
         found = [scores.get(name) for name in self.metrics]
-        if any(value is None or math.isnan(value) for value in found):
+        known = [value for value in found if value is not None]
+        if len(known) < len(found):
             return None
-        return math.fsum(value for value in found if value is not None) / len(found)
+        return math.fsum(known) / len(known)
 
     def is_better(self, value: float, than: float) -> bool:
-        """Whether one value is better than another."""
+        """Whether one value is better than another; NaN is worse than any number."""
+        if math.isnan(than):
+            return not math.isnan(value)
         return value > than if self.higher_is_better else value < than
 
 
@@ -81,11 +88,14 @@ def make_criterion(
 
 
 def best_state(values: Mapping[int, float | None], criterion: Criterion) -> int | None:
-    """The iteration whose state is the best; the earlier of equal ones, None without values."""
+    """The iteration whose state is the best; the earlier of equal ones, None without values.
+
+    A state whose value is NaN is never the best.
+    """
     best: int | None = None
     for iteration in sorted(values):
         value = values[iteration]
-        if value is None:
+        if value is None or math.isnan(value):
             continue
         held = values[best] if best is not None else None
         if held is None or criterion.is_better(value, held):
@@ -99,6 +109,7 @@ def stops_at(
     """The iteration at which `patience` states in a row were no better than the best before.
 
     It depends on the values in the order of the iterations alone, not on when they became known.
+    None is a value that is still awaited; NaN is one that is known, and no better than any other.
     """
     if patience is None:
         return None
@@ -109,7 +120,7 @@ def stops_at(
         if value is None:
             # Scores come in order; what comes after a gap is not looked at yet.
             return None
-        if best is None or criterion.is_better(value, best):
+        if not math.isnan(value) and (best is None or criterion.is_better(value, best)):
             best, without = value, 0
         else:
             without += 1

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 GraderName = Literal["math", "exact", "number", "python"]
 Metric = Literal["strict", "qwen_compat", "pass@1", "loss"]
@@ -43,7 +43,7 @@ class TaskSettings:
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
     name: Annotated[str, MinLen(1)]
-    """A benchmark that is known, or a name for one's own data."""
+    """A benchmark that is known, or a name for one's own data: files are called by it."""
     path: str | None = None
     """The data: a file, or a data set id; null: `data_dir/<name>/…`, then the hub."""
     type: Literal["benchmark", "questions", "loss"] | None = None
@@ -63,7 +63,8 @@ class TaskSettings:
     template: str | None = None
     """The user message; `{question}` is replaced."""
     few_shot: Annotated[int, Ge(0)] = 0
-    """Solved examples before the question, from `few_shot_path`."""
+    """Solved examples before the question, from `few_shot_path`. Without a chat template
+    completions then end where a further question begins."""
     few_shot_path: str | None = None
     """File of the same columns that the examples are taken from, from its beginning."""
     chat_template: Literal["auto", "on", "off"] = "auto"
@@ -111,6 +112,9 @@ class EngineSettings:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine."""
     placement_timeout_s: Annotated[float, Gt(0.0)] = 300.0
+    timeout_s: Annotated[float, Gt(0.0)] = 3600.0
+    """Longest time for one chunk, a start or a reload; an engine that is silent for longer is
+    started anew."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class GradingSettings:
     """CPU actors that grade, or run code in the sandbox."""
     limit_s: Annotated[float, Gt(0.0)] = 10.0
     """Longest time for one answer of a math problem; what takes longer is wrong."""
+    timeout_s: Annotated[float, Gt(0.0)] = 3600.0
+    """Longest time for one chunk of answers; a grader that is silent for longer is started anew."""
     sandbox: Literal["bubblewrap", "unsafe_subprocess"] = "bubblewrap"
     """How model-written code is run. `unsafe_subprocess` does not isolate it from your files and
     network: only for models and machines that you would trust with a shell."""
@@ -163,7 +169,7 @@ class EvaluationSettings:
     """Every how many iterations the merged state is scored; the last one always is."""
     wait: bool = False
     """Whether the merge waits for a state's scores before it goes on."""
-    confidence: Annotated[float, Gt(0.0)] = 0.95
+    confidence: Annotated[float, Gt(0.0), Lt(1.0)] = 0.95
     """Of the intervals."""
     resamples: Annotated[int, Ge(100)] = 10_000
     """Of the bootstrap and of the permutation test."""

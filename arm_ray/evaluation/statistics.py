@@ -6,6 +6,7 @@ completions of one problem are no independent evidence.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ class Comparison:
     """One model against another on the same problems.
 
     Attributes:
-        difference: Mean of the differences, first minus second.
+        difference: Weighted mean of the differences, first minus second.
         low: Lower end of its bootstrap interval.
         high: Upper end.
         p_value: Two-sided, of a permutation test: how often differences at least this large come
@@ -61,12 +62,17 @@ def estimate(
         resamples: Of the bootstrap.
         seed: Of the resampling.
 
+    Returns:
+        The estimate; without an interval (NaN) where a value is NaN or infinite.
+
     Raises:
         ValueError: There are no values.
     """
     if len(values) == 0:
         raise ValueError("no values to take a mean of")
     weights = np.ones(len(values)) if weights is None else weights
+    if not np.isfinite(values).all():
+        return Estimate(sum(map(float, values)) / float(weights.sum()), math.nan, math.nan)
     generator = np.random.default_rng(seed)
     means = []
     for start in range(0, resamples, _BLOCK):
@@ -81,6 +87,7 @@ def estimate(
 def compare(
     first: NDArray[np.float64],
     second: NDArray[np.float64],
+    weights: NDArray[np.float64] | None = None,
     *,
     confidence: float = 0.95,
     resamples: int = 10_000,
@@ -89,20 +96,26 @@ def compare(
     """Paired comparison of two models.
 
     Args:
-        first: `[n]`, mean score of each problem.
+        first: `[n]`, mean score of each problem, or its sum where weights are given.
         second: `[n]`, the other model's, problem by problem.
+        weights: `[n]`, what the sums are divided by (tokens, for a loss); None for ones.
         confidence: Of the interval.
         resamples: Of the bootstrap and of the permutation test, which is exact where fewer than
             this many sign patterns exist.
         seed: Of both.
+
+    Returns:
+        The comparison; NaN but for the number of problems where a score is NaN or infinite.
 
     Raises:
         ValueError: The arrays differ in length, or are empty.
     """
     if len(first) != len(second):
         raise ValueError(f"got {len(first)} and {len(second)} problems, expected the same")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return Comparison(math.nan, math.nan, math.nan, math.nan, len(first))
     differences = first - second
-    interval = estimate(differences, confidence=confidence, resamples=resamples, seed=seed)
+    interval = estimate(differences, weights, confidence=confidence, resamples=resamples, seed=seed)
     return Comparison(
         interval.mean,
         interval.low,
@@ -113,7 +126,10 @@ def compare(
 
 
 def _sign_flip_p(differences: NDArray[np.float64], resamples: int, seed: int) -> float:
-    """Two-sided p-value of a sign-flip permutation test on the sum of differences."""
+    """Two-sided p-value of a sign-flip permutation test on the sum of differences.
+
+    Weights do not matter to it: what the sum is divided by is the same for all patterns.
+    """
     telling = differences[differences != 0.0]
     if len(telling) == 0:
         return 1.0

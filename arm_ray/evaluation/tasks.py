@@ -13,12 +13,28 @@ from typing import Any, Literal
 from arm_ray.errors import EvaluationError
 from arm_ray.evaluation.code import livecodebench, programs
 from arm_ray.evaluation.data import Row, find_file, read_rows
-from arm_ray.evaluation.grading.extraction import gold_answer
+from arm_ray.evaluation.graders import (
+    GraderSpec,
+    absolute_scorer,
+    grading_identity,
+    load_scorer,
+)
+from arm_ray.evaluation.grading.extraction import gold_answer, keeps_units
+from arm_ray.evaluation.grading.qwen_strings import canonical
 from arm_ray.evaluation.settings import EvaluationSettings, SamplingSettings, TaskSettings
 
 Kind = Literal["math", "code", "questions", "loss"]
 BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 _QUESTION_COLUMNS = ("question", "problem", "Question", "input")
+# Benchmarks whose question is two columns, one after the other.
+_QUESTION_PARTS = {"svamp": ("Body", "Question"), "asdiv": ("body", "question")}
+# Added to the question by the Qwen2.5-Math toolkit, where the answer is one of the two words.
+_CHOICES = {"yes": " (Yes or No)", "no": " (Yes or No)"}
+_CHOICES |= dict.fromkeys(("true", "false"), " (True or False)")
+# Of MBPP's 974 problems; the others are for training, validation and prompts.
+_MBPP_TEST = range(11, 511)
+# Where a further question would begin after examples, as in the toolkit's prompt for base models.
+_NEXT_QUESTION = "\n\nQuestion:"
 
 
 @dataclass(frozen=True)
@@ -30,12 +46,17 @@ class Prompt:
         system: System message, or None.
         prefix: Beginning of the answer that the model goes on from.
         examples: Solved examples before it: question and answer.
+        labelled: Whether, without a chat template, `Question:` and `Answer:` part the examples;
+            else the text itself says where a question begins.
+        stop: Texts that end a completion without a chat template, beside those of the task.
     """
 
     user: str
     system: str | None = None
     prefix: str = ""
     examples: tuple[tuple[str, str], ...] = ()
+    labelled: bool = False
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +130,8 @@ class Benchmark:
         template: The user message; `{question}` is replaced.
         chat: Whether the benchmark's protocol has a chat template.
         sampling: What its protocol sets otherwise than the paper's defaults.
+        plain_stop: Texts at which its protocol ends a completion without a chat template.
+        has: Which rows of the data belong to it; None: all.
     """
 
     kind: Literal["math", "code"]
@@ -118,6 +141,16 @@ class Benchmark:
     template: str = BOXED
     chat: Literal["auto", "off"] = "auto"
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    plain_stop: tuple[str, ...] = ()
+    has: Callable[[Row], bool] | None = None
+
+
+def _is_mbpp_test(row: Row) -> bool:
+    """Whether a row is of MBPP's test split, as far as it says what it is."""
+    try:
+        return int(row["task_id"]) in _MBPP_TEST
+    except (KeyError, TypeError, ValueError):
+        return True
 
 
 def _math(name: str, hub: str | None, **extra: Any) -> Benchmark:
@@ -151,6 +184,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         ("mbpp/mbpp_sanitized.jsonl", "mbpp/mbpp.jsonl"),
         "google-research-datasets/mbpp/sanitized:test",
         _code_prompt("mbpp"),
+        has=_is_mbpp_test,
     ),
     "humaneval_pro": Benchmark(
         "code",
@@ -172,6 +206,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         None,
         _code_prompt("livecodebench"),
         sampling={"temperature": 0.2, "top_p": 0.95, "max_tokens": 2000, "repeats": 10},
+        # Its prompt's headings. An answer of a chat model may have headings of its own.
+        plain_stop=("###",),
     ),
 }
 
@@ -194,6 +230,14 @@ def load_tasks(settings: EvaluationSettings) -> list[Task]:
 
 def load_task(given: TaskSettings, settings: EvaluationSettings) -> Task:
     """Read one task's data and make its prompts. See `load_tasks`."""
+    if given.name.startswith(".") or "/" in given.name or "\\" in given.name:
+        raise EvaluationError(
+            "a task's name is used for files",
+            where="evaluation.tasks",
+            got=repr(given.name),
+            expected="a name without slashes that does not begin with a dot",
+            hint="name the data in the task's `path`",
+        )
     known = BENCHMARKS.get(given.name)
     kind = given.type or ("benchmark" if known else None)
     if kind is None or (kind == "benchmark" and known is None):
@@ -205,7 +249,10 @@ def load_task(given: TaskSettings, settings: EvaluationSettings) -> Task:
         task = _questions_task(given, sampling)
     else:
         assert known is not None
-        task = _benchmark_task(given, known, settings.data_dir, sampling)
+        # Text that a configuration gives takes the place of the benchmark's.
+        is_given = given.stop is not None or bool(settings.sampling.stop)
+        stop = () if is_given else known.plain_stop
+        task = _benchmark_task(given, known, settings.data_dir, sampling, stop)
     too_many = [k for k in task.pass_at if task.kind == "code" and k > task.repeats]
     if too_many:
         raise EvaluationError(
@@ -218,28 +265,38 @@ def load_task(given: TaskSettings, settings: EvaluationSettings) -> Task:
 
 
 def _benchmark_task(
-    given: TaskSettings, known: Benchmark, data_dir: str | None, sampling: SamplingSettings
+    given: TaskSettings,
+    known: Benchmark,
+    data_dir: str | None,
+    sampling: SamplingSettings,
+    stop: tuple[str, ...],
 ) -> Task:
     name = given.name
-    rows = _rows(given, known, data_dir)
-    template = given.template or known.template
-    examples = _examples(given, lambda row: gold_text(name, row))
-    if known.kind == "code" and (given.template or examples):
+    if known.kind == "code" and (given.template or given.few_shot):
         raise EvaluationError(
             f"the prompts of {name!r} are the benchmark's own",
             where="evaluation.tasks",
             got="a template or few-shot examples",
             hint="define a task of your own, with type: questions, for other prompts",
         )
+    rows = _rows(given, known, data_dir)
+    template = given.template or known.template
+
+    def example(row: Row, where: str) -> tuple[str, str]:
+        answer = gold_text(name, row)
+        return _question(name, row, where, answer), answer
+
+    few_shot = _few_shot(given, template, example)
     problems = []
     for index, row in enumerate(rows):
         where = f"{name}, row {index + 1}"
         if known.prompt is not None:
-            prompt = known.prompt(row, template)
+            prompt = dataclasses.replace(known.prompt(row, template), stop=stop)
             gold = ""
         else:
-            prompt = Prompt(_filled(template, _question(name, row, where)), None, "", examples)
             gold = gold_answer(name, row)
+            user = _filled(template, _question(name, row, where, gold))
+            prompt = dataclasses.replace(few_shot, user=user)
         if given.system is not None:
             prompt = dataclasses.replace(prompt, system=given.system or None)
         problems.append(Problem(_key(row, index), prompt, gold, row))
@@ -256,20 +313,27 @@ def _questions_task(given: TaskSettings, sampling: SamplingSettings) -> Task:
             got=f"grader {grader!r}, scorer {given.scorer!r}",
             expected="scorer: path/to/file.py:function",
         )
+    scorer = None
+    if given.scorer is not None:
+        # Graders may run in another directory, and what is wrong with it is told before hours of
+        # generation.
+        scorer = absolute_scorer(given.scorer)
+        load_scorer(scorer)
     template = given.template or (BOXED if grader == "math" else "{question}")
     needs_answer = grader != "python"
-    columns = [given.question_column, *([given.answer_column] if needs_answer else [])]
     rows = _rows(given, None, None)
-    examples = _examples(given, lambda row: str(row[given.answer_column]))
+
+    def example(row: Row, where: str) -> tuple[str, str]:
+        question = _text(given, row, given.question_column, where)
+        return question, _text(given, row, given.answer_column, where)
+
+    few_shot = dataclasses.replace(_few_shot(given, template, example), system=given.system or None)
     problems = []
     for index, row in enumerate(rows):
-        for column in columns:
-            if row.get(column) in (None, ""):
-                raise _no_column(given, row, column, index)
-        prompt = Prompt(
-            _filled(template, str(row[given.question_column])), given.system or None, "", examples
-        )
-        gold = str(row[given.answer_column]) if needs_answer else ""
+        where = f"{given.path}, row {index + 1}"
+        question = _text(given, row, given.question_column, where)
+        gold = _text(given, row, given.answer_column, where) if needs_answer else ""
+        prompt = dataclasses.replace(few_shot, user=_filled(template, question))
         problems.append(Problem(_key(row, index), prompt, gold, row))
     return Task(
         given.name,
@@ -278,7 +342,7 @@ def _questions_task(given: TaskSettings, sampling: SamplingSettings) -> Task:
         sampling,
         given.chat_template,
         grader,
-        given.scorer,
+        scorer,
     )
 
 
@@ -317,12 +381,31 @@ def _rows(given: TaskSettings, known: Benchmark | None, data_dir: str | None) ->
         path = str(file) if file is not None else str(known.hub)
     if known is not None and given.name == "livecodebench":
         return [dict(p.row) for p in livecodebench.load_rows(path, limit=given.limit)]
-    return read_rows(path, given.limit)
+    if known is None or known.has is None:
+        return read_rows(path, given.limit)
+    rows = [row for row in read_rows(path) if known.has(row)]
+    if not rows:
+        raise EvaluationError(
+            f"none of the rows belongs to the test problems of {given.name!r}",
+            where=path,
+            expected="rows of the benchmark's test split",
+            hint="for other rows, define a task of your own with type: questions",
+        )
+    return rows[: given.limit]
 
 
-def _examples(given: TaskSettings, answer: Callable[[Row], str]) -> tuple[tuple[str, str], ...]:
+def _few_shot(
+    given: TaskSettings, template: str, example: Callable[[Row, str], tuple[str, str]]
+) -> Prompt:
+    """A prompt of solved examples, which lacks but the question; empty where none are wanted.
+
+    Args:
+        given: The task.
+        template: Of its user messages.
+        example: Row and where it is -> question and answer.
+    """
     if not given.few_shot:
-        return ()
+        return Prompt("")
     if given.few_shot_path is None:
         raise EvaluationError(
             f"the task {given.name!r} has no file of examples",
@@ -337,14 +420,17 @@ def _examples(given: TaskSettings, answer: Callable[[Row], str]) -> tuple[tuple[
             got=f"{len(rows)} rows",
             expected=f"{given.few_shot}",
         )
-    template = given.template or BOXED
-    return tuple(
-        (
-            _filled(template, _question(given.name, row, given.few_shot_path, given)),
-            answer(row),
-        )
-        for row in rows
-    )
+    solved = [
+        example(row, f"{given.few_shot_path}, row {number}")
+        for number, row in enumerate(rows, start=1)
+    ]
+    examples = tuple((_filled(template, question), answer) for question, answer in solved)
+    # Without a chat template nothing but the text tells a model where an answer ends: it would go
+    # on with a question of its own, whose answer would then be graded.
+    opening = template.partition("{question}")[0].strip()
+    if any(character.isalpha() for character in opening):
+        return Prompt("", examples=examples, stop=(f"\n\n{opening}",))
+    return Prompt("", examples=examples, labelled=True, stop=(_NEXT_QUESTION,))
 
 
 def gold_text(benchmark: str, row: Row) -> str:
@@ -355,23 +441,39 @@ def gold_text(benchmark: str, row: Row) -> str:
     return gold_answer(benchmark, row)
 
 
-def _question(name: str, row: Row, where: str, given: TaskSettings | None = None) -> str:
-    if given is not None and given.question_column in row:
-        return str(row[given.question_column])
-    if name == "svamp":
-        body = str(row.get("Body", "")).strip()
-        return f"{body if body.endswith('.') else body + '.'} {row['Question']}"
-    if name == "asdiv":
-        return f"{row['body']} {row['question']}"
-    for column in _QUESTION_COLUMNS:
-        if row.get(column):
-            return str(row[column])
-    raise EvaluationError(
-        f"a row of {name!r} has no question",
-        where=where,
-        got="columns " + ", ".join(map(str, row)),
-        expected=" or ".join(_QUESTION_COLUMNS),
-    )
+def _question(name: str, row: Row, where: str, answer: str) -> str:
+    """A benchmark's question as the Qwen2.5-Math toolkit asks it."""
+    question = _question_text(name, row)
+    if question is None:
+        parts = _QUESTION_PARTS.get(name)
+        raise EvaluationError(
+            f"a row of {name!r} has no question",
+            where=where,
+            got="columns " + ", ".join(map(str, row)),
+            expected=" and ".join(parts) if parts else " or ".join(_QUESTION_COLUMNS),
+        )
+    # Solutions are never one of the words, and long to tidy up.
+    is_word = len(answer) < 20
+    word = canonical(answer, keep_units=keeps_units(name)).lower() if is_word else ""
+    return question + _CHOICES.get(word, "")
+
+
+def _question_text(name: str, row: Row) -> str | None:
+    if name in _QUESTION_PARTS:
+        body, question = (str(row.get(part) or "").strip() for part in _QUESTION_PARTS[name])
+        if not body or not question:
+            return None
+        end = "." if name == "svamp" and not body.endswith(".") else ""
+        return f"{body}{end} {question}"
+    found = (str(row[column]).strip() for column in _QUESTION_COLUMNS if row.get(column))
+    return next(found, None)
+
+
+def _text(given: TaskSettings, row: Row, column: str, where: str) -> str:
+    """Text of a column that a row of one's own data must have."""
+    if row.get(column) in (None, ""):
+        raise _no_column(given, row, column, where)
+    return str(row[column])
 
 
 def _filled(template: str, question: str) -> str:
@@ -391,9 +493,10 @@ def _sampling(
     given: TaskSettings, default: SamplingSettings, known: Benchmark | None
 ) -> SamplingSettings:
     values = {f.name: getattr(default, f.name) for f in dataclasses.fields(SamplingSettings)}
-    # A benchmark's own protocol holds unless the configuration says otherwise.
-    if known is not None and default == SamplingSettings():
-        values |= dict(known.sampling)
+    # A benchmark's own protocol holds unless the configuration says otherwise, value by value.
+    for name, value in (known.sampling if known is not None else {}).items():
+        if values[name] == getattr(SamplingSettings(), name):
+            values[name] = value
     for name in ("temperature", "top_p", "max_tokens", "repeats", "stop"):
         if getattr(given, name) is not None:
             values[name] = getattr(given, name)
@@ -401,10 +504,12 @@ def _sampling(
 
 
 def _digest(task: Task) -> str:
+    spec = GraderSpec(task.name, task.kind, task.grader, task.scorer)
     content = {
         **{name: getattr(task, name) for name in ("name", "kind", "chat", "grader", "scorer")},
         "sampling": dataclasses.asdict(task.sampling),
         "pass_at": task.pass_at,
+        "grading": {} if task.kind == "loss" else grading_identity(spec),
         "problems": [dataclasses.asdict(problem) for problem in task.problems],
     }
     text = json.dumps(content, sort_keys=True, default=str)
@@ -422,11 +527,11 @@ def _unknown(given: TaskSettings) -> EvaluationError:
     )
 
 
-def _no_column(given: TaskSettings, row: Row, column: str, index: int) -> EvaluationError:
+def _no_column(given: TaskSettings, row: Row, column: str, where: str) -> EvaluationError:
     near = difflib.get_close_matches(column, [str(name) for name in row], n=1)
     return EvaluationError(
         f"a row of the task {given.name!r} has no {column!r}",
-        where=f"{given.path}, row {index + 1}",
+        where=where,
         got="columns " + ", ".join(map(str, row)),
         expected=f"text in the column {column!r}",
         hint=(f"did you mean {near[0]!r}? " if near else "")

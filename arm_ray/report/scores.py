@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from arm_ray.evaluation.records import TaskScores, read_records, scores_of
+from arm_ray.evaluation.records import TaskScores, finite, losses_of, read_records, scores_of
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.statistics import Comparison, compare
 
@@ -45,6 +45,8 @@ def paired_results(
 ) -> list[PairedResult]:
     """Every other model against the reference, in the main metric of every task.
 
+    There is none where no problem has a score of both.
+
     Args:
         scores: Model -> task -> numbers.
         directory: Where the models' records are.
@@ -56,14 +58,21 @@ def paired_results(
         metric = main_metric(of_reference)
         theirs = read_records(directory / reference, task)
         keys = list(dict.fromkeys(record.problem for record in theirs))
-        second = scores_of(theirs, metric, keys)
         for model in scores:
             if model == reference or task not in scores[model]:
                 continue
-            first = scores_of(read_records(directory / model, task), metric, keys)
+            ours = read_records(directory / model, task)
+            tokens = None
+            if metric == "loss":
+                first, second, tokens = losses_of(ours, theirs)
+            else:
+                first, second = (scores_of(rows, metric, keys) for rows in (ours, theirs))
+            if len(first) == 0:
+                continue
             result = compare(
                 first,
                 second,
+                tokens,
                 confidence=settings.confidence,
                 resamples=settings.resamples,
             )
@@ -72,8 +81,8 @@ def paired_results(
 
 
 def scores_as_json(scores: Scores, paired: Sequence[PairedResult]) -> dict[str, Any]:
-    """Everything that the tables show, and more, for programs."""
-    return {
+    """Everything that the tables show, and more, for programs; what is not finite is null."""
+    content: dict[str, Any] = {
         "models": {
             model: {
                 "average": average(tasks),
@@ -85,6 +94,8 @@ def scores_as_json(scores: Scores, paired: Sequence[PairedResult]) -> dict[str, 
         },
         "paired": [asdict(result) for result in paired],
     }
+    without_nan: dict[str, Any] = finite(content)
+    return without_nan
 
 
 def print_scores(
@@ -210,6 +221,8 @@ def _print_paired(console: Console, paired: Sequence[PairedResult]) -> None:
 
 def _paired_cell(result: PairedResult) -> str:
     found = result.comparison
+    if math.isnan(found.p_value):
+        return "-"
     sure = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
     if result.metric == "loss":
         return f"{found.difference:+.4f} ({sure})"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from arm_ray.checkpoints import states
+from arm_ray.checkpoints import states, zero
 from arm_ray.checkpoints.huggingface import (
     Checkpoint,
     open_checkpoint,
@@ -31,6 +31,7 @@ from arm_ray.model.layout import (
     load_config,
     model_layout,
 )
+from arm_ray.runtime.run_directory import INPUTS
 from arm_ray.schedule import BASE, candidate_name
 
 _DTYPE_BY_NAME = {
@@ -75,10 +76,15 @@ class MergeInputs:
         return {**config, key: name}
 
 
-def open_inputs(config: MergeConfig) -> MergeInputs:
+def open_inputs(config: MergeConfig, *, converts: bool = False) -> MergeInputs:
     """Open the base and the candidates, and check that they can be merged.
 
     Reads configurations, headers and a few kilobytes of each weight file.
+
+    Args:
+        config: Of the merge.
+        converts: Whether candidates that are ZeRO shards are written as models, in float32, into
+            `inputs/` of the output; otherwise they are refused.
 
     Raises:
         CheckpointError: Any of its kinds; says which checkpoint, and what about it.
@@ -87,7 +93,7 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
     checkpoints: dict[str, Checkpoint] = {}
     for label, given in zip(names, [config.base, *config.candidates], strict=True):
         try:
-            path = resolve_path(given)
+            path = _readable(config, label, given, checkpoints, converts)
             if label != BASE and is_adapter(path):
                 checkpoints[label] = open_adapter(path, checkpoints[BASE])
             else:
@@ -112,6 +118,31 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
         },
         _tokenizer_source(config, checkpoints),
         _open_second_moments(config, layout),
+    )
+
+
+def _readable(
+    config: MergeConfig,
+    label: str,
+    given: str,
+    opened: Mapping[str, Checkpoint],
+    converts: bool,
+) -> Path:
+    """A candidate's directory, or that of its ZeRO shards brought together."""
+    output = Path(config.output).expanduser().resolve() / INPUTS / label
+    if label != BASE and converts and (output / zero.RECORD).is_file():
+        # The shards may be gone by now.
+        return zero.consolidate(Path(given).expanduser().resolve(), output, opened[BASE].path)
+    path = resolve_path(given)
+    if label == BASE or not zero.is_zero_checkpoint(path):
+        return path
+    if converts:
+        return zero.consolidate(path, output, opened[BASE].path)
+    raise NotACheckpointError(
+        "the weights are ZeRO shards, which a merge brings together first",
+        where=path,
+        expected="safetensors",
+        hint="for a plan before that, name a checkpoint of the same shapes in safetensors",
     )
 
 

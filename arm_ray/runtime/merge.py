@@ -93,7 +93,7 @@ def merge(
         *merge_sizes(config.schedule, len(config.candidates)),
         has_window=config.schedule.has_window,
     )
-    inputs = open_inputs(config)
+    inputs = open_inputs(config, converts=True)
     tasks = open_evaluation(config, inputs)
     with open_run(config) as run:
         run.record_inputs(inputs.fingerprints)

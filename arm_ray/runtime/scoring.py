@@ -32,6 +32,7 @@ from arm_ray.evaluation.encode import (
     encode_prompt,
     encode_sample,
     prompt_hash,
+    prompt_stops,
 )
 from arm_ray.evaluation.engine import (
     Completion,
@@ -87,6 +88,7 @@ class _Item:
     seed: int
     token_ids: tuple[int, ...]
     first: int = 0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass
@@ -506,9 +508,10 @@ class ScoringService:
                     items.append(_Item(number, 0, 0, tuple(ids), first))
                     continue
                 ids = encode_prompt(tokenizer, problem.prompt, task.chat, where)
+                stop = prompt_stops(tokenizer, problem.prompt, task.chat, where)
                 for repeat in range(task.repeats):
                     seed = completion_seed(task.sampling.seed, problem.key, repeat)
-                    items.append(_Item(number, repeat, seed, tuple(ids)))
+                    items.append(_Item(number, repeat, seed, tuple(ids), stop=stop))
             self._encoded[key] = tuple(items)
         return self._encoded[key]
 
@@ -630,7 +633,7 @@ def _request(task: Task, item: _Item) -> Request:
         sampling.top_p,
         sampling.max_tokens,
         item.seed,
-        sampling.stop,
+        (*sampling.stop, *item.stop),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import ray
@@ -332,7 +333,10 @@ def scored_event(
         subject.name,
         subject.source.adapter or subject.source.path,
         {
-            task: {name: round(value.mean, 6) for name, value in given.metrics.items()}
+            task: {
+                name: round(value.mean, 6) if math.isfinite(value.mean) else None
+                for name, value in given.metrics.items()
+            }
             for task, given in scores.items()
         },
         round(seconds, 3),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -62,7 +64,21 @@ def test_the_value_is_the_mean_and_a_missing_one_is_none() -> None:
     both = Criterion((("a", "strict"), ("b", "pass@1")), True)
     assert both.value({("a", "strict"): 0.5, ("b", "pass@1"): 0.7}) == pytest.approx(0.6)
     assert both.value({("a", "strict"): 0.5}) is None
-    assert both.value({("a", "strict"): 0.5, ("b", "pass@1"): float("nan")}) is None
+    assert both.value({("a", "strict"): math.nan}) is None
+    found = both.value({("a", "strict"): 0.5, ("b", "pass@1"): math.nan})
+    assert found is not None
+    assert math.isnan(found)
+
+
+@pytest.mark.parametrize("criterion", [HIGHER, LOWER])
+def test_a_state_whose_score_is_nan_is_never_better(criterion: Criterion) -> None:
+    assert best_state({1: math.nan, 2: 0.5}, criterion) == 2
+    assert best_state({1: 0.5, 2: math.nan}, criterion) == 1
+    assert best_state({1: math.nan}, criterion) is None
+    assert stops_at({1: 0.5, 2: math.nan, 3: math.nan}, criterion, 2) == 3
+    assert stops_at({1: math.nan, 2: 0.5, 3: 0.5}, criterion, 2) is None
+    assert not criterion.is_better(math.nan, 0.5)
+    assert criterion.is_better(0.5, math.nan)
 
 
 def test_the_earlier_of_equal_states_is_the_best() -> None:

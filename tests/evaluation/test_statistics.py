@@ -100,6 +100,31 @@ def test_a_clear_difference_is_found_and_p_is_never_zero() -> None:
     assert found.low == 1.0
 
 
+@PROPERTY
+@given(st.integers(0, 10_000))
+def test_weights_make_it_the_difference_of_the_weighted_means(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(1, 1000, 9).astype(float)
+    first, second = generator.random(9) * tokens, generator.random(9) * tokens
+    found = compare(first, second, tokens, resamples=1000)
+    one, other = (estimate(sums, tokens, resamples=100).mean for sums in (first, second))
+    assert found.difference == pytest.approx(one - other, abs=1e-12)
+    assert found.low <= found.difference <= found.high
+    assert found.p_value == pytest.approx(exact_p(list(first - second)))
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_not_finite_has_no_interval_and_no_p_value(broken: float) -> None:
+    values = np.array([0.5, broken, 0.1])
+    found = estimate(values)
+    assert not math.isfinite(found.mean)
+    assert math.isnan(found.low)
+    compared = compare(np.full(3, 0.2), values)
+    assert math.isnan(compared.p_value)
+    assert math.isnan(compared.difference)
+    assert math.isnan(compare(values, values).p_value)
+
+
 def test_different_problems_are_refused() -> None:
     with pytest.raises(ValueError, match="expected the same"):
         compare(np.zeros(3), np.zeros(4))

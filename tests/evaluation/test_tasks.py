@@ -18,6 +18,7 @@ from arm_ray.evaluation.encode import (
     completion_seed,
     encode_prompt,
     encode_sample,
+    prompt_stops,
     render_prompt,
 )
 from arm_ray.evaluation.settings import EvaluationSettings, SamplingSettings, TaskSettings
@@ -95,6 +96,27 @@ def test_few_shot_examples_are_turns_before_the_question(tmp_path: Path) -> None
         load_task(TaskSettings("gsm8k", str(file), few_shot=1), settings("gsm8k"))
 
 
+def test_examples_are_asked_as_the_question_is(tmp_path: Path) -> None:
+    file = str(write(tmp_path / "q.jsonl", GSM8K))
+    task = questions(Path(file), grader="exact", few_shot=1, few_shot_path=file)
+    assert task.problems[1].prompt.examples == (("What is 2 + 3?", GSM8K[0]["answer"]),)
+    rows = [{"body": "Ann has 2 pens.", "question": "How many?", "answer": "2 (pens)"}]
+    file = str(write(tmp_path / "asdiv.jsonl", rows))
+    given = TaskSettings("asdiv", file, few_shot=1, few_shot_path=file)
+    prompt = load_task(given, settings(given)).problems[0].prompt
+    assert prompt.examples == ((prompt.user, "2 (pens)"),)
+    assert prompt.user.startswith("Ann has 2 pens. How many?\nPlease reason")
+
+
+def test_examples_without_an_answer_are_told(tmp_path: Path) -> None:
+    (tmp_path / "scorer.py").write_text("def score(completion, row):\n    return 1\n")
+    file = str(write(tmp_path / "q.jsonl", [{"question": "why?"}]))
+    scorer = f"{tmp_path}/scorer.py:score"
+    assert len(questions(Path(file), scorer=scorer).problems) == 1
+    with pytest.raises(EvaluationError, match=r"(?s)no 'answer'.*q\.jsonl, row 1"):
+        questions(Path(file), scorer=scorer, few_shot=1, few_shot_path=file)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".parquet"])
 def test_every_kind_of_file_gives_the_same_problems(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"data{suffix}"
@@ -120,6 +142,114 @@ def test_the_digest_changes_with_what_is_asked(tmp_path: Path) -> None:
         questions(file, grader="number"),
     ]
     assert len({base.digest, *(task.digest for task in changed)}) == 5
+
+
+def test_the_digest_changes_with_the_scorer_and_the_graders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "q.jsonl", GSM8K)
+    scorer = tmp_path / "scorer.py"
+
+    def digests(value: int) -> tuple[str, str]:
+        scorer.write_text(f"def score(completion, row):\n    return {value}\n")
+        return questions(file, scorer=f"{scorer}:score").digest, questions(file).digest
+
+    scored, math = digests(0)
+    assert digests(0) == (scored, math)
+    assert digests(1)[0] != scored
+    assert digests(1)[1] == math
+    monkeypatch.setattr("arm_ray.evaluation.graders.metadata.version", lambda _name: "0.0")
+    assert digests(0)[0] == scored
+    assert digests(0)[1] != math
+    monkeypatch.setattr("arm_ray.evaluation.graders.GRADING_VERSION", -1)
+    assert digests(0)[0] != scored
+
+
+def test_a_scorer_is_loaded_with_the_task_from_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "q.jsonl", GSM8K)
+    (tmp_path / "scorer.py").write_text("score = 3\ndef right(completion, row):\n    return 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert questions(file, scorer="scorer.py:right").scorer == f"{tmp_path}/scorer.py:right"
+    for wrong in ("nowhere.py:right", "scorer.py:rihgt", "scorer.py:score", "scorer"):
+        with pytest.raises(EvaluationError, match="scorer cannot be loaded"):
+            questions(file, scorer=wrong)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", ".hidden", "a\\b"])
+def test_a_task_s_name_must_do_for_files(tmp_path: Path, name: str) -> None:
+    file = str(write(tmp_path / "q.jsonl", GSM8K))
+    given = TaskSettings(name, file, "questions")
+    with pytest.raises(EvaluationError, match="name is used for files"):
+        load_task(given, settings(given))
+
+
+def test_mbpp_is_its_test_problems(tmp_path: Path) -> None:
+    rows = [
+        {"task_id": task_id, "prompt": "Add.", "code": "def f():\n    pass", "test_list": ["f()"]}
+        for task_id in (2, 11, 510, 511, 600)
+    ]
+    file = str(write(tmp_path / "mbpp.jsonl", rows))
+
+    def ids(given: TaskSettings) -> list[Any]:
+        return [p.row.get("task_id") for p in load_task(given, settings(given)).problems]
+
+    assert ids(TaskSettings("mbpp", file)) == [11, 510]
+    assert ids(TaskSettings("mbpp", file, limit=1)) == [11]
+    own = TaskSettings("mbpp", file, "questions", question_column="prompt", answer_column="code")
+    assert len(ids(own)) == 5
+    without = [{name: row[name] for name in row if name != "task_id"} for row in rows]
+    assert len(ids(TaskSettings("mbpp", str(write(tmp_path / "n.jsonl", without))))) == 5
+    write(tmp_path / "mbpp.jsonl", rows[:1])
+    with pytest.raises(EvaluationError, match="none of the rows"):
+        ids(TaskSettings("mbpp", file))
+
+
+LCB_ROW = {
+    "question_content": "Print 1.",
+    "question_id": "a",
+    "contest_date": "2024-01-01T00:00:00",
+    "starter_code": "",
+    "public_test_cases": "[]",
+    "private_test_cases": '[{"input": "", "output": "1", "testtype": "stdin"}]',
+    "metadata": "{}",
+}
+
+
+def test_a_protocol_holds_value_by_value(tmp_path: Path, tokenizer: Any) -> None:
+    file = str(write(tmp_path / "lcb.jsonl", [LCB_ROW]))
+
+    def task(**sampling: Any) -> Task:
+        given = TaskSettings("livecodebench", file)
+        return load_task(given, settings(given, sampling=SamplingSettings(**sampling)))
+
+    assert task().sampling == SamplingSettings(0.2, 0.95, 2000, 10)
+    assert task(seed=1).sampling == SamplingSettings(0.2, 0.95, 2000, 10, 1)
+    assert task(temperature=0.5, repeats=3).sampling == SamplingSettings(0.5, 0.95, 2000, 3)
+    prompt = task().problems[0].prompt
+    assert prompt_stops(tokenizer, prompt, "off", "t") == ("###",)
+    assert prompt_stops(tokenizer, prompt, "auto", "t") == ()
+    assert task(stop=("x",)).problems[0].prompt.stop == ()
+
+
+@pytest.mark.parametrize(
+    ("gold", "added"),
+    [
+        ("Yes.", " (Yes or No)"),
+        ("$no$", " (Yes or No)"),
+        ("True", " (True or False)"),
+        ("No solution", ""),
+        ("7", ""),
+    ],
+)
+def test_two_choices_are_named_as_the_toolkit_does(tmp_path: Path, gold: str, added: str) -> None:
+    file = str(write(tmp_path / "c.jsonl", [{"question": "Is it?", "answer": gold}]))
+    given = TaskSettings("college_math", file)
+    prompt = load_task(given, settings(given)).problems[0].prompt
+    assert prompt.user.startswith(f"Is it?{added}\n")
+    # Of one's own questions nothing is known.
+    assert questions(Path(file)).problems[0].prompt.user.startswith("Is it?\n")
 
 
 @pytest.mark.parametrize(
@@ -199,6 +329,30 @@ def test_without_a_chat_template_the_text_is_as_it_is(tokenizer: Any) -> None:
     prompt = Prompt("2 + 3 =", examples=(("1 + 1 =", "2"),))
     text, has_specials = render_prompt(tokenizer, prompt, "off", "t")
     assert (text, has_specials) == ("1 + 1 =\n2\n\n2 + 3 =", False)
+
+
+def test_examples_end_where_the_next_question_would_begin(tokenizer: Any, tmp_path: Path) -> None:
+    file = str(write(tmp_path / "q.jsonl", [{"question": "2?", "answer": "1\n\n#### 3"}]))
+
+    def rendered(template: str | None) -> tuple[str, tuple[str, ...]]:
+        task = questions(
+            Path(file), grader="exact", few_shot=1, few_shot_path=file, template=template
+        )
+        prompt = task.problems[0].prompt
+        assert prompt_stops(tokenizer, prompt, "auto", "t") == ()
+        text, _ = render_prompt(tokenizer, prompt, "off", "t")
+        return text, prompt_stops(tokenizer, prompt, "off", "t")
+
+    text, stops = rendered(None)
+    assert text == "Question: 2?\nAnswer: 1\n\n#### 3\n\n\nQuestion: 2?\nAnswer:"
+    assert stops == ("\n\nQuestion:",)
+    text, stops = rendered("Q: {question}\nA: ")
+    assert text == "Q: 2?\nA: 1\n\n#### 3\n\nQ: 2?\nA: "
+    assert stops == ("\n\nQ:",)
+    # Each stop does occur where the next question begins, and not in an answer.
+    for text, stops in (rendered(None), rendered("Q: {question}\nA: ")):
+        assert text.count(stops[0]) == 1
+    assert questions(Path(file)).problems[0].prompt.stop == ()
 
 
 def test_a_template_that_is_not_there_or_fails_is_told(tokenizer: Any, tmp_path: Path) -> None:

@@ -1,0 +1,186 @@
+"""DeepSpeed's ZeRO shards as candidates."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import math
+import os
+import shutil
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from arm_ray.checkpoints.huggingface import open_checkpoint
+from arm_ray.checkpoints.zero import consolidate, is_zero_checkpoint
+from arm_ray.errors import (
+    ArmRayError,
+    CorruptCheckpointError,
+    MismatchError,
+    NotACheckpointError,
+    PickleRefusedError,
+)
+from arm_ray.runtime.inputs import open_inputs
+from arm_ray.runtime.merge import merge
+from tests.conftest import MergeCase
+
+WORLD = 3
+
+
+CONFIG, SCALER = "deepspeed.runtime.zero.config", "deepspeed.runtime.fp16.loss_scaler"
+Stage: Any = enum.IntEnum("ZeroStageEnum", {"gradients": 2, "weights": 3}, module=CONFIG)
+LossScaler: Any = type("LossScaler", (), {"__module__": SCALER})
+
+
+@contextlib.contextmanager
+def deepspeed() -> Iterator[None]:
+    """DeepSpeed's names for what its checkpoints hold, so that pickles say them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in (Stage, LossScaler):
+            parts = cls.__module__.split(".")
+            for end in range(1, len(parts) + 1):
+                name = ".".join(parts[:end])
+                patch.setitem(sys.modules, name, types.ModuleType(name))
+            setattr(sys.modules[cls.__module__], cls.__qualname__, cls)
+        yield
+
+
+def flat_parts(weights: dict[str, Tensor], stage: int) -> list[list[Tensor]]:
+    """Rank -> its flat tensors, in two groups, as DeepSpeed lays them out."""
+    names = list(weights)
+    groups = [names[:4], names[4:]]
+    ranks: list[list[Tensor]] = [[] for _ in range(WORLD)]
+    for group in groups:
+        if stage == 3:
+            rows: list[list[Tensor]] = [[] for _ in range(WORLD)]
+            for name in group:
+                flat = weights[name].reshape(-1)
+                size = math.ceil(flat.numel() / WORLD)
+                padded = torch.cat([flat, flat.new_zeros(size * WORLD - flat.numel())])
+                for rank in range(WORLD):
+                    rows[rank].append(padded[rank * size : (rank + 1) * size])
+            for rank in range(WORLD):
+                ranks[rank].append(torch.cat(rows[rank]))
+        else:
+            flat = torch.cat([weights[name].reshape(-1) for name in group])
+            size = math.ceil(flat.numel() / (2 * WORLD)) * 2
+            padded = torch.cat([flat, flat.new_zeros(size * WORLD - flat.numel())])
+            for rank in range(WORLD):
+                ranks[rank].append(padded[rank * size : (rank + 1) * size].clone())
+    return ranks
+
+
+def write_zero(source: Path, target: Path, stage: int, extra: Any = None) -> dict[str, Tensor]:
+    """Write a model's weights as ZeRO shards, with its configuration, and nothing else of it."""
+    weights = {name: t.float() for name, t in load_file(source / "model.safetensors").items()}
+    shards = target / "global_step7"
+    shards.mkdir(parents=True)
+    (target / "latest").write_text("global_step7")
+    shutil.copy(source / "config.json", target)
+    names = list(weights)
+    shapes = [OrderedDict((n, weights[n].shape) for n in part) for part in (names[:4], names[4:])]
+    if stage == 3:
+        shapes = [OrderedDict((n, weights[n].shape) for n in names)]
+    for rank, groups in enumerate(flat_parts(weights, stage)):
+        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        state = {
+            "zero_stage": Stage(stage),
+            "loss_scaler": LossScaler(),
+            "partition_count": WORLD if stage == 3 else [WORLD, WORLD],
+            "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(3)}}},
+            key: groups,
+        }
+        name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        with deepspeed():
+            torch.save({"optimizer_state_dict": state, "extra": extra}, shards / name)
+        model = {"module": {}, "buffer_names": [], "param_shapes": shapes, "shared_params": {}}
+        if stage == 3 or rank == 0:
+            prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
+            torch.save(model, shards / f"{prefix}mp_rank_00_model_states.pt")
+    return weights
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_shards_become_the_model_that_was_saved(case: MergeCase, stage: int) -> None:
+    case.make("qwen2.5")
+    target = case.root / "zero"
+    weights = write_zero(case.candidates[0], target, stage)
+    assert is_zero_checkpoint(target)
+    assert not is_zero_checkpoint(case.candidates[0])
+    output = consolidate(target, case.root / "whole", case.root / "base")
+    found = open_checkpoint(output).read(weights)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert (output / "tokenizer.json").is_file()
+    # Used again, also without the shards, but not for others.
+    shutil.move(target, case.root / "elsewhere")
+    assert consolidate(target, output, case.root / "base") == output
+    shutil.move(case.root / "elsewhere", target)
+    os.utime(next((target / "global_step7").glob("*optim*")), (1, 1))
+    with pytest.raises(MismatchError, match="others than those"):
+        consolidate(target, output, case.root / "base")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_merge_of_shards_equals_that_of_the_export(case: MergeCase) -> None:
+    case.make("smollm2", dtype=torch.float32)
+    target = case.root / "zero"
+    write_zero(case.candidates[1], target, 3)
+    options = ("method.operator=task_arithmetic", "schedule.max_iterations=1")
+    options += ("schedule.anchor_iterations=1", "schedule.tolerance=0.0")
+    expected = merge(case.config(*options, output="dense"), console=Console(quiet=True))
+    case.candidates[1] = target
+    config = case.config(*options, output="sharded")
+    with pytest.raises(NotACheckpointError, match="ZeRO shards"):
+        open_inputs(config)
+    found = merge(config, console=Console(quiet=True))
+    ours, theirs = (load_file(o.model / "model.safetensors") for o in (found, expected))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (case.root / "sharded" / "inputs" / "candidate-2" / "model.safetensors").is_file()
+    # The shards may be rotated away: the run is complete, and says so.
+    shutil.rmtree(target)
+    assert merge(config, console=Console(quiet=True)).reason == "complete"
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("harmed",)
+
+
+def test_what_is_missing_damaged_or_dangerous(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.make("smollm2")
+    monkeypatch.chdir(case.root)
+    base = case.root / "base"
+
+    def refused(kind: type[ArmRayError], text: str, extra: Any = None) -> None:
+        target = case.root / f"zero-{len(list(case.root.iterdir()))}"
+        write_zero(case.candidates[0], target, 3, extra)
+        damage[text](target / "global_step7")
+        with pytest.raises(kind, match=text):
+            consolidate(target, case.root / "out", base)
+        assert not (case.root / "out").exists()
+
+    damage = {
+        "are missing": lambda d: next(d.glob("*rank_2*optim*")).unlink(),
+        "cannot be read": lambda d: next(d.glob("*rank_1*optim*")).write_bytes(b"\0" * 100),
+        "no shapes": lambda d: [f.unlink() for f in d.glob("*model_states*")],
+        "holds objects": lambda _d: None,
+    }
+    refused(CorruptCheckpointError, "are missing")
+    refused(CorruptCheckpointError, "cannot be read")
+    refused(CorruptCheckpointError, "no shapes")
+    refused(PickleRefusedError, "holds objects", extra=Harmful())
+    assert not (case.root / "harmed").exists()
+    with pytest.raises(NotACheckpointError, match="no ZeRO shards"):
+        consolidate(base, case.root / "out", base)
