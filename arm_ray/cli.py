@@ -83,6 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.set_defaults(run=_merge)
     _add_evaluate(commands)
+    pipeline = commands.add_parser(
+        "pipeline", help="train, merge and score in one go", description=_pipeline.__doc__
+    )
+    pipeline.add_argument("config", metavar="CONFIG.yaml")
+    pipeline.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="take precedence over the file"
+    )
+    pipeline.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
+    pipeline.set_defaults(run=_pipeline)
     plan = commands.add_parser(
         "plan", help="memory, disk, work and time of a merge", description=_plan.__doc__
     )
@@ -162,6 +171,17 @@ def _merge(options: argparse.Namespace) -> int:
     from arm_ray.runtime.merge import merge
 
     merge(config, address=options.address, stop_after=options.stop_after)
+    return 0
+
+
+def _pipeline(options: argparse.Namespace) -> int:
+    """Train, merge early checkpoints, score everything; stages that are done are not done again."""
+    from arm_ray.training.pipeline import load_pipeline_config
+
+    config = load_pipeline_config(options.config, options.overrides)
+    from arm_ray.runtime.pipeline import run_pipeline
+
+    run_pipeline(config, source=options.config, address=options.address)
     return 0
 
 

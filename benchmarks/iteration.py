@@ -32,8 +32,8 @@ from arm_ray.runtime.layer_shard import LayerShard
 from arm_ray.runtime.merge import shard_specs
 from arm_ray.runtime.placement import Placement
 from arm_ray.schedule import plan_iteration
+from arm_ray.training.data import read_path
 from benchmarks.common import report
-from jobs.sft import read_rows
 
 RUNS = Path("runs/smollm2")
 OUTPUT = Path("runs/bench/iteration")
@@ -46,7 +46,7 @@ def configuration(threads: int) -> MergeConfig:
     return parse_merge_config(
         {
             "base": str(RUNS / "base"),
-            "candidates": [str(RUNS / "sft" / f"checkpoint-{step}") for step in (40, 60)],
+            "candidates": [str(RUNS / "train" / f"checkpoint-{step}") for step in (40, 60)],
             "output": str(OUTPUT),
             "calibration": {"path": str(DATA), "batch_size": SAMPLES},
             "schedule": {"anchor_iterations": 1, "max_iterations": 1},
@@ -106,9 +106,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     config = configuration(options.threads)
     tokenizer: Any = AutoTokenizer.from_pretrained(config.base)
-    texts = [
-        prompt + completion for prompt, completion in read_rows(DATA, ("prompt", "completion"))
-    ]
+    texts = [row["prompt"] + row["completion"] for _, row in read_path(str(DATA))[0]]
     texts = texts[:SAMPLES]
     ids = [np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in texts]
     different, columns = unique_samples(MiniBatch(1, list(range(SAMPLES)), ids))

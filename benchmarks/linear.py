@@ -44,7 +44,7 @@ from benchmarks.memory import MemoryWatch
 
 ROOT = Path("runs/bench")
 BASE = Path("runs/smollm2/base")
-CANDIDATES = (Path("runs/smollm2/sft/checkpoint-40"), Path("runs/smollm2/sft/checkpoint-60"))
+CANDIDATES = (Path("runs/smollm2/train/checkpoint-40"), Path("runs/smollm2/train/checkpoint-60"))
 MERGEKIT = ROOT / "mergekit-venv"
 THREADS = 2
 MEMORY_GOAL = 0.5

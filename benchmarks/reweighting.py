@@ -20,8 +20,8 @@ from benchmarks.common import report
 
 MODELS = {
     "base": "runs/smollm2/base",
-    "checkpoint-40": "runs/smollm2/sft/checkpoint-40",
-    "checkpoint-60": "runs/smollm2/sft/checkpoint-60",
+    "checkpoint-40": "runs/smollm2/train/checkpoint-40",
+    "checkpoint-60": "runs/smollm2/train/checkpoint-60",
 }
 TOKENIZER = MODELS["base"]
 QUESTIONS = Path("examples/smollm2/data/heldout.jsonl")

@@ -39,8 +39,8 @@ from arm_ray.runtime.layer_shard import LayerShard
 from arm_ray.runtime.merge import merge, shard_specs
 from arm_ray.runtime.placement import Placement
 from arm_ray.schedule import IterationPlan, plan_iteration
+from arm_ray.training.data import read_path
 from benchmarks.common import RESULTS, report
-from jobs.sft import read_rows
 
 RUNS = Path("runs/smollm2")
 OUTPUT = Path("runs/bench/scaling")
@@ -66,7 +66,7 @@ def configuration(shards: int, output: Path) -> MergeConfig:
     return parse_merge_config(
         {
             "base": str(RUNS / "base"),
-            "candidates": [str(RUNS / "sft" / f"checkpoint-{step}") for step in (40, 60)],
+            "candidates": [str(RUNS / "train" / f"checkpoint-{step}") for step in (40, 60)],
             "output": str(output),
             "keep_states": "last",
             "calibration": {"path": str(DATA), "batch_size": SAMPLES},
@@ -118,8 +118,8 @@ def measure_groups(repeats: int) -> tuple[list[GroupTimes], int]:
     inputs = open_inputs(config)
     method = open_method(config.method, 2)
     tokenizer: Any = AutoTokenizer.from_pretrained(config.base)
-    rows = read_rows(DATA, ("prompt", "completion"))[:SAMPLES]
-    ids = [np.array(tokenizer(a + b)["input_ids"], dtype=np.int32) for a, b in rows]
+    texts = [row["prompt"] + row["completion"] for _, row in read_path(str(DATA))[0][:SAMPLES]]
+    ids = [np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in texts]
     different, columns = unique_samples(MiniBatch(1, list(range(SAMPLES)), ids))
     micro = micro_batches(
         different, max_tokens=config.runtime.micro_batch_tokens, max_samples=SAMPLES

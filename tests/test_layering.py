@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": CORE | {"calibration", "checkpoints"},
     "report": CORE | {"checkpoints", "evaluation"},
     "planning": CORE | {"checkpoints", "model"},
-    "runtime": PURE,
+    "training": CORE | {"calibration", "checkpoints", "evaluation"},
+    "runtime": PURE | {"training"},
     "cli": PURE | {"planning", "runtime"},
 }
 # Rooms that may import Ray, and the one module that does so when it is called.

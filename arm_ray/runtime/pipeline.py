@@ -1,0 +1,212 @@
+"""Training, merging and evaluation in one go; every stage that is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+from arm_ray.checkpoints.weight_file import write_json
+from arm_ray.config import read_yaml
+from arm_ray.errors import ConfigError, RunDirectoryError
+from arm_ray.evaluation.data import find_file
+from arm_ray.evaluation.records import TaskScores
+from arm_ray.evaluation.settings import EvaluationSettings
+from arm_ray.evaluation.tasks import BENCHMARKS, load_tasks
+from arm_ray.events import Event, EventLog, Warned
+from arm_ray.runtime.evaluate import evaluate
+from arm_ray.runtime.merge import merge
+from arm_ray.runtime.placement import in_submitted_job
+from arm_ray.runtime.progress import duration
+from arm_ray.training.config import GrpoConfig, SftConfig, TrainingConfig
+from arm_ray.training.pipeline import PipelineConfig, Stages
+from arm_ray.training.split import overlaps, split_file, texts_in
+
+_SPLIT_NAME = "split.json"
+CONFIG_NAME = "config.yaml"
+
+
+@dataclass(frozen=True)
+class StageFinished(Event):
+    """A stage of a pipeline is done."""
+
+    name: ClassVar[str] = "stage_finished"
+    stage: str
+    seconds: float
+
+
+def run_pipeline(
+    config: PipelineConfig,
+    *,
+    source: str = "config",
+    address: str | None = None,
+    console: Console | None = None,
+) -> dict[str, dict[str, TaskScores]]:
+    """Split the data, train, merge, score, and train on where that is asked for.
+
+    Args:
+        config: The pipeline.
+        source: File that it is from, for errors.
+        address: Address of a Ray cluster; None takes RAY_ADDRESS, and without that a local Ray.
+        console: Where progress goes; None: standard error.
+
+    Returns:
+        Model -> task -> numbers.
+
+    Raises:
+        ArmRayError: Any of its kinds. What is complete on disk stays and is used again.
+    """
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+    if in_submitted_job() and not config.output.is_absolute():
+        raise ConfigError(
+            "the output of a submitted job is a relative path",
+            where="output",
+            got=config.output,
+            expected="an absolute path, on storage that outlives the job",
+        )
+    stages = Stages(config, source)
+    # Before anything long starts: unknown tasks, missing data.
+    if config.data is None:
+        load_tasks(config.evaluation)
+    stages.output.mkdir(parents=True, exist_ok=True)
+    events = EventLog(stages.output / "events.jsonl")
+    names = _stage_names(stages)
+
+    def stage(name: str, work: Callable[[], Any]) -> Any:
+        begun = time.monotonic()
+        number = names.index(name) + 1
+        _say(console, f"\n== {number}/{len(names)} {name}")
+        result = work()
+        seconds = time.monotonic() - begun
+        events.write(StageFinished(name, round(seconds, 3)))
+        _say(console, f"== {number}/{len(names)} {name}: {duration(seconds)}")
+        return result
+
+    if config.data is not None:
+        stage("data", lambda: _split(stages, console))
+        load_tasks(config.evaluation)
+    others = _other_data(stages)
+    _tell_overlaps(stages, others, console, events)
+    stage("training", lambda: _train(stages.first_training(), others, address, console))
+    for name, given in stages.merges.items():
+        stage(name, lambda given=given: merge(given, address=address, console=console))
+
+    def score(steps: list[int]) -> dict[str, dict[str, TaskScores]]:
+        return evaluate(stages.evaluation(steps), address=address, console=console)
+
+    scores: dict[str, dict[str, TaskScores]] = stage("scores", lambda: score(_saved(stages)))
+    if config.train_on:
+        stage("training on", lambda: _train(stages.training, others, address, console))
+        scores = stage("scores of all", lambda: score(_saved(stages)))
+    _say(console, f"\ndone after {duration(time.monotonic() - started)}: {stages.output}")
+    return scores
+
+
+def _stage_names(stages: Stages) -> list[str]:
+    names = ["data"] if stages.config.data is not None else []
+    names += ["training", *stages.merges, "scores"]
+    return [*names, "training on", "scores of all"] if stages.config.train_on else names
+
+
+def _split(stages: Stages, console: Console) -> None:
+    data = stages.config.data
+    assert data is not None
+    directory = stages.part("train").parent
+    record = directory / _SPLIT_NAME
+    wanted = data.model_dump(mode="json")
+    if record.is_file():
+        known = json.loads(record.read_text(encoding="utf-8"))
+        if known["settings"] != wanted:
+            raise RunDirectoryError(
+                "the data of this pipeline were split otherwise",
+                where=record,
+                got=wanted,
+                expected=known["settings"],
+                hint="choose another output, or restore the `data` section",
+            )
+        _say(console, f"nothing to do: {directory}")
+        return
+    counts = split_file(data, directory, data.shares, data.seed)
+    write_json(record, {"settings": wanted, "rows": counts})
+    _say(console, ", ".join(f"{name}: {count} rows" for name, count in counts.items()))
+
+
+def _train(
+    config: TrainingConfig, others: dict[str, str], address: str | None, console: Console
+) -> list[Path]:
+    # Imported here: it takes the trainers' libraries, which a finished training does not need.
+    from arm_ray.runtime.train import run_grpo, run_sft
+
+    if not config.apart_from:
+        # As the run began: other tasks may have come since, but it trains on the same rows.
+        record = config.output / CONFIG_NAME
+        known = read_yaml(record).get("apart_from") if record.is_file() else sorted(others.values())
+        config = config.model_copy(update={"apart_from": known})
+    if isinstance(config, GrpoConfig):
+        return run_grpo(config, address=address, console=console)
+    assert isinstance(config, SftConfig)
+    return run_sft(config, address=address, console=console)
+
+
+def _saved(stages: Stages) -> list[int]:
+    """Steps of the checkpoints that are there."""
+    found = []
+    for path in (stages.output / "train").glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and (path / "trainer_state.json").is_file():
+            found.append(int(number))
+    return sorted(found)
+
+
+def _other_data(stages: Stages) -> dict[str, str]:
+    """What it is for -> file of data that must not be trained on."""
+    found = {}
+    for name, given in stages.merges.items():
+        if given.calibration is not None:
+            found[f"the calibration of {name}"] = given.calibration.path
+        if given.evaluation is not None:
+            found |= _task_files(given.evaluation, f"{name}: ")
+    found |= _task_files(stages.config.evaluation, "")
+    return {what: path for what, path in found.items() if Path(path).expanduser().is_file()}
+
+
+def _task_files(evaluation: EvaluationSettings, label: str) -> dict[str, str]:
+    found = {}
+    for task in evaluation.task_settings:
+        known = BENCHMARKS.get(task.name)
+        file = None if known is None else find_file(evaluation.data_dir, known.files)
+        path = task.path or (str(file) if file else None)
+        if path is not None:
+            found[f"{label}the task {task.name}"] = path
+    return found
+
+
+def _tell_overlaps(
+    stages: Stages, others: dict[str, str], console: Console, events: EventLog
+) -> None:
+    """Say where calibration data are also scored on; training rows are looked at by the job."""
+    calibrated = {path for what, path in others.items() if "calibration of" in what}
+    scored = _task_files(stages.config.evaluation, "")
+    for path in sorted(calibrated):
+        texts = list(texts_in(path))
+        for what, other in scored.items():
+            if other not in others.values():
+                continue
+            found = overlaps(texts, texts_in(other))
+            if found.count:
+                message = (
+                    f"{found.count} texts of the calibration data are also in {what}: "
+                    f"{found.examples[0][:80]!r}"
+                )
+                events.write(Warned(message))
+                _say(console, f"warning: {message}")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,589 @@
+"""Training on Ray Train: checks the inputs, starts the workers, shows what they do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from rich.console import Console
+
+import arm_ray
+from arm_ray.calibration.tokens import load_tokenizer
+from arm_ray.checkpoints.huggingface import open_checkpoint, resolve_path
+from arm_ray.checkpoints.weight_file import atomic_file
+from arm_ray.config import read_yaml
+from arm_ray.errors import (
+    ArmRayError,
+    ConfigError,
+    PlacementError,
+    RunDirectoryError,
+    WorkerError,
+)
+from arm_ray.events import EventLog, RunFailed, Warned
+from arm_ray.runtime.placement import cluster_has, in_submitted_job, ray_session
+from arm_ray.runtime.progress import duration, print_summary
+from arm_ray.training import memory
+from arm_ray.training.config import (
+    GrpoConfig,
+    SftConfig,
+    TrainingConfig,
+    batch_problems,
+    parse_training_config,
+)
+from arm_ray.training.data import encode_rows, layout_of, make_stream, question_of, read_data
+from arm_ray.training.records import (
+    LOG_NAME,
+    TrainingFinished,
+    TrainingStarted,
+    is_complete,
+    missing_saves,
+    read_error,
+    read_log,
+    resume_point,
+)
+from arm_ray.training.split import keep_apart
+
+CONFIG_NAME = "config.yaml"
+EVENTS_NAME = "events.jsonl"
+DATA_NAME = "data.json"
+_SCRATCH = ".ray_train"
+_POLL_S = 0.5
+_ERROR_NAME = "error.json"
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is known before anything is started: see `run_sft`."""
+
+    payload: Any
+    digest: str
+    rows: int
+    kept: int
+    steps: int
+    length: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """How many workers there are, where, and with how many threads."""
+
+    count: int
+    device: str
+    cpus: int
+
+
+def run_sft(
+    config: SftConfig, *, address: str | None = None, console: Console | None = None
+) -> list[Path]:
+    """Fine-tune a model as configured, or go on with the run in its output directory.
+
+    Args:
+        config: The configuration.
+        address: Address of a Ray cluster; None takes RAY_ADDRESS, and without that a local Ray.
+        console: Where progress goes; None: standard error.
+
+    Returns:
+        The checkpoint directories that there are at the end, by step.
+
+    Raises:
+        ArmRayError: Any of its kinds. Checkpoints that are complete stay and are used again.
+    """
+    return _run(config, "sft", _prepare_sft, address, console)
+
+
+def run_grpo(
+    config: GrpoConfig, *, address: str | None = None, console: Console | None = None
+) -> list[Path]:
+    """Train a model by GRPO as configured, or go on; as `run_sft`."""
+    return _run(config, "grpo", _prepare_grpo, address, console)
+
+
+def _prepare_sft(config: SftConfig, model: Path) -> _Prepared:
+    tokenizer = load_tokenizer(str(model))
+    rows, columns = read_data(config.data)
+    layout = layout_of(config.data, columns)
+    questions = [question_of(row, layout) for _, row in rows]
+    rows, notes = keep_apart(rows, questions, config.apart_from, config.on_overlap)
+    encoded, report = encode_rows(
+        tokenizer,
+        rows,
+        layout,
+        max_length=config.max_length,
+        too_long=config.too_long,
+        where=config.data.path,
+    )
+    if report.too_long:
+        what = "cut" if config.too_long == "cut" else "dropped"
+        notes.append(
+            f"{report.too_long} of {report.rows} rows have more than {config.max_length} tokens: "
+            f"{what}"
+        )
+    if report.without_labels:
+        notes.append(
+            f"{report.without_labels} of {report.rows} rows dropped: nothing in them carries loss "
+            f"within {config.max_length} tokens"
+        )
+    stream = make_stream(
+        encoded,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        steps=config.steps,
+        epochs=config.epochs,
+        pack_to=config.max_length if config.packing else None,
+    )
+    digest = hashlib.sha256()
+    for part in (encoded.ids, encoded.is_label, encoded.starts):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return _Prepared(
+        stream,
+        digest.hexdigest(),
+        report.rows,
+        report.kept,
+        len(stream) // config.batch_size,
+        int(config.max_length if config.packing else encoded.lengths.max()),
+        tuple(notes),
+    )
+
+
+def _prepare_grpo(config: GrpoConfig, model: Path) -> _Prepared:
+    from arm_ray.training.grpo_data import prepare_prompts
+
+    tokenizer = load_tokenizer(str(model))
+    prompts = prepare_prompts(config, tokenizer)
+    count = len(prompts.rows)
+    steps = config.steps
+    if steps is None:
+        per_step = config.batch_size // config.num_generations
+        steps = max(1, int(np.ceil(count * (config.epochs or 1.0) / per_step - 1e-9)))
+    return _Prepared(
+        prompts.rows,
+        hashlib.sha256(json.dumps(prompts.rows, default=str).encode()).hexdigest(),
+        prompts.read,
+        count,
+        steps,
+        prompts.longest + config.max_completion_length,
+        prompts.notes,
+    )
+
+
+def _run(
+    config: Any,
+    kind: str,
+    prepare: Callable[[Any, Path], _Prepared],
+    address: str | None,
+    console: Console | None,
+) -> list[Path]:
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+    config = _absolute(config)
+
+    def told(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    model = open_checkpoint(resolve_path(config.model)).path
+    prepared = prepare(config, model)
+    output: Path = config.output
+    # Before anything is written.
+    saves = config.session_saves(prepared.steps)
+    _claim(output, config, kind, prepared)
+    events = EventLog(output / EVENTS_NAME)
+    for line in prepared.notes:
+        told(line)
+        events.write(Warned(line))
+    missing = missing_saves(output, saves, config.save_total_limit)
+    if not missing:
+        told(f"nothing to do: {len(saves)} checkpoints in {output}")
+        return _checkpoints(output, saves)
+    try:
+        with ray_session(address, _local_slots(config)):
+            workers = _plan_workers(config)
+            if address is None and "RAY_ADDRESS" not in os.environ and workers.device == "cpu":
+                _check_host(config, model, workers, prepared)
+            point = resume_point(output, missing) if config.save_optimizer else None
+            told(
+                f"{kind}: {model} on {prepared.kept} of {prepared.rows} rows, steps "
+                f"{1 + (point[0] if point else 0)} to {saves[-1]} of {prepared.steps}, batches of "
+                f"{config.batch_size} on {workers.count} worker(s), {workers.device}"
+            )
+            events.write(
+                TrainingStarted(
+                    arm_ray.__version__, kind, prepared.rows, prepared.kept, prepared.steps,
+                    tuple(saves), workers.count, workers.device,
+                )
+            )  # fmt: skip
+            _fit(config, kind, model, prepared, saves, workers, told)
+    except ArmRayError as error:
+        events.write(RunFailed(type(error).__name__, str(error)))
+        raise
+    _close(output, config, saves, started, events, console)
+    return _checkpoints(output, saves)
+
+
+def _absolute(config: Any) -> Any:
+    """The configuration with paths that hold in every process.
+
+    Raises:
+        ConfigError: The output of a submitted job is relative.
+    """
+    output = config.output.expanduser()
+    if in_submitted_job() and not output.is_absolute():
+        raise ConfigError(
+            "the output of a submitted job is a relative path",
+            where="output",
+            got=config.output,
+            expected="an absolute path, on storage that outlives the job",
+        )
+    changes: dict[str, Any] = {"output": output.absolute()}
+    path, colon, function = getattr(config, "reward", "").rpartition(":")
+    if colon:
+        changes["reward"] = f"{Path(path).expanduser().absolute()}:{function}"
+    return config.model_copy(update=changes)
+
+
+def _claim(output: Path, config: TrainingConfig, kind: str, prepared: _Prepared) -> None:
+    """Make the output directory this run's own.
+
+    Raises:
+        RunDirectoryError: It holds another run, other data or something else.
+    """
+    record = output / CONFIG_NAME
+    try:
+        if record.is_file():
+            _refuse_other(record, config, kind)
+        elif output.exists() and any(output.iterdir()):
+            raise RunDirectoryError(
+                "the output directory holds something else than a training run",
+                where=output,
+                got=", ".join(sorted(path.name for path in output.iterdir())[:5]),
+                expected="an empty or new directory, or an earlier run of this configuration",
+                hint="choose another output; nothing there was touched",
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        known = output / DATA_NAME
+        content = {"kind": kind, "sha256": prepared.digest, "rows": prepared.kept}
+        if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != content:
+            raise RunDirectoryError(
+                "the training data are not those that the run began with",
+                where=config.data.path,
+                got=f"{prepared.kept} rows, other tokens",
+                expected="the same rows and tokenizer",
+                hint="restore them, or choose another output",
+            )
+        for path, text in ((record, config.to_yaml()), (known, json.dumps(content) + "\n")):
+            with atomic_file(path) as file:
+                file.write(text.encode())
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(
+            "the output directory cannot be used", where=output, got=error
+        ) from None
+
+
+def _refuse_other(record: Path, config: TrainingConfig, kind: str) -> None:
+    try:
+        old = parse_training_config(type(config), read_yaml(record), source=str(record)).identity()
+    except ConfigError:
+        old = {}
+    new = config.identity()
+    changed = [
+        f"{key}: {old.get(key, 'absent')} -> {new[key]}" for key in new if old.get(key) != new[key]
+    ]
+    if changed:
+        raise RunDirectoryError(
+            "the output directory holds a run with another configuration",
+            where=record,
+            got="; ".join(changed[:5]) if old else f"no configuration of {kind}",
+            expected="the configuration that the run began with",
+            hint="remove the directory or choose another output",
+        )
+
+
+def _local_slots(config: TrainingConfig) -> int:
+    runtime, cores = config.runtime, os.cpu_count() or 1
+    workers = 1 if runtime.workers == "auto" else runtime.workers
+    each = 1 if runtime.cpus_per_worker == "auto" else runtime.cpus_per_worker
+    return max(cores, workers * each)
+
+
+def _plan_workers(config: TrainingConfig) -> _Workers:
+    """Decide on device and workers from what the cluster has.
+
+    Raises:
+        PlacementError: The cluster lacks GPUs or CPU slots.
+        ConfigError: The batch cannot be shared by so many workers.
+    """
+    runtime, resources = config.runtime, ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    device = runtime.device if runtime.device != "auto" else ("cuda" if gpus else "cpu")
+    on_gpu = device == "cuda"
+    count = runtime.workers if runtime.workers != "auto" else (max(gpus, 1) if on_gpu else 1)
+    problems = batch_problems(config, count)
+    if problems:
+        raise ConfigError(
+            "\n".join(["the batch cannot be shared", *(f"  - {text}" for text in problems)]),
+            where="batch_size, micro_batch_size, runtime.workers",
+        )
+    if runtime.zero_stage == 3 and not on_gpu and config.precision != "float32":
+        raise ConfigError(
+            "ZeRO-3 on CPUs trains in float32 only",
+            where="precision",
+            got=config.precision,
+            expected="float32, or GPUs, or runtime.zero_stage: 0",
+        )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = runtime.cpus_per_worker
+    if cpus == "auto":
+        most = max(int(node.get("CPU", 0)) for node in nodes)
+        # Slots may be more than cores, which is all that threads can use.
+        cores = min(most, os.cpu_count() or 1) if len(nodes) == 1 else most
+        cpus = 1 if on_gpu else max(1, cores // -(-count // len(nodes)))
+    need = {"CPU": count * cpus, "GPU": count if on_gpu else 0}
+    if any(resources.get(name, 0.0) < value for name, value in need.items()):
+        raise PlacementError(
+            "the cluster cannot hold the workers",
+            got=cluster_has(),
+            expected=f"{count} workers of {cpus} CPU" + (" and 1 GPU" if on_gpu else ""),
+            hint="use fewer runtime.workers or cpus_per_worker, or add nodes",
+        )
+    return _Workers(count, device, cpus)
+
+
+def _check_host(
+    config: TrainingConfig, model: Path, workers: _Workers, prepared: _Prepared
+) -> None:
+    """Refuse at once what each worker would refuse after its start."""
+    share = config.batch_size // workers.count
+    micro = share if config.micro_batch_size == "auto" else config.micro_batch_size
+    if getattr(config, "packing", False):
+        micro = 1
+    needed = memory.estimate(
+        model, config, workers=workers.count, micro_batch=micro, length=prepared.length
+    )
+    memory.check(needed, config, free=memory.free_host_bytes(), sharing=workers.count)
+
+
+def _fit(
+    config: TrainingConfig,
+    kind: str,
+    model: Path,
+    prepared: _Prepared,
+    saves: list[int],
+    workers: _Workers,
+    told: Callable[[str], None],
+) -> None:
+    """Run the workers until the last step of the session.
+
+    Raises:
+        ArmRayError: What a worker raised.
+        WorkerError: Workers were lost more often than `runtime.max_failures`.
+    """
+    # Older releases have both versions of Ray Train.
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from arm_ray.training.trainer import TrainingJob
+
+    on_gpu = workers.device == "cuda"
+    with _scratch(config.output) as scratch:
+        job = TrainingJob(
+            config, model, config.output, scratch, workers.device, prepared.steps, tuple(saves),
+            prepared.length, workers.cpus,
+        )  # fmt: skip
+        resources: dict[str, float] = {"CPU": float(workers.cpus)}
+        if on_gpu:
+            resources["GPU"] = 1.0
+        trainer: Any = TorchTrainer(
+            _worker,
+            train_loop_config={"kind": kind, "job": job, "payload": [ray.put(prepared.payload)]},
+            scaling_config=ScalingConfig(
+                num_workers=workers.count, use_gpu=on_gpu, resources_per_worker=resources
+            ),
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            run_config=RunConfig(
+                name="run",
+                storage_path=str(scratch),
+                failure_config=FailureConfig(max_failures=config.runtime.max_failures),
+                worker_runtime_env={
+                    "env_vars": {
+                        "OMP_NUM_THREADS": str(workers.cpus),
+                        "MKL_NUM_THREADS": str(workers.cpus),
+                        "TOKENIZERS_PARALLELISM": "false",
+                        "RAY_TRAIN_V2_ENABLED": "1",
+                    }
+                },
+            ),
+        )
+        follower = _Follower(config, saves, scratch, told)
+        error = follower.wait_for(trainer.fit)
+        if error is not None:
+            raise read_error(scratch / _ERROR_NAME) or _lost(error, config)
+
+
+def _worker(settings: Mapping[str, Any]) -> None:
+    """The training function of a Ray Train worker."""
+    from arm_ray.training.records import write_error
+
+    job = settings["job"]
+    error_file = job.scratch / _ERROR_NAME
+    earlier = read_error(error_file)
+    if earlier is not None:
+        # Ray Train tries again whatever the error was; what is the input's fault stays wrong.
+        raise earlier
+    payload = ray.get(settings["payload"][0])
+    try:
+        if settings["kind"] == "sft":
+            from arm_ray.training.sft_worker import train_sft
+
+            train_sft(job, payload)
+        else:
+            from arm_ray.training.grpo_worker import train_grpo
+
+            train_grpo(job, payload)
+    except ArmRayError as error:
+        write_error(error_file, error)
+        raise
+
+
+def _lost(error: BaseException, config: TrainingConfig) -> WorkerError:
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    rank, first = min(failures.items())
+    lines = [line for line in str(first).strip().splitlines() if line.strip()]
+    return WorkerError(
+        "the training workers failed",
+        where=f"worker {rank}",
+        got=lines[-1].strip() if lines else type(first).__name__,
+        expected=f"at most {config.runtime.max_failures} failures (runtime.max_failures)",
+        hint="run the same command again to go on from the last complete checkpoint; out of "
+        "memory shows as a killed worker: lower micro_batch_size",
+    )
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A directory of this session for what Ray Train and the workers leave; removed afterwards."""
+    parent = output / _SCRATCH
+    parent.mkdir(exist_ok=True)
+    path = Path(tempfile.mkdtemp(dir=parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        # Another session's may be there.
+        if not any(parent.iterdir()):
+            shutil.rmtree(parent, ignore_errors=True)
+
+
+class _Follower:
+    """Prints what the workers write while they run."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        saves: list[int],
+        scratch: Path,
+        told: Callable[[str], None],
+    ) -> None:
+        self._config, self._last, self._told = config, saves[-1], told
+        self._log = config.output / LOG_NAME
+        self._notes = scratch / "notes.txt"
+        self._notes_told = 0
+        self._shown = 0
+        self._seen: tuple[int, int] | None = None
+
+    def wait_for(self, work: Callable[[], Any]) -> BaseException | None:
+        """Do blocking work in a thread, and print meanwhile; returns what it raised."""
+        raised: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                raised.append(error)
+
+        # What an earlier session wrote is not news.
+        self._shown = max((entry["step"] for entry in read_log(self._log)), default=0)
+        # In a thread, because the main one is for Ctrl-C.
+        thread = threading.Thread(target=run, name="ray-train", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            self._print()
+        self._print()
+        return raised[0] if raised else None
+
+    def _print(self) -> None:
+        if self._notes.is_file():
+            notes = self._notes.read_text(encoding="utf-8").splitlines()
+            for line in notes[self._notes_told :]:
+                self._told(line)
+            self._notes_told = len(notes)
+        try:
+            stat = self._log.stat()
+        except OSError:
+            return
+        if self._seen == (stat.st_mtime_ns, stat.st_size):
+            return
+        self._seen = (stat.st_mtime_ns, stat.st_size)
+        entries = read_log(self._log)
+        # A run that goes on writes its last steps again.
+        self._shown = min(self._shown, max((e["step"] for e in entries), default=0))
+        for i, entry in enumerate(entries):
+            step = entry["step"]
+            if step > self._shown and (step % self._config.log_every == 0 or step == self._last):
+                self._told(self._line(entries, i))
+        self._shown = max((e["step"] for e in entries), default=0)
+
+    def _line(self, entries: list[dict[str, Any]], i: int) -> str:
+        entry, first = entries[i], entries[max(0, i - 10)]
+        step = entry["step"]
+        # Of the last ten steps; the very first one began at 0.
+        passed = entry["seconds"] - (first["seconds"] if i else 0.0)
+        each = passed / max(1, step - first["step"]) if i else passed
+        reward = f"  reward {entry['reward']:.3f}" if entry.get("reward") is not None else ""
+        return (
+            f"step {step}/{self._last}  loss {entry['loss']:.4f}{reward}  "
+            f"lr {entry['learning_rate']:.2e}  {each:.2f} s/step  "
+            f"ETA {duration(each * (self._last - step))}"
+        )
+
+
+def _checkpoints(output: Path, saves: list[int]) -> list[Path]:
+    found = [output / f"checkpoint-{step}" for step in saves]
+    return [path for path in found if is_complete(path)]
+
+
+def _close(
+    output: Path,
+    config: TrainingConfig,
+    saves: list[int],
+    started: float,
+    events: EventLog,
+    console: Console,
+) -> None:
+    seconds = time.monotonic() - started
+    log = read_log(output / LOG_NAME)
+    loss = float(log[-1]["loss"]) if log else None
+    checkpoints = _checkpoints(output, saves)
+    names = tuple(path.name for path in checkpoints)
+    events.write(TrainingFinished(saves[-1], loss, round(seconds, 3), names))
+    rows = [
+        ("output", str(output)),
+        ("checkpoints", ", ".join(names)),
+        ("steps", f"{saves[-1]}" + (" (stop_after)" if config.stop_after == saves[-1] else "")),
+        ("loss", "-" if loss is None else f"{log[0]['loss']:.4f} -> {loss:.4f}"),
+        ("time", duration(seconds)),
+    ]
+    print_summary(console, "trained", rows)

@@ -1,0 +1,1 @@
+"""Training of the checkpoint series that are merged: fine-tuning (SFT) and GRPO."""
