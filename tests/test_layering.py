@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": CORE | {"checkpoints", "model"},
     "training": CORE | {"calibration", "checkpoints", "evaluation"},
     "runtime": PURE | {"training"},
-    "cli": PURE | {"planning", "runtime"},
+    "cli": PURE | {"planning", "runtime", "training"},
 }
 # Rooms that may import Ray, and the one module that does so when it is called.
 RAY_ROOMS = {"runtime"}

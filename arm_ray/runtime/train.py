@@ -343,12 +343,14 @@ def _plan_workers(config: TrainingConfig) -> _Workers:
             expected="float32, or GPUs, or runtime.zero_stage: 0",
         )
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = runtime.cpus_per_worker
-    if cpus == "auto":
+    cpus = 1
+    if runtime.cpus_per_worker != "auto":
+        cpus = runtime.cpus_per_worker
+    elif not on_gpu:
         most = max(int(node.get("CPU", 0)) for node in nodes)
         # Slots may be more than cores, which is all that threads can use.
         cores = min(most, os.cpu_count() or 1) if len(nodes) == 1 else most
-        cpus = 1 if on_gpu else max(1, cores // -(-count // len(nodes)))
+        cpus = max(1, cores // -(-count // len(nodes)))
     need = {"CPU": count * cpus, "GPU": count if on_gpu else 0}
     if any(resources.get(name, 0.0) < value for name, value in need.items()):
         raise PlacementError(
@@ -396,6 +398,8 @@ def _fit(
 
     from arm_ray.training.trainer import TrainingJob
 
+    # The types that mypy sees are those of the first version.
+    make_run: Any = RunConfig
     on_gpu = workers.device == "cuda"
     with _scratch(config.output) as scratch:
         job = TrainingJob(
@@ -412,7 +416,7 @@ def _fit(
                 num_workers=workers.count, use_gpu=on_gpu, resources_per_worker=resources
             ),
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-            run_config=RunConfig(
+            run_config=make_run(
                 name="run",
                 storage_path=str(scratch),
                 failure_config=FailureConfig(max_failures=config.runtime.max_failures),

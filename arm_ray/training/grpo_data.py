@@ -106,7 +106,7 @@ def _prompt_column(config: GrpoConfig, columns: Mapping[str, bool]) -> str:
 
 
 def _prompt(place: PlacedRow, column: str) -> Any:
-    value = place.row.get(column)
+    value: Any = place.row.get(column)
     if isinstance(value, str) and value:
         return value
     wrong = not isinstance(value, list) or not value

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from arm_ray.calibration.tokens import load_tokenizer
 from arm_ray.errors import ConfigError

@@ -100,6 +100,8 @@ def _summed_loss(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     if len(targets) <= CHUNK_TOKENS:
         return part(hidden, targets)
     total = hidden.new_zeros((), dtype=torch.float32)
-    for states, wanted in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+    for states, wanted in zip(
+        torch.split(hidden, CHUNK_TOKENS), torch.split(targets, CHUNK_TOKENS), strict=True
+    ):
         total = total + checkpoint(part, states, wanted, use_reentrant=False)
     return total

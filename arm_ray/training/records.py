@@ -137,4 +137,5 @@ def read_error(path: Path) -> ArmRayError | None:
     except (OSError, ValueError):
         return None
     kind = getattr(arm_ray.errors, str(content.pop("type")), WorkerError)
-    return kind(content.pop("what"), **content)  # type: ignore[no-any-return]
+    error: ArmRayError = kind(content.pop("what"), **content)
+    return error

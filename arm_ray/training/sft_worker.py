@@ -32,7 +32,8 @@ class SftTrainer(CheckpointMixin, Trainer):  # type: ignore[misc, unused-ignore]
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+        stream: Any = self.train_dataset
+        return SequentialSampler(stream)
 
 
 def train_sft(job: TrainingJob, stream: SampleStream) -> None:

@@ -54,7 +54,7 @@ def part_of(text: str, seed: int, shares: Mapping[str, float]) -> str:
         end += share
         if place < end:
             return name
-    return next(reversed(shares))
+    return list(shares)[-1]
 
 
 def _total(shares: Mapping[str, float]) -> float:

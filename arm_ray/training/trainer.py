@@ -307,7 +307,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Start the clock."""
         self._begin = time.perf_counter()
 
-    def on_step_end(self, _args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:  # noqa: ARG002
         """Decide on saving and halting."""
         control.should_save = state.global_step in self._missing
         if state.global_step >= self._job.saves[-1]:
@@ -315,9 +315,9 @@ class StepCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_log(
         self,
-        _args: Any,
+        args: Any,  # noqa: ARG002
         state: Any,
-        _control: Any,
+        control: Any,  # noqa: ARG002
         logs: dict[str, Any] | None = None,
         **_kwargs: Any,
     ) -> None:
