@@ -76,8 +76,9 @@ class IterationFinished(Event):
 class ModelScored(Event):
     """A checkpoint or a merged state has been scored.
 
-    `scores` is task -> metric -> mean, null where it is not finite; `reload_seconds` is null and `canary` empty where all of it
-    was known from before. `canary` are the token ids that the weights make of a fixed prompt.
+    `scores` is task -> metric -> mean, null where it is not finite. `reload_seconds` is null and
+    `canary` empty where all of it was known from before. `canary` are the token ids that the
+    weights make of a fixed prompt.
     """
 
     name: ClassVar[str] = "model_scored"

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,7 +96,7 @@ def run_pipeline(
     _tell_overlaps(stages, others, console, events)
     stage("training", lambda: _train(stages.first_training(), others, address, console))
     for name, given in stages.merges.items():
-        stage(name, lambda given=given: merge(given, address=address, console=console))
+        stage(name, partial(merge, given, address=address, console=console))
 
     def score(steps: list[int]) -> dict[str, dict[str, TaskScores]]:
         return evaluate(stages.evaluation(steps), address=address, console=console)
