@@ -22,12 +22,10 @@ _GIB = 2**30
 _HIDDEN_COPIES, _INTERMEDIATE_COPIES = 12, 4
 # Interpreter, libraries, communication buffers, bytes of one process.
 _PROCESS = _GIB
+# Version 2, and version 1: directory, limit, usage.
 _CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
 
 
@@ -132,16 +130,28 @@ def free_host_bytes() -> int:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free.append(1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]))
-    for limit, usage in _CGROUPS:
+    for directory, limit, usage in _CGROUPS:
         with contextlib.suppress(OSError, ValueError):
-            # "max" is no number: there is no limit.
-            free.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
+            # "max" is no number: there is no limit. Cached files count as used, but give way.
+            stat = dict(
+                line.split() for line in (directory / "memory.stat").read_text().splitlines()
+            )
+            cached = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
+            used = int((directory / usage).read_text()) - cached
+            free.append(int((directory / limit).read_text()) - used)
     if not free:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(0, min(free))
 
 
-def check(needed: MemoryEstimate, config: TrainingConfig, *, free: int, sharing: int) -> None:
+def check(
+    needed: MemoryEstimate,
+    config: TrainingConfig,
+    *,
+    free: int,
+    sharing: int,
+    where: str = "memory of a node",
+) -> None:
     """Refuse a training that will not fit.
 
     Args:
@@ -149,6 +159,7 @@ def check(needed: MemoryEstimate, config: TrainingConfig, *, free: int, sharing:
         config: The configuration, to say what to change.
         free: Bytes there are.
         sharing: Workers that share them.
+        where: Which memory, for the error.
 
     Raises:
         PlacementError: It will not fit; says what is asked, found, and what to change.
@@ -165,7 +176,7 @@ def check(needed: MemoryEstimate, config: TrainingConfig, *, free: int, sharing:
         hints.append("runtime.zero_stage: 3 with several nodes or GPUs")
     raise PlacementError(
         "the training does not fit into memory",
-        where="GPU" if sharing == 1 and config.runtime.device == "cuda" else "memory of a node",
+        where=where,
         got=f"{free / _GIB:.2f} GiB free",
         expected=f"{asked / _GIB:.2f} GiB: {sharing} worker(s) of {needed}",
         hint="change " + ", or ".join(hints),

@@ -131,10 +131,11 @@ def _check_memory(job: TrainingJob, position: Ranks) -> None:
         job.model, job.config, workers=position.world, micro_batch=micro, length=job.length
     )
     if job.device == "cuda":
-        free, sharing = int(torch.cuda.mem_get_info()[0]), 1
+        free, sharing, where = int(torch.cuda.mem_get_info()[0]), 1, "GPU memory"
     else:
         free, sharing = memory.free_host_bytes(), position.local_world
-    memory.check(needed, job.config, free=free, sharing=sharing)
+        where = "memory of a node"
+    memory.check(needed, job.config, free=free, sharing=sharing, where=where)
     # Nobody loads before everybody has looked.
     _barrier(position)
 
