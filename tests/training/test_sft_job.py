@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arm_ray.checkpoints.huggingface import open_checkpoint
 from arm_ray.checkpoints.peft import open_adapter
+from arm_ray.checkpoints.zero import consolidate, is_zero_checkpoint
 from arm_ray.errors import (
     ArmRayError,
     CalibrationError,
@@ -188,6 +189,12 @@ def test_zero_3_without_gathering_leaves_shards(job: Job, local_ray: None) -> No
         for rank in (0, 1)
         for kind in ("model", "optim")
     }
+    # A merge reads them: the float32 weights of the plain loop.
+    assert is_zero_checkpoint(found[-1])
+    settings = {**content(job.base, job.data, Path("none")), "steps": 2, "save_steps": 2}
+    _, model = plain_losses(make_config(settings))
+    whole = consolidate(found[-1], job.output.parent / "whole", job.base)
+    assert_same_model(whole, {name: value.detach() for name, value in model.state_dict().items()})
 
 
 @pytest.mark.slow
