@@ -16,12 +16,19 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from arm_ray.config import EvaluateConfig, MergeConfig, validate
-from arm_ray.errors import ArmRayError, ConfigError, EvaluationError, PlacementError
+from arm_ray.errors import (
+    ArmRayError,
+    ConfigError,
+    EvaluationError,
+    PlacementError,
+    RunDirectoryError,
+)
 from arm_ray.evaluation.records import Record, read_records, read_scores
 from arm_ray.events import read_events
 from arm_ray.runtime import scoring
 from arm_ray.runtime.evaluate import evaluate
 from arm_ray.runtime.merge import MergeOutcome, merge
+from arm_ray.runtime.run_directory import locked
 from tests.conftest import SERVED, MergeCase
 from tests.test_merge import load_all
 from tests.test_peft_merge import write_adapters, write_dense
@@ -330,3 +337,15 @@ def test_an_adapter_is_scored_as_the_dense_model_it_stands_for(case: MergeCase) 
     content.pop("adapter_base")
     with pytest.raises(EvaluationError, match="its base is not named"):
         evaluate(validate(EvaluateConfig, content, source="test"), console=quiet())
+
+
+def test_two_evaluations_do_not_work_in_one_directory(case: MergeCase) -> None:
+    make(case)
+    config = evaluation(case, "shared")
+    (case.root / "shared").mkdir()
+    (case.root / "shared" / "config.yaml").write_text(config.to_yaml())
+    with (
+        locked(case.root / "shared", "evaluation"),
+        pytest.raises(RunDirectoryError, match="another evaluation is working"),
+    ):
+        evaluate(config, console=quiet())

@@ -21,6 +21,7 @@ from arm_ray.events import EventLog
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.runtime.placement import in_submitted_job, ray_session
 from arm_ray.runtime.progress import duration
+from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.scoring import Subject, as_error, scoring_service, write_table
 from arm_ray.runtime.state_scoring import local_evaluator_slots, scored_event, scored_line
 
@@ -72,7 +73,8 @@ def evaluate(
 
     sizes = ", ".join(f"{t.name} ({len(t.problems)} x {t.repeats})" for t in tasks)
     told(f"scoring {len(subjects)} model(s) on {sizes}")
-    with ray_session(address, 1 + local_evaluator_slots(config.evaluation)):
+    slots = 1 + local_evaluator_slots(config.evaluation)
+    with locked(output, "evaluation"), ray_session(address, slots):
         first = subjects[0]
         with scoring_service(config.evaluation, tasks, output, first, told, wrote) as service:
             for subject in subjects:

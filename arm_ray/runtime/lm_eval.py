@@ -28,6 +28,7 @@ from arm_ray.runtime.evaluate import CONFIG_NAME, _opened, _subject
 from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators, results
 from arm_ray.runtime.placement import in_submitted_job, ray_session
 from arm_ray.runtime.progress import duration
+from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.scoring import Subject, architecture, vllm_version
 from arm_ray.runtime.state_scoring import local_evaluator_slots
 
@@ -119,7 +120,8 @@ def evaluate_lm_eval(
     missing = [subject for subject in subjects if subject.name not in scored]
     failures: list[ArmRayError] = []
     if missing:
-        with ray_session(address, 1 + local_evaluator_slots(run.settings)):
+        slots = 1 + local_evaluator_slots(run.settings)
+        with locked(output, "evaluation"), ray_session(address, slots):
             first = missing[0]
             with placed_evaluators(
                 run.settings, first.source.path, first.tokenizer, runs_code=False

@@ -204,6 +204,36 @@ def _bytes_on_disk(directory: Path) -> int:
 
 
 @contextlib.contextmanager
+def locked(path: Path, who: str) -> Iterator[None]:
+    """Make a directory if it is not there, and be the only one that works in it meanwhile.
+
+    Args:
+        path: The directory.
+        who: What works in it, for the error.
+
+    Raises:
+        RunDirectoryError: It cannot be written, or another process works in it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK_NAME).open("w")
+    except OSError as error:
+        raise RunDirectoryError(
+            "the output directory cannot be written", where=path, got=error
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunDirectoryError(
+                f"another {who} is working in the output directory",
+                where=path,
+                hint="wait for it, or choose another output",
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
 def open_run(config: MergeConfig) -> Iterator[RunDirectory]:
     """Create the run directory, or open it to go on, and hold its lock meanwhile.
 
@@ -224,22 +254,7 @@ def open_run(config: MergeConfig) -> Iterator[RunDirectory]:
                 got="\n" + "\n".join(f"      {line}" for line in difference),
                 hint="choose another output, or restore these keys to go on with the run",
             )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK_NAME).open("w")
-    except OSError as error:
-        raise RunDirectoryError(
-            "the output directory cannot be written", where=path, got=error
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunDirectoryError(
-                "another merge is working in the output directory",
-                where=path,
-                hint="wait for it, or choose another output",
-            ) from None
+    with locked(path, "merge"):
         run = RunDirectory(path, config)
         states.discard_unfinished_states(path)
         shutil.rmtree(run.partial_model, ignore_errors=True)

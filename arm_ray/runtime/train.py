@@ -34,6 +34,7 @@ from arm_ray.errors import (
 from arm_ray.events import EventLog, RunFailed, Warned
 from arm_ray.runtime.placement import cluster_has, in_submitted_job, ray_session
 from arm_ray.runtime.progress import duration, print_summary
+from arm_ray.runtime.run_directory import locked
 from arm_ray.training import memory
 from arm_ray.training.config import (
     GrpoConfig,
@@ -208,7 +209,7 @@ def _run(
         told(f"nothing to do: {len(saves)} checkpoints in {output}")
         return _checkpoints(output, saves)
     try:
-        with ray_session(address, _local_slots(config)):
+        with locked(output, "training"), ray_session(address, _local_slots(config)):
             workers = _plan_workers(config)
             if address is None and "RAY_ADDRESS" not in os.environ and workers.device == "cpu":
                 _check_host(config, model, workers, prepared)

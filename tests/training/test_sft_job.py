@@ -33,6 +33,7 @@ from arm_ray.errors import (
 )
 from arm_ray.events import read_events
 from arm_ray.runtime import train
+from arm_ray.runtime.run_directory import locked
 from arm_ray.training import memory
 from tests.conftest import ROOT
 from tests.training.common import content, logged, make_base, make_config, make_rows, plain_losses
@@ -304,3 +305,13 @@ def test_command_line(job: Job, tmp_path: Path) -> None:
     assert "stepz: unknown key; did you mean 'steps'?" in bad.stderr
     assert call().returncode == call(str(file), "--steps").returncode == 2
     assert "usage" in call("--help").stdout
+
+
+def test_two_runs_do_not_work_in_one_directory(job: Job) -> None:
+    job.output.mkdir()
+    (job.output / "config.yaml").write_text(make_config(job.values()).to_yaml())
+    with (
+        locked(job.output, "training"),
+        pytest.raises(RunDirectoryError, match="another training is working"),
+    ):
+        job.run()
