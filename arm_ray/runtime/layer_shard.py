@@ -228,22 +228,27 @@ class LayerShard:
             for spec in specs
             for inputs in self._pieces(plan, group, spec, columns, known or {}, _PIECE)
         )
-        with contextlib.ExitStack() as stack:
-            # What the store keeps is read from the file once more at the very end, if at all.
-            is_read_again = not self._store.keeps_new_states
-            writer = stack.enter_context(
-                group_writer(directory, group, specs, is_read_again=is_read_again)
-            )
-            for spec, result, sums in self._in_order(
-                partial(self._merge_piece, plan, group, writer), pieces
-            ):
-                similarity.append(sums)
-                rotated += result.rotated
-                deficient += [f"{spec.name} ({r} of {n})" for r, n in result.rank_deficient]
-                if self._store.keeps_new_states:
-                    kept.setdefault(spec.name, []).append(result.tensor)
-            # The disk catches up while the next groups are computed.
-            self._flushes.append(self._flusher.submit(stack.pop_all().close))
+        try:
+            with contextlib.ExitStack() as stack:
+                # What the store keeps is read from the file once more at the very end, if at all.
+                is_read_again = not self._store.keeps_new_states
+                writer = stack.enter_context(
+                    group_writer(directory, group, specs, is_read_again=is_read_again)
+                )
+                for spec, result, sums in self._in_order(
+                    partial(self._merge_piece, plan, group, writer), pieces
+                ):
+                    similarity.append(sums)
+                    rotated += result.rotated
+                    deficient += [f"{spec.name} ({r} of {n})" for r, n in result.rank_deficient]
+                    if self._store.keeps_new_states:
+                        kept.setdefault(spec.name, []).append(result.tensor)
+                # The disk catches up while the next groups are computed.
+                self._flushes.append(self._flusher.submit(stack.pop_all().close))
+        except BaseException:
+            # The error is not told while earlier groups are still on their way to the disk.
+            wait(self._flushes)
+            raise
         if group == self._spec.groups[-1]:
             self._wait_until_durable()
         self._store.keep(plan.output, group, kept)
