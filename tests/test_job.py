@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, MergeCase
+from tests.training.common import content, make_rows
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -110,11 +111,11 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
         stderr=subprocess.DEVNULL,
     )
 
-    def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def submit(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["ray", "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
         for _ in range(20):
             done = subprocess.run(
-                [*command, "python", "-m", "jobs.merge", *arguments],
+                [*command, "python", "-m", f"jobs.{job}", *arguments],
                 env=env,
                 capture_output=True,
                 text=True,
@@ -128,14 +129,22 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
 
     try:
         wait_for_port(dashboard)
-        two = submit(str(write_config(case, "two")), "runtime.layer_shards=2")
+        two = submit("merge", str(write_config(case, "two")), "runtime.layer_shards=2")
         assert two.returncode == 0, two.stdout + two.stderr
         assert "iteration 4/4" in two.stdout
-        wrong = submit(str(write_config(case, "two")), "schedule.max_iteration=3")
+        wrong = submit("merge", str(write_config(case, "two")), "schedule.max_iteration=3")
         assert wrong.returncode != 0
         assert "did you mean 'max_iterations'?" in wrong.stdout
-        relative = submit(str(write_config(case, "two")), "output=somewhere")
+        relative = submit("merge", str(write_config(case, "two")), "output=somewhere")
         assert "an absolute path" in relative.stdout
+        training = case.root / "training.yaml"
+        data = make_rows(case.root / "rows.jsonl")
+        training.write_text(
+            yaml.safe_dump(content(case.root / "base", data, case.root / "trained"))
+        )
+        trained = submit("sft", str(training), "runtime.workers=2")
+        assert trained.returncode == 0, trained.stdout + trained.stderr
+        assert "step 6/6" in trained.stdout
         one = subprocess.run(
             ["arm-ray", "merge", str(write_config(case, "one"))],
             env=environment(short_directory),
@@ -150,6 +159,7 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
     left, right = [
         load_file(case.root / name / "model" / "model.safetensors") for name in ("one", "two")
     ]
+    assert (case.root / "trained" / "checkpoint-6" / "model.safetensors").exists()
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
 
