@@ -59,8 +59,11 @@ class CalibrationConfig(Section):
 class ScheduleConfig(Section):
     """Which states meet in which iteration."""
 
-    initial: Literal["base", "last_candidate"] = "base"
-    """State 0 of the anchored iterations."""
+    initial: Literal["base", "last_candidate", "given"] = "base"
+    """State 0 of the anchored iterations; given: the model `initial_state`."""
+    offset: Annotated[int, Field(ge=0)] = 0
+    """Iterations before the first one, where this continues an earlier merge: they have used up as
+    many mini-batches and random draws."""
     anchor_iterations: Annotated[int, Field(ge=0)] = 3
     window_size: Annotated[int, Field(ge=2)] = 2
     window_divisor: Literal["n", "n_minus_1"] = "n"
@@ -125,6 +128,8 @@ class MergeConfig(Section):
     candidates: Annotated[list[str], Field(min_length=1)]
     output: str
     """The run directory."""
+    initial_state: str | None = None
+    """Directory of the model that `schedule.initial: given` starts from, such as a merged state."""
     keep_states: Literal["all", "last", "none"] = "all"
     """Merged states kept on disk; `last` removes those that no later iteration needs, `none` also
     the last one once the final model is written."""
@@ -491,6 +496,13 @@ def _check_combinations(config: MergeConfig, source: str) -> None:
             "schedule.initial: last_candidate with a single candidate merges it with itself; "
             "add a candidate or start from base"
         )
+    if (schedule.initial == "given") != (config.initial_state is not None):
+        problems.append(
+            f"schedule.initial: got {schedule.initial!r}, with initial_state "
+            f"{config.initial_state!r}; one needs the other"
+        )
+    elif config.initial_state is not None and schedule.anchor_iterations == 0:
+        problems.append("initial_state: needs anchored iterations, anchor_iterations is 0")
     problems += _method_problems(config)
     problems += _adapter_problems(config)
     if problems:

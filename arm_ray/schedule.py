@@ -14,6 +14,7 @@ from arm_ray.config import ScheduleConfig
 Regime = Literal["anchoring", "sliding_window"]
 
 BASE = "base"
+INITIAL = "initial"
 
 
 def candidate_name(index: int) -> str:
@@ -37,6 +38,7 @@ class IterationPlan:
         contributors: Names of the `W_i`, without the reference itself (its task vector is zero).
         divisor: `m`.
         previous: Name of `W_(t-1)`, which the cosines compare the new state with.
+        draw: Number of its mini-batch, and of an operator's random draws, from 1.
     """
 
     iteration: int
@@ -45,6 +47,7 @@ class IterationPlan:
     contributors: tuple[str, ...]
     divisor: int
     previous: str
+    draw: int = 1
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -66,19 +69,21 @@ def plan_iteration(schedule: ScheduleConfig, num_candidates: int, iteration: int
     candidates = tuple(candidate_name(i) for i in range(num_candidates))
     before: tuple[str, ...]
     if schedule.anchor_iterations:
-        before = (BASE if schedule.initial == "base" else candidates[-1],)
+        before = ({"base": BASE, "given": INITIAL}.get(schedule.initial, candidates[-1]),)
     else:
         before = (BASE, *candidates)
     history = before + tuple(state_name(t) for t in range(1, iteration))
-    previous = history[-1]
+    previous, draw = history[-1], schedule.offset + iteration
     if iteration <= schedule.anchor_iterations:
         contributors = tuple(name for name in candidates if name != previous)
         return IterationPlan(
-            iteration, "anchoring", previous, contributors, num_candidates, previous
+            iteration, "anchoring", previous, contributors, num_candidates, previous, draw
         )
     window = history[-schedule.window_size :]
     divisor = len(window) if schedule.window_divisor == "n" else len(window) - 1
-    return IterationPlan(iteration, "sliding_window", window[0], window[1:], divisor, previous)
+    return IterationPlan(
+        iteration, "sliding_window", window[0], window[1:], divisor, previous, draw
+    )
 
 
 def merge_sizes(schedule: ScheduleConfig, num_candidates: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, CorruptCheckpointError, NotACheckpointError
 from arm_ray.model.layout import ModelLayout, base_dtype, check_layout, load_config, model_layout
 from arm_ray.planning.workload import Workload
-from arm_ray.schedule import BASE, candidate_name
+from arm_ray.schedule import BASE, INITIAL, candidate_name
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -50,8 +50,10 @@ def open_workload(
         )
     layout, base = _open_base(path, config.runtime.layers_per_group, notes)
     checkpoints = {BASE: base}
-    for index, given in enumerate(config.candidates):
-        label = candidate_name(index)
+    others = {candidate_name(i): given for i, given in enumerate(config.candidates)}
+    if config.initial_state is not None:
+        others[INITIAL] = config.initial_state
+    for label, given in others.items():
         found = _find(given)
         if found is None or not _has_weights(found):
             notes.append(f"{label}: no weights at {given} yet; taken to be stored as the base is")

@@ -162,7 +162,7 @@ class StreamingDriver:
         for iteration in range(following, last + 1):
             started = time.monotonic()
             plan = self._plan(iteration)
-            batches, columns = self._micro_batches(iteration)
+            batches, columns = self._micro_batches(plan)
             self._get(self._submit_forwards(plan, batches))
             summaries = self._get([a.summarise.remote(plan, columns) for a in self._actors])
             known = self._measure(plan, columns, _joined(summaries))
@@ -341,11 +341,11 @@ class StreamingDriver:
     def _plan(self, iteration: int) -> IterationPlan:
         return plan_iteration(self._config.schedule, len(self._config.candidates), iteration)
 
-    def _micro_batches(self, iteration: int) -> tuple[list[MicroBatch], NDArray[np.int64]]:
+    def _micro_batches(self, plan: IterationPlan) -> tuple[list[MicroBatch], NDArray[np.int64]]:
         """Micro-batches of the different samples, and each sample's position among these."""
         if self._stream is None:
             return [], np.zeros(0, dtype=np.int64)
-        different, columns = unique_samples(self._stream.batch(iteration))
+        different, columns = unique_samples(self._stream.batch(plan.draw))
         micro = micro_batches(
             different,
             max_tokens=self._config.runtime.micro_batch_tokens,
@@ -356,7 +356,7 @@ class StreamingDriver:
     def _submit(self, iteration: int) -> _InFlight:
         """Submit an iteration, stage by stage; an actor takes its calls in this order."""
         plan = self._plan(iteration)
-        batches, columns = self._micro_batches(iteration)
+        batches, columns = self._micro_batches(plan)
         flight = _InFlight(plan, [], [], time.monotonic())
         for actor, chunk, forwards in self._chunks(plan, batches):
             flight.forwards += forwards

@@ -32,7 +32,7 @@ from arm_ray.model.layout import (
     model_layout,
 )
 from arm_ray.runtime.run_directory import INPUTS
-from arm_ray.schedule import BASE, candidate_name
+from arm_ray.schedule import BASE, INITIAL, candidate_name
 
 _DTYPE_BY_NAME = {
     "float32": torch.float32,
@@ -46,7 +46,7 @@ class MergeInputs:
     """The checkpoints of a merge, checked, and what follows from them. Holds no weights.
 
     Attributes:
-        checkpoints: `base`, `candidate-1`, … -> checkpoint.
+        checkpoints: `base`, `candidate-1`, …, `initial` -> checkpoint.
         layout: The model, from the base.
         compute_dtype: Of the forward pass.
         storage_dtypes: Name -> dtype in the final model.
@@ -89,9 +89,12 @@ def open_inputs(config: MergeConfig, *, converts: bool = False) -> MergeInputs:
     Raises:
         CheckpointError: Any of its kinds; says which checkpoint, and what about it.
     """
-    names = [BASE, *(candidate_name(i) for i in range(len(config.candidates)))]
+    sources = {BASE: config.base}
+    sources |= {candidate_name(i): given for i, given in enumerate(config.candidates)}
+    if config.initial_state is not None:
+        sources[INITIAL] = config.initial_state
     checkpoints: dict[str, Checkpoint] = {}
-    for label, given in zip(names, [config.base, *config.candidates], strict=True):
+    for label, given in sources.items():
         try:
             path = _readable(config, label, given, checkpoints, converts)
             if label != BASE and is_adapter(path):

@@ -233,7 +233,8 @@ def _open_calibration(
             hint="name a dataset in calibration.path",
         )
     settings = CalibrationSettings(**config.calibration.model_dump())
-    stream = open_stream(settings, inputs.tokenizer, needed_batches=config.schedule.max_iterations)
+    needed = config.schedule.offset + config.schedule.max_iterations
+    stream = open_stream(settings, inputs.tokenizer, needed_batches=needed)
     vocabulary = int(inputs.layout.config.vocab_size)
     if stream.max_token_id >= vocabulary:
         raise CalibrationError(

@@ -95,7 +95,7 @@ def tensor_inputs(
         shape=tensor.shape,
         is_linear=tensor.name in spec.layout.rotated,
         contributor_names=plan.contributors,
-        iteration=plan.iteration,
+        iteration=plan.draw,
         includes_reference=plan.regime == "sliding_window",
         statistics=known,
         second_moments=moments,
