@@ -117,6 +117,11 @@ class RuntimeConfig(Section):
     """Size of one weight file of the final model, 10^9 bytes."""
     placement_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0
     """How long to wait for the cluster to place the actors."""
+    memory_gb: Annotated[float, Field(gt=0.0)] | None = None
+    """Host memory of a shard, 10^9 bytes: reserved in Ray, and the merge does not start where it is
+    planned to need more; null: neither."""
+    disk_mb_per_s: Annotated[float, Field(gt=0.0)] | None = None
+    """Most that all shards together read and write in a second, 10^6 bytes; null: no limit."""
 
     IDENTITY_KEYS: ClassVar[frozenset[str]] = frozenset({"threads", "micro_batch_tokens", "device"})
 

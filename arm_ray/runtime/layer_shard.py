@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -40,6 +41,7 @@ from arm_ray.runtime.pieces import (
     pieces_of,
     tensor_inputs,
 )
+from arm_ray.runtime.rate import RateLimit
 from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
 from arm_ray.runtime.transport import pack_tensor, unpack_tensor
 from arm_ray.runtime.weights import WeightStore
@@ -67,6 +69,7 @@ class LayerShard:
         torch.set_float32_matmul_precision("highest")
         self._spec = spec
         self._device = torch.device(spec.device)
+        self._disk = RateLimit(spec.disk_bytes_per_s)
         self._store = WeightStore(
             spec.layout,
             spec.checkpoints,
@@ -75,6 +78,7 @@ class LayerShard:
             spec.compute_dtype,
             spec.residency,
             spec.second_moments,
+            self._disk,
         )
         self._runners: dict[int, GroupRunner] = {}
         self._templates: Templates = {}
@@ -125,6 +129,7 @@ class LayerShard:
                     tensor = checkpoint.read([name])[name]
                     check_finite(tensor, name, f"{label}: {checkpoint.tensors[name].file}")
                     total += tensor.nbytes
+                    self._disk.spend(tensor.nbytes)
         return total
 
     def forward(
@@ -251,6 +256,7 @@ class LayerShard:
             raise
         if group == self._spec.groups[-1]:
             self._wait_until_durable()
+        self._disk.spend(writer.num_bytes)
         self._store.keep(plan.output, group, kept)
         read_again = states_read_after(
             self._spec.schedule, self._spec.num_candidates, plan.iteration
@@ -337,9 +343,13 @@ class LayerShard:
             One report for each iteration.
         """
         torch.set_num_threads(self._spec.threads)
-        return merge_linear(
+        reports = merge_linear(
             self._spec, self._store, plans, group, written, model, known or {}, self._in_order
         )
+        members = self._spec.layout.groups[group].tensors
+        exported = (s.num_bytes for file in model for s in file.specs if s.name in members)
+        self._disk.spend(sum(report.num_bytes for report in reports) + sum(exported))
+        return reports
 
     def take_forward_seconds(self) -> float:
         """Seconds spent in forward passes since the last call."""
@@ -352,7 +362,9 @@ class LayerShard:
             name: group.index for group in self._spec.layout.groups for name in group.tensors
         }
         state = states.state_directory(self._spec.run, iteration)
-        return states.write_export_file(directory, file, state, group_of)
+        num_bytes = states.write_export_file(directory, file, state, group_of)
+        self._disk.spend(num_bytes + sum(prod(spec.shape) * 4 for spec in file.specs))
+        return num_bytes
 
     def peak_bytes(self) -> int:
         """Largest resident memory of the process so far."""

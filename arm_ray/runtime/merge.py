@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,19 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.adapter_export import adapter_bytes
 from arm_ray.checkpoints.peft import WEIGHTS_NAME
 from arm_ray.config import MergeConfig, RuntimeConfig
-from arm_ray.errors import ArmRayError, CalibrationError, ConfigError, TransportError
+from arm_ray.errors import (
+    ArmRayError,
+    CalibrationError,
+    ConfigError,
+    PlacementError,
+    TransportError,
+)
 from arm_ray.evaluation.tasks import Task
 from arm_ray.events import ModelWritten, RunFailed, RunFinished, RunStarted, Warned
 from arm_ray.merging.method import Method, open_method
 from arm_ray.model.partition import choose_balance, partition_layers
+from arm_ray.planning.memory import actor_memory
+from arm_ray.planning.sources import open_workload
 from arm_ray.report.model_card import write_model_card
 from arm_ray.report.scores import Scores
 from arm_ray.runtime.adapter import write_adapter
@@ -73,6 +81,7 @@ def merge(
     address: str | None = None,
     stop_after: int | None = None,
     console: Console | None = None,
+    reserved: Mapping[str, float] | None = None,
 ) -> MergeOutcome:
     """Merge checkpoints as configured, or go on with the run in `config.output`.
 
@@ -81,6 +90,7 @@ def merge(
         address: Address of a Ray cluster; None takes RAY_ADDRESS, and without that a local Ray.
         stop_after: Halt after this iteration; the same call without it goes on.
         console: Where progress and the summary go; None: standard error.
+        reserved: Resources of the cluster that others have taken, besides its own evaluators.
 
     Raises:
         ArmRayError: Any of its kinds. What is complete on disk stays and can be gone on with.
@@ -110,7 +120,10 @@ def merge(
                 + local_evaluator_slots(config.evaluation),
             ),
         ):
-            return _merge_on_ray(config, method, inputs, run, tasks, stop_after, console, started)
+            taken = _sum_of(reserved or {}, reserved_resources(config))
+            return _merge_on_ray(
+                config, method, inputs, run, tasks, stop_after, console, started, taken
+            )
 
 
 def _merge_on_ray(
@@ -122,8 +135,8 @@ def _merge_on_ray(
     stop_after: int | None,
     console: Console,
     started: float,
+    reserved: Mapping[str, float],
 ) -> MergeOutcome:
-    reserved = reserved_resources(config)
     placement = plan_placement(config.runtime, len(inputs.layout.groups), reserved)
 
     def say(message: str) -> None:
@@ -133,6 +146,7 @@ def _merge_on_ray(
         run.events.write(Warned(message))
         console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
+    _check_memory(config, method, inputs, placement)
     # Before the actors: they may take every CPU slot, and Ray Data would wait for one for ever.
     stream = _open_calibration(config, method, inputs, run, warn)
     specs = shard_specs(config, method, inputs, run.path, placement)
@@ -175,6 +189,10 @@ def _merge_on_ray(
     run.events.write(finished)
     _summarise(run, ending, seconds, console)
     return MergeOutcome(run.path, ending.model, run.last_iteration, ending.reason)
+
+
+def _sum_of(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, float]:
+    return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in {*left, *right}}
 
 
 def _check_output_survives(config: MergeConfig) -> None:
@@ -268,6 +286,7 @@ def shard_specs(
         choose_balance(config.runtime.balance, on_gpu=placement.device == "cuda"),
         needs_forward=method.needs_forward,
     )
+    rate = config.runtime.disk_mb_per_s
     return [
         ShardSpec(
             inputs.layout,
@@ -281,9 +300,39 @@ def shard_specs(
             config.runtime.threads,
             config.runtime.residency,
             second_moments=inputs.second_moments,
+            disk_bytes_per_s=None if rate is None else rate * 1e6 / len(ranges),
         )
         for groups in ranges
     ]
+
+
+def _check_memory(
+    config: MergeConfig, method: Method, inputs: MergeInputs, placement: Placement
+) -> None:
+    """Refuse a merge that is planned to need more memory than it was given.
+
+    Raises:
+        PlacementError: Says how much, and of what.
+    """
+    limit = config.runtime.memory_gb
+    if limit is None:
+        return
+    workload, _ = open_workload(config)
+    for index, spec in enumerate(shard_specs(config, method, inputs, Path(), placement)):
+        is_gpu = placement.device == "cuda"
+        peak = actor_memory(workload, spec.groups, config.runtime, on_gpu=is_gpu).host
+        if peak.total > limit * 1e9:
+            largest = sorted(peak.terms.items(), key=lambda term: -term[1])[:3]
+            raise PlacementError(
+                "a layer shard would need more memory than it is given",
+                where=f"runtime.memory_gb, shard {index + 1} of {placement.num_shards}",
+                got=f"{peak.total / 1e9:.2f} GB: "
+                + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in largest)
+                + ", …",
+                expected=f"at most {limit:g} GB",
+                hint="use runtime.residency: disk, more runtime.layer_shards, or fewer "
+                "runtime.micro_batch_tokens; arm-ray plan shows what fits",
+            )
 
 
 def _announce(

@@ -164,6 +164,8 @@ def placed_shards(
     bundle = {"CPU": float(runtime.threads)}
     if placement.gpus_per_shard:
         bundle["GPU"] = placement.gpus_per_shard
+    if runtime.memory_gb is not None:
+        bundle["memory"] = runtime.memory_gb * 1e9
     group = placement_group([bundle] * len(specs), strategy=runtime.placement_strategy)
     actors: list[Any] = []
     transport = choose_transport(runtime.transport, placement.device, len(specs))
@@ -210,6 +212,8 @@ def _start(
         # `abandon` must get through while work is queued.
         "concurrency_groups": {"control": 1},
     }
+    if runtime.memory_gb is not None:
+        options["memory"] = runtime.memory_gb * 1e9
     if transport != "object_store":
         options["enable_tensor_transport"] = True
     actor_class: Any = ray.remote(**options)(LayerShard)
@@ -224,10 +228,14 @@ def _start(
 
 
 def _not_placed(runtime: RuntimeConfig, count: int, bundle: dict[str, float]) -> PlacementError:
+    free, wanted = cluster_has(), format_resources(bundle)
+    if runtime.memory_gb is not None:
+        have = ray.available_resources().get("memory", 0.0) / 1e9
+        free, wanted = f"{free}; {have:.1f} GB free", f"{wanted}, {runtime.memory_gb:g} GB"
     return PlacementError(
         f"the cluster did not place {count} layer shards within {runtime.placement_timeout_s:g} s",
-        got=cluster_has(),
-        expected=f"{count} times {format_resources(bundle)}, {runtime.placement_strategy}",
+        got=free,
+        expected=f"{count} times {wanted}, {runtime.placement_strategy}",
         hint="use fewer runtime.layer_shards or another runtime.placement_strategy, wait for "
         "other jobs, or add nodes",
     )

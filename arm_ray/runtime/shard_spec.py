@@ -15,6 +15,7 @@ from arm_ray.merging.similarity import SimilaritySums
 from arm_ray.model.layout import ModelLayout
 from arm_ray.runtime.transport import Transport
 from arm_ray.runtime.weights import Residency
+from arm_ray.schedule import BASE, INITIAL
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ShardSpec:
         transport: How hidden states leave the shard.
         second_moments: Name of a candidate -> where its second moments lie, for an operator that
             wants them.
+        disk_bytes_per_s: Most that the shard reads and writes in a second; None: no limit.
     """
 
     layout: ModelLayout
@@ -49,11 +51,12 @@ class ShardSpec:
     residency: Residency = "device"
     transport: Transport = "object_store"
     second_moments: Mapping[str, Checkpoint] = field(default_factory=dict)
+    disk_bytes_per_s: float | None = None
 
     @property
     def num_candidates(self) -> int:
         """How many candidates there are."""
-        return len(self.checkpoints) - 1
+        return len(self.checkpoints.keys() - {BASE, INITIAL})
 
     @property
     def chunks(self) -> list[range]:

@@ -24,6 +24,7 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.validation import check_second_moments
 from arm_ray.model.layout import EMBEDDING, ModelLayout, is_layer_tensor
+from arm_ray.runtime.rate import RateLimit
 from arm_ray.schedule import iteration_of
 
 Residency = Literal["device", "host", "disk"]
@@ -46,6 +47,7 @@ class WeightStore:
         residency: Where stored weights live meanwhile.
         second_moments: Name of a candidate -> Adam's second moments, where an operator wants them.
             They live where the candidate does, and as long.
+        disk: What is read is counted there, group by group.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class WeightStore:
         compute_dtype: torch.dtype,
         residency: Residency,
         second_moments: Mapping[str, Checkpoint] | None = None,
+        disk: RateLimit | None = None,
     ) -> None:
         self._layout, self._checkpoints, self._run = layout, checkpoints, run
         self._device, self._compute_dtype, self._residency = device, compute_dtype, residency
         self._second_moments = second_moments or {}
+        self._disk = disk or RateLimit(None)
         self._stored: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._moments: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._compute: dict[tuple[str, int], dict[str, Tensor]] = {}
@@ -194,6 +198,7 @@ class WeightStore:
         else:
             directory = states.state_directory(self._run, iteration)
             mapped = states.read_group(directory, group, names)
+        self._disk.spend(sum(tensor.nbytes for tensor in mapped.values()))
         return self._placed(mapped)
 
     def _placed(self, mapped: Mapping[str, Tensor]) -> dict[str, Tensor]:
