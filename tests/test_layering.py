@@ -28,8 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "report": CORE | {"checkpoints", "evaluation"},
     "planning": CORE | {"checkpoints", "model"},
     "training": CORE | {"calibration", "checkpoints", "evaluation"},
-    "runtime": PURE | {"training"},
-    "cli": PURE | {"planning", "runtime", "training"},
+    "following": CORE | {"checkpoints", "evaluation"},
+    "runtime": PURE | {"following", "planning", "training"},
+    "cli": PURE | {"following", "planning", "runtime", "training"},
 }
 # Rooms that may import Ray, and the one module that does so when it is called.
 RAY_ROOMS = {"runtime"}
@@ -150,5 +151,7 @@ def test_calibration_imports_neither_ray_nor_transformers() -> None:
 
 
 def test_checkpoints_models_and_reports_do_not_import_ray() -> None:
-    for name, loaded in loaded_by(modules_of("checkpoints", "report", "model", "planning")).items():
+    for name, loaded in loaded_by(
+        modules_of("checkpoints", "report", "model", "planning", "following")
+    ).items():
         assert not loaded & {"ray", "vllm"}, name

@@ -12,8 +12,6 @@ import ray
 from rich.console import Console
 
 from arm_ray.checkpoints import states
-from arm_ray.checkpoints.huggingface import Checkpoint
-from arm_ray.checkpoints.peft import AdaptedCheckpoint
 from arm_ray.config import MergeConfig, state_settings
 from arm_ray.errors import EvaluationError, NotACheckpointError
 from arm_ray.evaluation.engine import LoadReport, ModelSource
@@ -35,6 +33,7 @@ from arm_ray.runtime.scoring import (
     ScoringService,
     Subject,
     as_error,
+    model_source,
     scoring_service,
     write_table,
 )
@@ -201,9 +200,9 @@ class StateScoring:
     ) -> None:
         if self._criterion is None or marked not in scores:
             return
-        ours = self._criterion.value(_flat(scores[marked]))
+        ours = self._criterion.value(flat_means(scores[marked]))
         for name in scores:
-            value = self._criterion.value(_flat(scores[name]))
+            value = self._criterion.value(flat_means(scores[name]))
             if iteration_of(name) is not None or value is None or ours is None:
                 continue
             if self._criterion.is_better(value, ours):
@@ -227,7 +226,7 @@ class StateScoring:
         for name, tasks in self._service.scores().items():
             iteration = iteration_of(name)
             if iteration is not None:
-                found[iteration] = self._criterion.value(_flat(tasks))
+                found[iteration] = self._criterion.value(flat_means(tasks))
         return found
 
     def _in_order(self) -> dict[int, float | None]:
@@ -249,11 +248,8 @@ class StateScoring:
 
 def checkpoint_subject(inputs: MergeInputs, name: str) -> Subject:
     """The base or a candidate as a model to score."""
-    checkpoint: Checkpoint = inputs.checkpoints[name]
-    if isinstance(checkpoint, AdaptedCheckpoint):
-        source = ModelSource(str(checkpoint.base.path), str(checkpoint.path))
-    else:
-        source = ModelSource(str(checkpoint.path))
+    checkpoint = inputs.checkpoints[name]
+    source = model_source(checkpoint)
     # All are asked with the merged model's tokenizer: the same prompts for all.
     return Subject(name, source, str(inputs.tokenizer), checkpoint.fingerprint)
 
@@ -331,7 +327,7 @@ def scored_event(
     """The event of a scored model."""
     return ModelScored(
         subject.name,
-        subject.source.adapter or subject.source.path,
+        subject.source.given,
         {
             task: {
                 name: round(value.mean, 6) if math.isfinite(value.mean) else None
@@ -363,7 +359,8 @@ def _sorted(
     return {name: scores[name] for name in sorted(order, key=lambda n: iteration_of(n) is not None)}
 
 
-def _flat(tasks: Mapping[str, TaskScores]) -> dict[tuple[str, str], float]:
+def flat_means(tasks: Mapping[str, TaskScores]) -> dict[tuple[str, str], float]:
+    """Task and metric -> mean, as criteria take them."""
     return {
         (task, metric): value.mean
         for task, given in tasks.items()

@@ -1,0 +1,147 @@
+"""Tells others about a published model: a command, an HTTP address, or both.
+
+Both get the same JSON object, the command on its standard input and in a file whose path is in the
+environment variable `ARM_RAY_PUBLISHED`. What goes wrong is told, and ends nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Ge, Gt
+
+VARIABLE = "ARM_RAY_PUBLISHED"
+_STRICT: Mapping[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+_TAIL = 400
+_FIRST_PAUSE_S = 1.0
+
+
+@dataclass(frozen=True)
+class HookSettings:
+    """Whom to tell."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+    command: tuple[str, ...] | None = None
+    """A program and its arguments, run with your rights, without a shell."""
+    url: str | None = None
+    """Address that the JSON is posted to."""
+    timeout_s: Annotated[float, Gt(0.0)] = 600.0
+    """Longest time of an attempt."""
+    retries: Annotated[int, Ge(0)] = 2
+    """Further attempts after one that failed, each after twice the pause."""
+
+
+@dataclass(frozen=True)
+class HookResult:
+    """What came of it.
+
+    Attributes:
+        problems: What went wrong, a line each; empty where all was well.
+        attempts: How many there were, of both together.
+    """
+
+    problems: tuple[str, ...] = ()
+    attempts: int = 0
+
+
+def run_hook(
+    settings: HookSettings,
+    payload: Mapping[str, Any],
+    sleep: Callable[[float], None] = time.sleep,
+) -> HookResult:
+    """Tell whoever wants to know about a published model; raises nothing but an interruption.
+
+    Args:
+        settings: Whom.
+        payload: The JSON object.
+        sleep: Waits between attempts.
+    """
+    text = json.dumps(payload)
+    problems, attempts = [], 0
+    calls: list[Callable[[], str | None]] = []
+    if settings.command:
+        calls.append(lambda: _run(settings, text))
+    if settings.url:
+        calls.append(lambda: _post(settings, text))
+    for call in calls:
+        for attempt in range(settings.retries + 1):
+            attempts += 1
+            problem = call()
+            if problem is None:
+                break
+            if attempt < settings.retries:
+                sleep(_FIRST_PAUSE_S * 2**attempt)
+        if problem is not None:
+            problems.append(problem)
+    return HookResult(tuple(problems), attempts)
+
+
+def _run(settings: HookSettings, text: str) -> str | None:
+    command = list(settings.command or ())
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(text)
+        file.flush()
+        try:
+            process = subprocess.Popen(  # noqa: S603 -- the command is the user's own
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env={**os.environ, VARIABLE: file.name},
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            return f"hook {command[0]}: {error}"
+        with process:
+            try:
+                out, err = process.communicate(text, settings.timeout_s)
+            except subprocess.TimeoutExpired:
+                return f"hook {command[0]}: no end within {settings.timeout_s:g} s"
+            finally:
+                _end(process)
+    if process.returncode:
+        said = " ".join((err or out).split())[-_TAIL:]
+        return f"hook {command[0]}: exit code {process.returncode}: {said}"
+    return None
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a program that is still running, with all that it has started."""
+    if process.poll() is None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _post(settings: HookSettings, text: str) -> str | None:
+    url = str(settings.url)
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        return f"hook {url}: not an http address"
+    request = urllib.request.Request(  # noqa: S310 -- the scheme is checked
+        url, text.encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=settings.timeout_s):  # noqa: S310
+            return None
+    except urllib.error.HTTPError as error:
+        with contextlib.suppress(OSError, http.client.HTTPException), error:
+            said = " ".join(error.read(_TAIL).decode(errors="replace").split())
+            return f"hook {url}: HTTP {error.code} {error.reason}: {said}"
+        return f"hook {url}: HTTP {error.code} {error.reason}"
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"hook {url}: {error}"

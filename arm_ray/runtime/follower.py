@@ -1,0 +1,193 @@
+"""Looks at a run's directory in a thread of its own, and takes snapshots of what is complete.
+
+A trainer may remove a checkpoint as soon as it has written the next one, while a merge takes
+minutes: what is to be merged is held by links of ours from the moment that it is complete.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from arm_ray.checkpoints.formats import missing
+from arm_ray.following.config import RunConfig
+from arm_ray.following.layouts import Found, RunWatcher
+from arm_ray.following.snapshots import Snapshot, take
+
+_MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A checkpoint that was taken.
+
+    Attributes:
+        snapshot: Ours.
+        is_first_look: Whether it was there at the first look of this session.
+    """
+
+    snapshot: Snapshot
+    is_first_look: bool
+
+
+class _ClosingError(Exception):
+    """The follower is being closed; its thread ends."""
+
+
+class Follower:
+    """Follows one run.
+
+    Args:
+        settings: Of the run.
+        path: Its directory.
+        directory: Where snapshots go.
+        known: Step -> version of what was taken before.
+        wanted: Of the complete checkpoints of the first look, by step: which are taken.
+        say: Called with a line for people; from the thread.
+    """
+
+    def __init__(
+        self,
+        settings: RunConfig,
+        path: Path,
+        directory: Path,
+        known: Mapping[int, str],
+        wanted: Callable[[list[int]], list[int]],
+        say: Callable[[str], None],
+    ) -> None:
+        self._settings, self._directory = settings, directory
+        self._watcher = RunWatcher(path, settings.layout, kind=settings.kind, missing=missing)
+        self._known, self._wanted, self._say = dict(known), wanted, say
+        self._first_step: int | None = None
+        self._new: list[Taken] = []
+        self._incomplete: dict[int, tuple[float, bool]] = {}
+        self._refused: dict[int, str] = {}
+        self._changed = threading.Condition()
+        self._problem: Exception | None = None
+        self._looks = 0
+        self._is_finished = False
+        self._last_news = time.monotonic()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="follower", daemon=True)
+
+    def __enter__(self) -> Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._thread.join(timeout=60)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last new checkpoint, or since the start."""
+        with self._changed:
+            return time.monotonic() - self._last_news
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is over, and everything complete is taken."""
+        with self._changed:
+            return self._is_finished
+
+    def drain(self) -> list[Taken]:
+        """What was taken since the last call, by step.
+
+        Raises:
+            Exception: What ended the thread.
+        """
+        with self._changed:
+            if self._problem is not None:
+                raise self._problem
+            new, self._new = self._new, []
+            return new
+
+    def wait(self, seconds: float) -> None:
+        """Wait for something new, so long at most."""
+        with self._changed:
+            if not self._new and self._problem is None:
+                self._changed.wait(seconds)
+
+    def wait_for_first_look(self) -> None:
+        """Wait until the directory was looked at once, and what was there is taken."""
+        with self._changed:
+            while not self._looks and self._problem is None:
+                self._changed.wait(1.0)
+
+    def _work(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._look()
+                self._closing.wait(self._settings.poll_s)
+        except _ClosingError:
+            return
+        except Exception as error:  # raised for whoever asks next
+            with self._changed:
+                self._problem = error
+                self._changed.notify_all()
+
+    def _look(self) -> None:
+        try:
+            found = self._watcher.scan()
+        except OSError as error:
+            self._say(f"the run's directory cannot be read just now: {error}")
+            return
+        complete = {item.step: item for item in found if item.complete}
+        if self._looks == 0:
+            self._first_step = min(self._wanted(sorted(complete)), default=None)
+        new = [
+            item
+            for step, item in complete.items()
+            if self._known.get(step) != item.version
+            and (self._first_step is None or step >= self._first_step)
+        ]
+        left = [item for item in new if not self._take(item)]
+        self._tell_incomplete([item for item in found if not item.complete])
+        last_step = self._settings.last_step
+        reached = last_step is not None and any(step >= last_step for step in complete)
+        with self._changed:
+            self._looks += 1
+            self._is_finished = not left and (reached or self._watcher.is_finished() is True)
+            self._changed.notify_all()
+
+    def _take(self, item: Found) -> bool:
+        """Take a snapshot; returns whether that is settled."""
+        rate = self._settings.copy_mb_per_s
+        snapshot, reason = take(
+            item,
+            self._watcher,
+            self._directory,
+            bytes_per_s=None if rate is None else rate * _MEGABYTE,
+            pause=self._stop_if_closing,
+        )
+        if snapshot is None:
+            if self._refused.get(item.step) != reason:
+                self._refused[item.step] = reason
+                self._say(f"step {item.step}: not taken, {reason}; looking again")
+            return False
+        with self._changed:
+            self._known[item.step] = item.version
+            self._new.append(Taken(snapshot, self._looks == 0))
+            self._last_news = time.monotonic()
+            self._changed.notify_all()
+        return True
+
+    def _stop_if_closing(self) -> None:
+        if self._closing.is_set():
+            raise _ClosingError
+
+    def _tell_incomplete(self, found: list[Found]) -> None:
+        """Say once what is missing of a checkpoint that has been incomplete for long."""
+        now = time.monotonic()
+        steps = {item.step for item in found}
+        self._incomplete = {s: since for s, since in self._incomplete.items() if s in steps}
+        for item in found:
+            since, is_told = self._incomplete.setdefault(item.step, (now, False))
+            if not is_told and now - since >= self._settings.incomplete_after_s:
+                self._incomplete[item.step] = (since, True)
+                self._say(
+                    f"step {item.step}: still not complete after {now - since:.0f} s: {item.reason}"
+                )

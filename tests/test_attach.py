@@ -1,0 +1,309 @@
+"""Following a run that is going on: what is merged, published, kept, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from arm_ray.errors import ConfigError, MismatchError, RunDirectoryError
+from arm_ray.events import read_events
+from arm_ray.following import publish
+from arm_ray.following.config import AttachConfig, parse_attach_config
+from arm_ray.following.journal import open_journal
+from arm_ray.runtime import attach as attach_module
+from arm_ray.runtime.attach import AttachOutcome, attach
+from tests.conftest import fine_tuned, save, save_tokenizer, tiny_model
+from tests.test_merge import assert_same_bits, load_all
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+Weights = dict[str, torch.Tensor]
+COEFFICIENT = 0.7
+
+
+class Trainer:
+    """Writes a run as the Hugging Face trainer does: weights, then its state, then rotation."""
+
+    def __init__(self, root: Path, limit: int | None = None, last: int = 60) -> None:
+        self.root, self.limit, self.last = root, limit, last
+        self.run, self.base = root / "train", root / "base"
+        model = tiny_model("smollm2", seed=1, num_layers=2)
+        save_tokenizer(save(model, self.base))
+        self.models = {step: fine_tuned(model, seed=step) for step in range(10, last + 1, 10)}
+        self.weights = {
+            step: {name: value.clone() for name, value in given.state_dict().items()}
+            for step, given in self.models.items()
+        }
+        self.base_weights = load_all(self.base)
+
+    def write(self, step: int) -> Path:
+        path = self.run / f"checkpoint-{step}"
+        save(self.models[step], path)
+        shutil.copy(self.base / "tokenizer.json", path)
+        (path / "optimizer.pt").write_bytes(b"moments")
+        state = {"global_step": step, "max_steps": self.last}
+        (path / "trainer_state.json").write_text(json.dumps(state))
+        if self.limit is not None:
+            kept = sorted(self.run.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+            for old in kept[: -self.limit]:
+                shutil.rmtree(old)
+        return path
+
+    def write_all(self, steps: list[int] | None = None) -> None:
+        for step in steps or self.models:
+            self.write(step)
+
+    def config(self, *overrides: str, **sections: Any) -> AttachConfig:
+        content: dict[str, Any] = {
+            "run": {"path": str(self.run), "poll_s": 0.1, "idle_timeout_s": 120.0, "start": "all"},
+            "merge": {
+                "base": str(self.base),
+                "method": {"operator": "task_arithmetic", "coefficient": COEFFICIENT},
+                "runtime": {"layer_shards": 1},
+            },
+            "publish": {"dir": str(self.root / "published"), "promote": "always"},
+            **sections,
+        }
+        return parse_attach_config(content, overrides)
+
+    def anchored(self, steps: list[tuple[int, ...]]) -> Weights:
+        """The merged state after arrivals at which these checkpoints met, by the formula."""
+        state = {name: value.double() for name, value in self.base_weights.items()}
+        for members in steps:
+            state = {
+                name: value
+                + COEFFICIENT
+                / len(members)
+                * sum(self.weights[step][name].double() - value for step in members)
+                for name, value in state.items()
+            }
+        return state
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Trainer:
+    return Trainer(tmp_path)
+
+
+def follow(config: AttachConfig) -> tuple[AttachOutcome, str]:
+    output = StringIO()
+    found = attach(config, console=Console(file=output, width=200))
+    return found, output.getvalue()
+
+
+def steps_of(config: AttachConfig) -> list[int]:
+    return [arrival.step for arrival in open_journal(config.work).arrivals]
+
+
+def assert_close(found: Weights, expected: Weights) -> None:
+    for name, value in found.items():
+        assert torch.allclose(value.double(), expected[name], rtol=0, atol=1e-6), name
+
+
+def listing(directory: Path) -> dict[str, tuple[int, int, int]]:
+    """Everything below a directory: inode, size, time of the last change."""
+    found = {}
+    for path in [directory, *directory.rglob("*")]:
+        status = path.lstat()
+        found[str(path)] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def test_a_run_is_followed_from_its_first_checkpoint_to_its_last(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, limit=2)
+    config = trainer.config("run.start=latest")
+
+    def train() -> None:
+        for step in trainer.models:
+            trainer.write(step)
+            time.sleep(2.0)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    outcome, told = follow(config)
+    thread.join()
+    assert outcome.reason == "finished"
+    done = [arrival for arrival in outcome.arrivals if arrival.outcome == "published"]
+    assert done == list(outcome.arrivals)
+    assert steps_of(config)[-1] == trainer.last
+    # What was passed over was a member all the same.
+    members = [
+        tuple(int(name.removeprefix("step-")) for name in arrival.members) for arrival in done
+    ]
+    assert all(second - first == 10 for first, second in members)
+    assert outcome.best == config.published / "step-000060"
+    published = publish.published(config.published)
+    assert list(published) == sorted(published)[-3:]
+    assert_close(load_all(published[60]), trainer.anchored(members))
+    AutoModelForCausalLM.from_pretrained(outcome.best)
+    assert "following" in told
+
+
+@pytest.mark.parametrize("streaming", ["anchor", "window", "none"])
+def test_every_form_of_streaming_gives_its_formula(trainer: Trainer, streaming: str) -> None:
+    trainer.last = 40
+    trainer.write_all([10, 20, 30, 40])
+    extra = ["merge.schedule.anchor_iterations=1", "merge.schedule.max_iterations=1"]
+    config = trainer.config(
+        f"merge.streaming={streaming}", *(extra if streaming == "none" else []), "publish.keep=9"
+    )
+    before = listing(trainer.run)
+    outcome, told = follow(config)
+    # Nothing was written there: the same files, of the same times.
+    assert listing(trainer.run) == before
+    assert [arrival.outcome for arrival in outcome.arrivals] == ["published"] * len(
+        outcome.arrivals
+    )
+    found = load_all(config.published / "step-000040")
+    if streaming == "anchor":
+        assert steps_of(config) == [20, 30, 40]
+        assert_close(found, trainer.anchored([(10, 20), (20, 30), (30, 40)]))
+    elif streaming == "none":
+        assert steps_of(config) == [20, 30, 40]
+        assert_close(found, trainer.anchored([(30, 40)]))
+    else:
+        # W_t = W_(t-1) + λ/2 (C_t - W_(t-1))
+        assert steps_of(config) == [10, 20, 30, 40]
+        state = {name: value.double() for name, value in trainer.base_weights.items()}
+        for step in (10, 20, 30, 40):
+            state = {
+                name: value + COEFFICIENT / 2 * (trainer.weights[step][name].double() - value)
+                for name, value in state.items()
+            }
+        assert_close(found, state)
+    evidence = publish.evidence(config.published / "step-000040")
+    assert evidence["step"] == 40
+    assert evidence["members"]
+    assert "merged and published" in told
+
+
+class StoppedError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> dict[int, Weights]:
+    """What is published of a run of three checkpoints that is followed without a stop."""
+    trainer = Trainer(tmp_path_factory.mktemp("whole"), last=30)
+    trainer.write_all()
+    config = trainer.config()
+    follow(config)
+    return {step: load_all(path) for step, path in publish.published(config.published).items()}
+
+
+@pytest.mark.parametrize("place", ["merge", "publish", "run_hook"])
+def test_it_goes_on_after_a_stop_with_the_same_bits(
+    tmp_path: Path, whole: dict[int, Weights], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    trainer = Trainer(tmp_path, last=30)
+    trainer.write_all()
+    config = trainer.config()
+    holder: Any = {
+        "merge": attach_module,
+        "run_hook": attach_module,
+        "publish": publish,
+    }[place]
+    original, calls = getattr(holder, place), [0]
+
+    def stops(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        result = original(*arguments, **named) if calls[0] == 2 else None
+        if calls[0] == 2:
+            raise StoppedError
+        return original(*arguments, **named) if result is None else result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, place, stops)
+        with pytest.raises(StoppedError):
+            follow(config)
+    # The trainer has gone on and removed what the merge still needs.
+    shutil.rmtree(trainer.run / "checkpoint-20")
+    outcome, _ = follow(config)
+    assert steps_of(config) == [20, 30]
+    assert [arrival.outcome for arrival in outcome.arrivals] == ["published"] * 2
+    assert list(whole) == [20, 30]
+    for step in (20, 30):
+        assert_same_bits(load_all(config.published / f"step-{step:06d}"), whole[step])
+    # A further start has nothing to do.
+    again, _ = follow(config)
+    assert again.arrivals == outcome.arrivals
+
+
+def test_only_what_later_arrivals_need_is_kept(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, last=50)
+    trainer.write_all()
+    config = trainer.config("publish.keep=2")
+    follow(config)
+    assert sorted(publish.published(config.published)) == [40, 50]
+    assert sorted(p.name for p in (config.work / "checkpoints").iterdir()) == [
+        "step-000040",
+        "step-000050",
+    ]
+    kept = [path.parent.name for path in (config.work / "merges").glob("*/states")]
+    assert kept == ["0004-step-000050"]
+    assert not list((config.work / "merges").glob("*/model"))
+    names = {event["event"] for event in read_events(config.work / "events.jsonl")}
+    assert {"checkpoint_taken", "arrival_published"} <= names
+
+
+def test_a_run_of_another_architecture_is_told_at_once(trainer: Trainer, tmp_path: Path) -> None:
+    trainer.write_all([10, 20])
+    other = tmp_path / "other"
+    save_tokenizer(save(tiny_model("smollm2", seed=1, num_layers=3), other))
+    with pytest.raises(MismatchError, match="candidate-1"):
+        follow(trainer.config(f"merge.base={other}"))
+
+
+def test_a_broken_checkpoint_is_left_out(trainer: Trainer) -> None:
+    trainer.write_all([10, 20])
+    weights = dict(trainer.models[30].state_dict())
+    next(iter(weights.values())).fill_(float("nan"))
+    trainer.models[30].load_state_dict(weights)
+    trainer.last = 50
+    trainer.write_all([30, 40, 50])
+    config = trainer.config()
+    outcome, told = follow(config)
+    assert {a.step: a.outcome for a in outcome.arrivals} == {
+        20: "published", 30: "failed", 40: "failed", 50: "published",
+    }  # fmt: skip
+    assert "NaN" in told
+    # The stream goes on from the last good state.
+    assert_close(load_all(config.published / "step-000050"), trainer.anchored([(10, 20), (40, 50)]))
+
+
+def test_nothing_for_long_ends_it(trainer: Trainer) -> None:
+    outcome, told = follow(trainer.config("run.idle_timeout_s=0.5"))
+    assert outcome.reason == "idle"
+    assert "nothing new" in told
+
+
+def test_what_is_missing_of_a_checkpoint_is_told(trainer: Trainer) -> None:
+    trainer.write_all([10, 20])
+    (trainer.run / "checkpoint-20" / "trainer_state.json").unlink()
+    _, told = follow(
+        trainer.config("run.idle_timeout_s=1.5", "run.incomplete_after_s=0.5", "run.poll_s=0.2")
+    )
+    assert "step 20: still not complete" in told
+    assert "trainer_state.json" in told
+
+
+def test_a_directory_that_is_no_run_is_told(trainer: Trainer) -> None:
+    shutil.copytree(trainer.base, trainer.run)
+    with pytest.raises(ConfigError, match="not the directory of a run"):
+        follow(trainer.config())
+
+
+def test_a_used_directory_of_another_run_is_refused(trainer: Trainer) -> None:
+    follow(trainer.config("run.idle_timeout_s=0.3"))
+    with pytest.raises(RunDirectoryError, match=r"merge\.candidates: 2 -> 3"):
+        follow(trainer.config("run.idle_timeout_s=0.3", "merge.candidates=3"))
