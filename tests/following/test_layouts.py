@@ -1,0 +1,105 @@
+"""Which trainer wrote a directory, and what of it counts as a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from arm_ray.errors import ConfigError
+from arm_ray.following.layouts import RunWatcher, find_layout, is_needed
+
+
+def nothing_missing(_path: Path) -> None:
+    return None
+
+
+def write(path: Path, text: str = "{}") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("files", "layout"),
+    [
+        ([], "auto"),
+        (["notes.txt", "logs/events"], "auto"),
+        (["checkpoint-10/config.json"], "hf"),
+        (["checkpoint-10/global_step10/x_optim_states.pt"], "hf"),
+        (["global_step10/x_optim_states.pt"], "deepspeed"),
+        (["global_step10/x_optim_states.pt", "global_step10/metric.json"], "openrlhf"),
+        (["_actor/global_step10/x_optim_states.pt"], "openrlhf"),
+        (["global_step10_hf/config.json"], "openrlhf"),
+        (["global_step_10/actor/model_world_size_1_rank_0.pt"], "verl"),
+        (["latest_checkpointed_iteration.txt"], "verl"),
+        (["adapter-10/adapter_config.json"], "peft"),
+    ],
+)
+def test_a_layout_is_found(tmp_path: Path, files: list[str], layout: str) -> None:
+    for name in files:
+        write(tmp_path / name)
+    assert find_layout(tmp_path) == layout
+
+
+def test_a_run_that_is_not_there_yet_is_no_error(tmp_path: Path) -> None:
+    watcher = RunWatcher(tmp_path / "later", missing=nothing_missing)
+    assert watcher.scan() == []
+    assert watcher.layout == "auto"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_checkpoint_is_no_run(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name)
+    with pytest.raises(ConfigError, match="not the directory of a run"):
+        find_layout(tmp_path)
+
+
+def test_a_file_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a directory"):
+        find_layout(write(tmp_path / "run.json"))
+
+
+def test_what_a_merge_needs() -> None:
+    files = [
+        "model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja",
+        "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "notes.json",
+        "training_args.bin", ".tmp123", "global_step10/x_optim_states.pt", "README.md",
+    ]  # fmt: skip
+    kept = [name for name in files if is_needed(name, files)]
+    assert kept == files[:5]
+    # Without an export the optimizer's shards are the weights.
+    shards = ["config.json", "latest", "global_step10/bf16_zero_pp_rank_0_optim_states.pt"]
+    assert [name for name in shards if is_needed(name, shards)] == shards
+    fsdp = ["pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp"]
+    assert [n for n in [*fsdp, "optimizer_0/__0_0.distcp"] if is_needed(n, fsdp)] == fsdp
+
+
+def test_weights_of_openrlhf_are_never_mixed(tmp_path: Path) -> None:
+    for step in (10, 20):
+        write(tmp_path / f"_actor/global_step{step}/x_optim_states.pt")
+        write(tmp_path / f"_actor/global_step{step}/metric.json")
+    raw = RunWatcher(tmp_path, missing=nothing_missing)
+    raw.scan()
+    assert [found.path.parent.name for found in raw.scan()] == ["_actor"] * 2
+    # The moving averages came late: who follows the raw weights goes on with them.
+    for step in (10, 20):
+        write(tmp_path / f"global_step{step}_hf/model.safetensors")
+        write(tmp_path / f"global_step{step}_hf/config.json")
+        write(tmp_path / f"global_step{step}_hf/tokenizer.json")
+    assert [found.path.parent.name for found in raw.scan()] == ["_actor"] * 2
+    exported = RunWatcher(tmp_path, missing=nothing_missing)
+    assert [found.path.name for found in exported.scan()] == [
+        "global_step10_hf", "global_step20_hf",
+    ]  # fmt: skip
+
+
+def test_the_end_of_a_run(tmp_path: Path) -> None:
+    watcher = RunWatcher(tmp_path, missing=nothing_missing)
+    assert watcher.is_finished() is None
+    for step in (10, 20):
+        state = {"global_step": step, "max_steps": 20}
+        write(tmp_path / f"checkpoint-{step}/trainer_state.json", json.dumps(state))
+        watcher.scan()
+        assert watcher.is_finished() is (step == 20)
