@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import arm_ray
+from arm_ray.checkpoints.naming import FORMATS, split_source
 from arm_ray.config import EvaluateConfig, load_merge_config, read_yaml, validate
 from arm_ray.errors import ArmRayError, ConfigError
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [text for text in rest if text.startswith("-") or "=" not in text]
     if unknown or not hasattr(options, "overrides"):
         parser.parse_args(arguments)
-    options.overrides = [*options.overrides, *rest]
+    options.overrides = [*getattr(options, "overrides", ()), *rest]
     # `ray job stop` and schedulers send SIGTERM: leave through the same clean-up as Ctrl-C.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -92,6 +93,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     pipeline.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
     pipeline.set_defaults(run=_pipeline)
+    attach = commands.add_parser(
+        "attach", help="follow a running training", description=_attach.__doc__
+    )
+    attach.add_argument("config", metavar="CONFIG.yaml")
+    attach.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="take precedence over the file"
+    )
+    attach.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
+    attach.set_defaults(run=_attach)
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a checkpoint is, and if it is whole",
+        description=_inspect.__doc__,
+    )
+    inspect.add_argument("path", metavar="PATH", help="a directory, or FORMAT:PATH")
+    inspect.add_argument("--format", choices=FORMATS, help="read it as that; default: as it looks")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
     plan = commands.add_parser(
         "plan", help="memory, disk, work and time of a merge", description=_plan.__doc__
     )
@@ -183,6 +202,68 @@ def _pipeline(options: argparse.Namespace) -> int:
 
     run_pipeline(config, source=options.config, address=options.address)
     return 0
+
+
+def _attach(options: argparse.Namespace) -> int:
+    """Merge every new checkpoint of a run that is still going, score it, publish what is better."""
+    from arm_ray.following.config import load_attach_config
+
+    config = load_attach_config(options.config, options.overrides)
+    from arm_ray.runtime.attach import attach
+
+    attach(config, address=options.address)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    """Say what a directory is: a checkpoint, of which format, step and size; or a run with some.
+
+    The exit code is 1 where it is not complete.
+    """
+    named, text = split_source(options.path)
+    path = Path(text).expanduser().absolute()
+    from rich.console import Console
+
+    from arm_ray.checkpoints.inspect import inspect_checkpoint
+    from arm_ray.report.inspection import print_inspection, print_run
+
+    found = inspect_checkpoint(path, options.format or named)
+    layout, rows = _checkpoints_of(path, found.found_by)
+    is_checkpoint = bool(found.found_by) or not rows
+    if options.json:
+        content: dict[str, Any] = found.to_dict() if is_checkpoint else {"path": str(path)}
+        content |= {"layout": layout, "checkpoints": rows} if rows else {}
+        print(json.dumps(content, indent=2))
+    else:
+        console = Console()
+        if is_checkpoint:
+            print_inspection(console, found)
+        if rows:
+            print_run(console, str(path), layout, rows)
+    if is_checkpoint:
+        return 0 if found.complete else 1
+    return 0 if any(row["complete"] for row in rows) else 1
+
+
+def _checkpoints_of(path: Path, found_by: str) -> tuple[str, list[dict[str, Any]]]:
+    """How a run lays out its checkpoints, and those of it that are in a directory."""
+    from arm_ray.checkpoints.formats import missing
+    from arm_ray.following.layouts import RunWatcher
+
+    watcher = RunWatcher(path, missing=missing)
+    try:
+        # What nothing else says is complete, two looks at the same files do.
+        watcher.scan()
+        found = watcher.scan()
+    except ConfigError:
+        return "", []
+    if found_by and watcher.layout == "deepspeed" and len(found) < 2:
+        return "", []  # one checkpoint, with its shards in a directory below
+    rows = [
+        {"step": f.step, "path": str(f.path), "complete": f.complete, "reason": f.reason}
+        for f in found
+    ]
+    return watcher.layout, rows
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -309,7 +390,7 @@ def _named_models(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         name, equals, path = text.partition("=")
         if not equals or "/" in name:
-            parts = Path(text).parts
+            parts = Path(split_source(text)[1]).parts
             name, path = parts[-1] if parts else text, text
             if name in models and len(parts) > 1:
                 name = f"{parts[-2]}-{parts[-1]}"

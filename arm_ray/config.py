@@ -86,6 +86,9 @@ class PrecisionConfig(Section):
     """Of the forward pass; auto: the base's."""
     storage_dtype: DTypeOrAuto = "auto"
     """Of the final model; auto: each tensor as in the base."""
+    masters: bool = True
+    """Read float32 masters where a checkpoint has them, as DeepSpeed's and FSDP's shards do; false:
+    the weights in the model's own dtype."""
 
 
 class RuntimeConfig(Section):
@@ -130,6 +133,7 @@ class MergeConfig(Section):
     """Everything `arm-ray merge` needs."""
 
     base: str
+    """A directory or hub id, as all checkpoints: of any format, perhaps as `FORMAT:PATH`."""
     candidates: Annotated[list[str], Field(min_length=1)]
     output: str
     """The run directory."""
@@ -167,11 +171,11 @@ class EvaluateConfig(Section):
     """Everything `arm-ray evaluate` needs."""
 
     models: Annotated[dict[str, str], Field(min_length=1)]
-    """Name in the results -> directory of a model, or of a LoRA adapter."""
+    """Name in the results -> directory of a model, of a LoRA adapter, or of a trainer's shards."""
     output: str
     """Directory of the results."""
     adapter_base: str | None = None
-    """The base of models that are adapters."""
+    """The base of models that are adapters, or shards without a configuration."""
     tokenizer: str | None = None
     """Directory of the tokenizer for all models; null: each model's own."""
     evaluation: EvaluationSettings

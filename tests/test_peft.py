@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from arm_ray.checkpoints import peft
+from arm_ray.checkpoints.formats import missing
 from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
 from arm_ray.checkpoints.peft import AdaptedCheckpoint, is_adapter, open_adapter
 from arm_ray.checkpoints.validation import check_finite
@@ -342,11 +344,28 @@ def test_pickles_missing_and_broken_weights(base: Checkpoint, tmp_path: Path) ->
     refused(path, base, CorruptCheckpointError, "truncated")
     file.unlink()
     refused(path, base, CorruptCheckpointError, "no weights")
-    (path / "adapter_model.bin").write_bytes(pickle.dumps({}))
+    (path / "adapter_model.bin").write_bytes(pickle.dumps(Path("x")))
     assert is_adapter(path)
-    refused(path, base, PickleRefusedError, "pickle")
+    refused(path, base, PickleRefusedError, r"pathlib\.")
     (path / peft.CONFIG_NAME).write_text("{")
     refused(path, base, CorruptCheckpointError, "malformed")
+
+
+def test_an_adapter_as_torch_saves_it(base: Checkpoint, tmp_path: Path) -> None:
+    own = {**factors(base, QUERY, 4), **factors(base, UP, 4)}
+    expected = open_adapter(write(tmp_path / "a", own), base)
+    path = write(tmp_path / "b", own)
+    torch.save(load_file(path / peft.WEIGHTS_NAME), path / "adapter_model.bin")
+    (path / peft.WEIGHTS_NAME).unlink()
+    assert is_adapter(path)
+    assert missing(path) is None
+    found = open_adapter(path, base)
+    ours, theirs = found.read(base.tensors), expected.read(base.tensors)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert found.tensors.keys() == expected.tensors.keys()
+    before = found.fingerprint
+    os.utime(path / "adapter_model.bin", (1, 1))
+    assert open_adapter(path, base).fingerprint != before
 
 
 def test_a_file_that_is_still_being_written(base: Checkpoint, tmp_path: Path) -> None:

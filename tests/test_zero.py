@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO shards as candidates."""
+"""DeepSpeed's ZeRO shards, in layouts that its engine makes only with more processes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arm_ray.checkpoints.huggingface import open_checkpoint
-from arm_ray.checkpoints.zero import consolidate, is_zero_checkpoint
+from arm_ray.checkpoints.formats import open_source
+from arm_ray.checkpoints.zero import find
 from arm_ray.errors import (
     ArmRayError,
     CorruptCheckpointError,
-    MismatchError,
     NotACheckpointError,
     PickleRefusedError,
 )
-from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge import merge
 from tests.conftest import MergeCase
 
@@ -110,24 +108,47 @@ def write_zero(source: Path, target: Path, stage: int, extra: Any = None) -> dic
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_shards_become_the_model_that_was_saved(case: MergeCase, stage: int) -> None:
+def test_shards_are_the_model_that_was_saved(case: MergeCase, stage: int) -> None:
     case.make("qwen2.5")
     target = case.root / "zero"
     weights = write_zero(case.candidates[0], target, stage)
-    assert is_zero_checkpoint(target)
-    assert not is_zero_checkpoint(case.candidates[0])
-    output = consolidate(target, case.root / "whole", case.root / "base")
-    found = open_checkpoint(output).read(weights)
-    assert found.keys() == weights.keys()
+    assert find(target) == target / "global_step7"
+    assert find(case.candidates[0]) is None
+    opened = open_source(target)
+    found = opened.read(weights)
+    assert opened.tensors.keys() == found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
-    assert (output / "tokenizer.json").is_file()
-    # Used again, also without the shards, but not for others.
-    shutil.move(target, case.root / "elsewhere")
-    assert consolidate(target, output, case.root / "base") == output
-    shutil.move(case.root / "elsewhere", target)
+    before = opened.fingerprint
     os.utime(next((target / "global_step7").glob("*optim*")), (1, 1))
-    with pytest.raises(MismatchError, match="others than those"):
-        consolidate(target, output, case.root / "base")
+    assert open_source(target).fingerprint != before
+
+
+def test_padding_between_parameters_is_passed_over(case: MergeCase) -> None:
+    """DeepSpeed may align each parameter in the flat tensor, and says by how much."""
+    case.make("smollm2")
+    target = case.root / "zero"
+    weights = write_zero(case.candidates[0], target, 2)
+    names = list(weights)
+    groups = [names[:4], names[4:]]
+    paddings = [[-weights[n].numel() % 64 + 5 for n in group] for group in groups]
+    flat = [
+        torch.cat(
+            [
+                torch.cat([weights[n].reshape(-1), torch.full((pad,), 7.0)])
+                for n, pad in zip(group, pads, strict=True)
+            ]
+        )
+        for group, pads in zip(groups, paddings, strict=True)
+    ]
+    for rank, file in enumerate(sorted((target / "global_step7").glob("*optim*"))):
+        with deepspeed():
+            state = torch.load(file, weights_only=False)
+            parts = [part.chunk(WORLD)[rank].clone() for part in flat]
+            state["optimizer_state_dict"]["single_partition_of_fp32_groups"] = parts
+            state["optimizer_state_dict"]["param_alignment_paddings"] = paddings
+            torch.save(state, file)
+    found = open_source(target).read(weights)
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -140,14 +161,9 @@ def test_a_merge_of_shards_equals_that_of_the_export(case: MergeCase) -> None:
     expected = merge(case.config(*options, output="dense"), console=Console(quiet=True))
     case.candidates[1] = target
     config = case.config(*options, output="sharded")
-    with pytest.raises(NotACheckpointError, match="ZeRO shards"):
-        open_inputs(config)
     found = merge(config, console=Console(quiet=True))
     ours, theirs = (load_file(o.model / "model.safetensors") for o in (found, expected))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert (case.root / "sharded" / "inputs" / "candidate-2" / "model.safetensors").is_file()
-    # The shards may be rotated away: the run is complete, and says so.
-    shutil.rmtree(target)
     assert merge(config, console=Console(quiet=True)).reason == "complete"
 
 
@@ -161,15 +177,13 @@ def test_what_is_missing_damaged_or_dangerous(
 ) -> None:
     case.make("smollm2")
     monkeypatch.chdir(case.root)
-    base = case.root / "base"
 
     def refused(kind: type[ArmRayError], text: str, extra: Any = None) -> None:
         target = case.root / f"zero-{len(list(case.root.iterdir()))}"
         write_zero(case.candidates[0], target, 3, extra)
         damage[text](target / "global_step7")
         with pytest.raises(kind, match=text):
-            consolidate(target, case.root / "out", base)
-        assert not (case.root / "out").exists()
+            open_source(target)
 
     damage = {
         "are missing": lambda d: next(d.glob("*rank_2*optim*")).unlink(),
@@ -183,4 +197,4 @@ def test_what_is_missing_damaged_or_dangerous(
     refused(PickleRefusedError, "holds objects", extra=Harmful())
     assert not (case.root / "harmed").exists()
     with pytest.raises(NotACheckpointError, match="no ZeRO shards"):
-        consolidate(base, case.root / "out", base)
+        open_source(case.root / "base", format="zero")

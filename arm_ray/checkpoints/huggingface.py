@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from arm_ray.checkpoints.naming import Format
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry, read_header, read_tensors
 from arm_ray.errors import CorruptCheckpointError, NotACheckpointError, PickleRefusedError
 
@@ -31,6 +32,7 @@ class Checkpoint:
         tensors: Name -> place in a weight file.
     """
 
+    kind: ClassVar[Format] = "hf"
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
@@ -44,6 +46,11 @@ class Checkpoint:
         for file, members in by_file.items():
             result.update(read_tensors(file, members))
         return result
+
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether each tensor lies in its file at the bytes that `tensors` says."""
+        return True
 
     @property
     def config_directory(self) -> Path:

@@ -1,6 +1,7 @@
 """PEFT LoRA adapters as checkpoints: the base's weights plus `s B A`, formed when they are read.
 
-An adapter directory holds `adapter_config.json` and `adapter_model.safetensors`. Of a module with
+An adapter directory holds `adapter_config.json` and `adapter_model.safetensors`, or, as some
+trainers leave it, `adapter_model.bin`. Of a module with
 weight `W` `[d_out, d_in]` the file has `A` `[r, d_in]` and `B` `[d_out, r]`, and the adapted weight
 is
 
@@ -25,14 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arm_ray.checkpoints import pickles
 from arm_ray.checkpoints.huggingface import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json
+from arm_ray.checkpoints.sharded import code_of
 from arm_ray.checkpoints.validation import tail_is_zero
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry, read_header, read_tensors
 from arm_ray.errors import (
     CorruptCheckpointError,
     MismatchError,
     NotACheckpointError,
-    PickleRefusedError,
 )
 
 CONFIG_NAME = "adapter_config.json"
@@ -92,6 +94,7 @@ class AdaptedCheckpoint(Checkpoint):
         updates: Name of a weight -> what is added to it.
     """
 
+    kind = "peft"
     base: Checkpoint
     adapter_config: Mapping[str, Any]
     stored: Mapping[str, TensorEntry]
@@ -105,7 +108,7 @@ class AdaptedCheckpoint(Checkpoint):
         updates = {name: self.updates[name] for name in names if name in self.updates}
         wanted = [self.replaced[name] for name in names if name in self.replaced]
         wanted += [factor for update in updates.values() for factor in (update.a, update.b)]
-        own = read_tensors(self.path / WEIGHTS_NAME, wanted) if wanted else {}
+        own = _read_own(self.stored, wanted)
         result: dict[str, Tensor] = {}
         for name in names:
             weight = own[self.replaced[name]] if name in self.replaced else plain.pop(name)
@@ -118,6 +121,11 @@ class AdaptedCheckpoint(Checkpoint):
         return result
 
     @property
+    def is_laid_out(self) -> bool:
+        """What the adapter adds to is stored nowhere."""
+        return False
+
+    @property
     def config_directory(self) -> Path:
         """The base's."""
         return self.base.config_directory
@@ -127,7 +135,7 @@ class AdaptedCheckpoint(Checkpoint):
         """A digest of the base's, the adapter's settings and table of tensors, and its file."""
         digest = hashlib.sha256(self.base.fingerprint.encode())
         digest.update(json.dumps(self.adapter_config, sort_keys=True).encode())
-        status = (self.path / WEIGHTS_NAME).stat()
+        status = _weights_file(self.path).stat()
         digest.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
         for name, entry in sorted(self.stored.items()):
             digest.update(f"{name}\0{entry.code}\0{entry.shape}\0{entry.begin}\0".encode())
@@ -149,14 +157,14 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
     Raises:
         NotACheckpointError: It is an adapter of a kind that is not added exactly, or cannot be
             read.
-        PickleRefusedError: Its weights are pickles.
+        PickleRefusedError: Its weights are a pickle that holds more than tensors.
         CorruptCheckpointError: A file is missing, truncated or contradicts another.
         MismatchError: It does not fit the base; names the module.
     """
     try:
         config = read_json(path / CONFIG_NAME)
         _check_kind(path, config)
-        stored = _read_stored(path)
+        stored = read_stored(path)
         _check_written(path, stored)
     except OSError as error:
         raise NotACheckpointError(
@@ -178,7 +186,7 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
         rows, columns = stored[update.b].shape[0], stored[update.a].shape[1]
         shape = (columns, rows) if update.transposed else (rows, columns)
         _check_shape(opened, name, shape)
-        tensors[name] = TensorEntry(name, "F32", shape, path / WEIGHTS_NAME, 0, 4 * prod(shape))
+        tensors[name] = TensorEntry(name, "F32", shape, stored[update.a].file, 0, 4 * prod(shape))
     return replace(opened, tensors=tensors)
 
 
@@ -218,7 +226,12 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _read_stored(path: Path) -> dict[str, TensorEntry]:
+def read_stored(path: Path) -> dict[str, TensorEntry]:
+    """The table of the adapter's tensors.
+
+    Raises:
+        CheckpointError: There are no weights, or they are damaged.
+    """
     file = path / WEIGHTS_NAME
     if file.exists():
         stored = read_header(file)
@@ -232,12 +245,7 @@ def _read_stored(path: Path) -> dict[str, TensorEntry]:
                 )
         return stored
     if (path / _PICKLE_NAME).exists():
-        raise PickleRefusedError(
-            "the adapter's weights are a pickle, which can run code when it is read",
-            where=path / _PICKLE_NAME,
-            expected=WEIGHTS_NAME,
-            hint="if you trust it, load it with PEFT and save it with safe_serialization=True",
-        )
+        return _read_pickle(path / _PICKLE_NAME)
     raise CorruptCheckpointError(
         "an adapter has no weights",
         where=path,
@@ -246,8 +254,45 @@ def _read_stored(path: Path) -> dict[str, TensorEntry]:
     )
 
 
+def _read_pickle(file: Path) -> dict[str, TensorEntry]:
+    """The table of an adapter that torch has saved; nothing in it lies at the bytes it says."""
+    content = pickles.load(file)
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(
+            "a file holds no adapter",
+            where=file,
+            got=type(content).__name__,
+            expected="a state_dict",
+        )
+    return {
+        name: TensorEntry(
+            name, code_of(tensor.dtype, name, file), tuple(tensor.shape), file, 0, tensor.nbytes
+        )
+        for name, tensor in content.items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def _weights_file(path: Path) -> Path:
+    file = path / WEIGHTS_NAME
+    return file if file.exists() else path / _PICKLE_NAME
+
+
+def _read_own(stored: Mapping[str, TensorEntry], names: list[str]) -> dict[str, Tensor]:
+    """Read some tensors of the adapter's file."""
+    if not names:
+        return {}
+    file = stored[names[0]].file
+    if file.name != _PICKLE_NAME:
+        return read_tensors(file, names)
+    content = pickles.load_kept(file)
+    return {name: content[name] for name in names}
+
+
 def _check_written(path: Path, stored: Mapping[str, TensorEntry]) -> None:
     """Refuse a file that ends in zeros where tensors of the same kind before it do not."""
+    if any(entry.file.name == _PICKLE_NAME for entry in stored.values()):
+        return  # torch's files end in their table
     last = max(stored.values(), key=lambda entry: entry.end, default=None)
     factor = _FACTOR.fullmatch(last.name) if last else None
     if last is None or factor is None or not tail_is_zero(last):
@@ -378,7 +423,7 @@ def _check_tied(opened: AdaptedCheckpoint) -> None:
     pair = [name for name in (_EMBEDDING, _LM_HEAD) if name in opened.replaced]
     untied = [name for name in (_EMBEDDING, _LM_HEAD) if name in opened.updates]
     if pair and not untied:
-        own = read_tensors(opened.path / WEIGHTS_NAME, [opened.replaced[name] for name in pair])
+        own = _read_own(opened.stored, [opened.replaced[name] for name in pair])
         first, *others = own.values()
         second = others[0] if others else opened.base.read([_EMBEDDING])[_EMBEDDING]
         untied = [] if torch.equal(first, second.to(first.dtype)) else pair

@@ -23,11 +23,13 @@ def check_zero_padding(checkpoints: Mapping[str, Checkpoint]) -> None:
     right length and opens without an error, but ends in zeros.
 
     Args:
-        checkpoints: Label -> checkpoint; all with the same tensors.
+        checkpoints: Label -> checkpoint; all with the same tensors. Those that store them in
+            another form are passed over.
 
     Raises:
         CorruptCheckpointError: Names the file and the tensor.
     """
+    checkpoints = {label: c for label, c in checkpoints.items() if c.is_laid_out}
     for label, checkpoint in checkpoints.items():
         last: dict[Path, TensorEntry] = {}
         for entry in checkpoint.tensors.values():

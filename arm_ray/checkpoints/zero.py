@@ -6,186 +6,175 @@
     checkpoint-N/global_stepN/*_model_states.pt             names and shapes of the parameters
     checkpoint-N/global_stepN/*_optim_states.pt             each rank's part of the float32 weights
 
-The files are pickles. They are read by torch's restricted unpickler, which makes tensors and plain
-containers; the few DeepSpeed objects beside them are taken for stand-ins that do nothing.
+Stages 1 and 2 keep the 16-bit model as well, whole, in `mp_rank_00_model_states.pt`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
-import pickle
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from arm_ray.checkpoints import states
-from arm_ray.checkpoints.weight_file import write_json, write_weight_file
-from arm_ray.errors import (
-    CorruptCheckpointError,
-    MismatchError,
-    NotACheckpointError,
-    PickleRefusedError,
+from arm_ray.checkpoints import pickles
+from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.sharded import (
+    Box,
+    Key,
+    Run,
+    ShardedCheckpoint,
+    StoredTensor,
+    Table,
+    assemble,
+    check_covered,
+    code_of,
 )
+from arm_ray.errors import CorruptCheckpointError, NotACheckpointError
 
 _OPTIMIZER_FILES = "*_optim_states.pt"
 _MODEL_FILES = "*_model_states.pt"
-# Source of a consolidated checkpoint; written last.
-RECORD = "zero_source.json"
-_MAX_FILE_BYTES = 5 * 10**9
+_FLAT = {3: "fp32_flat_groups"}
+_FLAT_BELOW_3 = "single_partition_of_fp32_groups"
+# A flat tensor of a rank, or the part of one: file, key, number of elements, dtype's code.
+_Flat = tuple[Path, Key, int, str]
 
 
-class _StandIn:
-    """Takes the place of a DeepSpeed object whose content is not needed."""
+class ZeroCheckpoint(ShardedCheckpoint):
+    """A checkpoint in DeepSpeed's shards."""
 
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __setstate__(self, _state: object) -> None:
-        pass
+    kind = "zero"
 
 
-class _Stage(int):
-    """Takes the place of DeepSpeed's enumeration of ZeRO stages."""
-
-
-# Class in the file -> what is made instead. Everything else but tensors and containers is refused.
-_STAND_INS = {
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler": _StandIn,
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _StandIn,
-    "deepspeed.utils.tensor_fragment.fragment_address": _StandIn,
-    "deepspeed.runtime.zero.config.ZeroStageEnum": _Stage,
-}
-
-
-@dataclass(frozen=True)
-class _Parameter:
-    """Where a parameter lies: for each piece the rank's flat tensor, first and last element."""
-
-    shape: tuple[int, ...]
-    pieces: tuple[tuple[Tensor, int, int], ...]
-
-    def gathered(self) -> Tensor:
-        parts = [flat[begin:end] for flat, begin, end in self.pieces]
-        return torch.cat(parts)[: math.prod(self.shape)].reshape(self.shape)
-
-
-def is_zero_checkpoint(path: Path) -> bool:
-    """Whether a directory's weights are ZeRO shards alone, without an export to safetensors."""
-    if not path.is_dir() or any(path.glob("*.safetensors")):
-        return False
-    return _shard_directory(path) is not None
-
-
-def consolidate(path: Path, output: Path, base: Path) -> Path:
-    """Write a ZeRO checkpoint's float32 weights as a model that everything here can read.
-
-    One parameter is in memory at a time. A result that is there is used again, also when the shards
-    are gone by now; a changed source is an error.
-
-    Args:
-        path: Directory with ZeRO shards of stage 1, 2 or 3.
-        output: The directory to make; appears as a whole.
-        base: Directory whose configuration and tokenizer are taken where the checkpoint has none.
-
-    Returns:
-        `output`.
-
-    Raises:
-        NotACheckpointError: There are no shards.
-        CorruptCheckpointError: Files are missing, or do not fit each other.
-        PickleRefusedError: A file holds other objects than ZeRO checkpoints do.
-        MismatchError: `output` was made from other shards.
-    """
-    source = _shard_directory(path)
-    record = output / RECORD
-    if record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if source is not None and known["digest"] != _digest(source):
-            raise MismatchError(
-                "the ZeRO shards are others than those that the run began with",
-                where=path,
-                got="other files, sizes or times",
-                expected=f"what {output} was made from",
-                hint="use another output directory, or the checkpoint as it was",
-            )
-        return output
-    if source is None:
-        raise NotACheckpointError(
-            "the directory holds no ZeRO shards", where=path, expected=_OPTIMIZER_FILES
-        )
-    digest = _digest(source)
-    with _restricted():
-        parameters = _parameters(source)
-        partial = output.with_name(f".{output.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write(parameters, partial)
-    described = path if (path / "config.json").is_file() else base
-    content = json.loads((described / "config.json").read_text(encoding="utf-8"))
-    key = "dtype" if "dtype" in content else "torch_dtype"
-    states.write_companions(partial, {**content, key: "float32"}, described)
-    if not states.has_tokenizer(partial):
-        states.copy_companions(partial, base)
-    write_json(partial / RECORD, {"source": str(path), "digest": digest})
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
-    return output
-
-
-def _shard_directory(path: Path) -> Path | None:
+def find(path: Path) -> Path | None:
     """Where the shards are: in the path, in what `latest` names, or in the only one below."""
-    if any(path.glob(_OPTIMIZER_FILES)):
+    if _has_shards(path):
         return path
     with contextlib.suppress(OSError, UnicodeDecodeError):
         named = path / (path / "latest").read_text(encoding="utf-8").strip()
-        if named.parent == path and any(named.glob(_OPTIMIZER_FILES)):
+        if named.parent == path and _has_shards(named):
             return named
-    found = [p for p in sorted(path.glob("global_step*")) if any(p.glob(_OPTIMIZER_FILES))]
+    found = [p for p in sorted(path.glob("global_step*")) if _has_shards(p)]
     return found[0] if len(found) == 1 else None
 
 
-def _digest(source: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(source.glob("*.pt")):
-        status = file.stat()
-        digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return digest.hexdigest()
+def _has_shards(path: Path) -> bool:
+    if any(path.glob(_OPTIMIZER_FILES)):
+        return True
+    # DeepSpeed's universal checkpoints have such files, too, beside `zero/`.
+    return any(path.glob(_MODEL_FILES)) and not (path / "zero").is_dir()
 
 
-@contextlib.contextmanager
-def _restricted() -> Iterator[None]:
-    allowed: list[Any] = [(stand_in, name) for name, stand_in in _STAND_INS.items()]
-    with torch.serialization.safe_globals(allowed):
-        yield
+def open_zero(path: Path, base: Checkpoint | None, masters: bool) -> ShardedCheckpoint:
+    """Find every parameter in the shards. Reads no weights.
+
+    Args:
+        path: Directory with shards of stage 1, 2 or 3, or the one above it.
+        base: Whose configuration is taken where there is none beside the shards.
+        masters: Read float32; else the 16-bit model where there is one, and what rounding the
+            float32 weights to its dtype gives where there is none.
+
+    Raises:
+        NotACheckpointError: There are no shards, or such that are not read.
+        CorruptCheckpointError: Files are missing, or do not fit each other.
+        PickleRefusedError: A file holds other objects than ZeRO checkpoints do.
+    """
+    source = find(path)
+    if source is None:
+        raise NotACheckpointError(
+            "the directory holds no ZeRO shards",
+            where=path,
+            expected=f"{_OPTIMIZER_FILES}, or a file `latest` beside directories with them",
+            hint="of several global_step directories, name one",
+        )
+    table = read_table(source, masters)
+    # OpenRLHF has the export, with its configuration, beside the shards or beside `_actor`.
+    exports = [above / f"{source.name}_hf" for above in source.parents[:2]]
+    return assemble(
+        ZeroCheckpoint, path, table, base, masters, [path, source, source.parent, *exports]
+    )
+
+
+def missing(path: Path) -> str | None:
+    """What is missing of the shards; None where they are complete.
+
+    Raises:
+        CheckpointError: They are damaged, or such that are not read.
+    """
+    source = find(path)
+    if source is None:
+        return f"no {_OPTIMIZER_FILES}"
+    if not any(source.glob(_OPTIMIZER_FILES)):
+        # Without ZeRO, the optimizer is beside the model; else its files are still to come.
+        models = ranked(source, _MODEL_FILES)
+        if _load(models[0]).get("optimizer") is None:
+            return f"no {_OPTIMIZER_FILES}"
+    read_table(source, masters=True)
+    return None
+
+
+def read_table(source: Path, masters: bool) -> Table:
+    """Where each parameter lies. See `open_zero`."""
+    _check_parallelism(source)
+    model_files, optimizer_files = (
+        ranked(source, pattern) for pattern in (_MODEL_FILES, _OPTIMIZER_FILES)
+    )
+    models = [_load(file) for file in model_files]
+    if not models:
+        raise _without_shapes(source)
+    module = {
+        name: value
+        for name, value in (models[0].get("module") or {}).items()
+        if isinstance(value, Tensor)
+    }
+    facts: dict[str, Any] = {"step": models[0].get("global_steps")}
+    shared: Mapping[str, str] = models[0].get("shared_params") or {}
+    if not optimizer_files:
+        facts |= {"weights": "the model's own: there is no optimizer beside it"}
+        return Table(_of_module(model_files[0], module), facts)
+    optimizers = [_optimizer(file) for file in optimizer_files]
+    stage = int(optimizers[0]["zero_stage"])
+    _check_count(source, optimizers[0], len(optimizers))
+    facts |= {"stage": stage, "ranks": len(optimizers)}
+    if "param_shapes" not in models[0]:
+        raise _without_shapes(source)
+    if stage == 3 and len(models) != len(optimizers):
+        raise _missing(source, f"{len(models)} files {_MODEL_FILES}", len(optimizers))
+    if stage < 3 and not masters:
+        return Table(_of_module(model_files[0], module), {**facts, "weights": "the 16-bit model"})
+    shapes: Sequence[Mapping[str, Sequence[int]]] = models[0]["param_shapes"]
+    ranks = [
+        _flat_groups(file, state, _FLAT.get(stage, _FLAT_BELOW_3))
+        for file, state in zip(optimizer_files, optimizers, strict=True)
+    ]
+    if stage == 3:
+        found = _of_stage_3({name: s for group in shapes for name, s in group.items()}, ranks)
+    else:
+        found = _of_stage_2(shapes, ranks, optimizers[0].get("param_alignment_paddings"))
+    found |= frozen(models, model_files, stage)
+    buffers = [name for name in models[0].get("buffer_names") or () if name in module]
+    found |= _of_module(model_files[0], {name: module[name] for name in buffers})
+    found = {name: check_covered(name, tensor, source) for name, tensor in found.items()}
+    # A tied head is written once; a state_dict has it under both names.
+    found |= {name: found[owner] for name, owner in shared.items() if owner in found}
+    codes = {name: code_of(t.dtype, name, source) for name, t in module.items() if name in found}
+    return Table(found, {**facts, "weights": "float32 masters"}, codes)
 
 
 def _load(file: Path) -> Mapping[str, Any]:
-    try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise PickleRefusedError(
-            "a ZeRO shard holds objects that are not read",
-            where=file,
-            got=" ".join(str(error).split())[:400],
-            expected="tensors, and what DeepSpeed itself puts beside them",
-            hint="pickles may run code; convert it where you trust it, with DeepSpeed's "
-            "zero_to_fp32.py --safe_serialization",
-        ) from None
-    except Exception as error:  # zip, storage and format errors of many types
-        raise CorruptCheckpointError(
-            "a ZeRO shard cannot be read", where=file, got=f"{type(error).__name__}: {error}"
-        ) from None
+    content = pickles.load(file)
     if not isinstance(content, dict):
         raise _no_shard(file, type(content).__name__)
     return content
+
+
+def _optimizer(file: Path) -> Mapping[str, Any]:
+    state = _load(file).get("optimizer_state_dict")
+    if not isinstance(state, dict) or "zero_stage" not in state:
+        raise _no_shard(file, "no optimizer_state_dict with a zero_stage")
+    return state
 
 
 def _no_shard(file: Path, got: str) -> CorruptCheckpointError:
@@ -194,7 +183,50 @@ def _no_shard(file: Path, got: str) -> CorruptCheckpointError:
     )
 
 
-def _ranked(source: Path, pattern: str) -> list[Path]:
+def _without_shapes(source: Path) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        "a ZeRO checkpoint has no shapes of its parameters",
+        where=source,
+        expected=f"param_shapes in a file {_MODEL_FILES}",
+        hint="wait until the checkpoint is complete, or take another one",
+    )
+
+
+def _missing(source: Path, got: str, count: int) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        "ZeRO shards are missing",
+        where=source,
+        got=got,
+        expected=f"{count}, one of each rank",
+        hint="wait until the checkpoint is complete, or take another one",
+    )
+
+
+def _check_count(source: Path, state: Mapping[str, Any], found: int) -> None:
+    count = state["partition_count"]
+    count = max(count) if isinstance(count, list) else count
+    if count != found:
+        raise _missing(source, f"{found} files {_OPTIMIZER_FILES}", count)
+
+
+def _check_parallelism(source: Path) -> None:
+    """Refuse shards of tensors or of layers, which take more than the files to put together."""
+    for pattern, what in (
+        ("*mp_rank_01*", "tensor parallelism"),
+        ("layer_*-model_*states.pt", "pipeline parallelism"),
+        ("*expp_rank_*", "expert parallelism"),
+    ):
+        file = next(iter(sorted(source.glob(pattern))), None)
+        if file is not None:
+            raise NotACheckpointError(
+                f"the ZeRO shards are of a model with {what}",
+                where=file,
+                expected="shards of data parallelism alone: one mp_rank_00",
+                hint="export it to safetensors with the trainer's own tool",
+            )
+
+
+def ranked(source: Path, pattern: str) -> list[Path]:
     """Files in the order of the ranks in their names."""
 
     def numbers(file: Path) -> list[int]:
@@ -204,122 +236,106 @@ def _ranked(source: Path, pattern: str) -> list[Path]:
     return sorted(source.glob(pattern), key=numbers)
 
 
-def _parameters(source: Path) -> dict[str, _Parameter]:
-    optimizers = []
-    for file in _ranked(source, _OPTIMIZER_FILES):
-        state = _load(file).get("optimizer_state_dict")
-        if not isinstance(state, dict) or "zero_stage" not in state:
-            raise _no_shard(file, "no optimizer_state_dict with a zero_stage")
-        optimizers.append(state)
-    count = optimizers[0]["partition_count"]
-    count = max(count) if isinstance(count, list) else count
-    if count != len(optimizers):
-        raise CorruptCheckpointError(
-            "ZeRO shards are missing",
-            where=source,
-            got=f"{len(optimizers)} files {_OPTIMIZER_FILES}",
-            expected=f"{count}, one of each rank",
-            hint="wait until the checkpoint is complete, or take another one",
-        )
-    models = [_load(file) for file in _ranked(source, _MODEL_FILES)]
-    if not models or "param_shapes" not in models[0]:
-        raise CorruptCheckpointError(
-            "a ZeRO checkpoint has no shapes of its parameters",
-            where=source,
-            expected=f"param_shapes in a file {_MODEL_FILES}",
-        )
-    shapes: Sequence[Mapping[str, Sequence[int]]] = models[0]["param_shapes"]
-    stage = int(optimizers[0]["zero_stage"])
-    if stage == 3:
-        ranks = [_flat_groups(state["fp32_flat_groups"]) for state in optimizers]
-        found = _of_stage_3({name: s for group in shapes for name, s in group.items()}, ranks)
-    else:
-        ranks = [_flat_groups(state["single_partition_of_fp32_groups"]) for state in optimizers]
-        found = _of_stage_2(shapes, ranks)
-    frozen: Mapping[str, Sequence[int]] = models[0].get("frozen_param_shapes") or {}
-    for name, shape in frozen.items():
-        fragments = [model["frozen_param_fragments"][name].reshape(-1) for model in models]
-        pieces = [(part, 0, part.numel()) for part in (fragments if stage == 3 else fragments[:1])]
-        found[name] = _checked(name, shape, pieces)
-    adapters = [name for name in found if ".lora_" in name or name.startswith("base_model.")]
-    if adapters:
-        raise NotACheckpointError(
-            "the ZeRO shards are of a model with adapters",
-            where=source,
-            got=adapters[0],
-            expected="the parameters of a whole model",
-            hint="name the adapter that the trainer has saved (adapter_model.safetensors)",
-        )
+def _of_module(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    """Tensors that lie whole in a file of the model.
+
+    Raises:
+        CorruptCheckpointError: They are empty, as those of stage 3 are.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if not tensor.numel():
+            raise CorruptCheckpointError(
+                f"the ZeRO shards do not hold {name}",
+                where=file,
+                got="an empty tensor",
+                expected=f"the model, or files {_OPTIMIZER_FILES} beside it",
+                hint="wait until the checkpoint is complete, or take another one",
+            )
+        shape = tuple(tensor.shape)
+        box = Box(file, ("module", name), (0,) * len(shape), shape)
+        found[name] = StoredTensor(shape, code_of(tensor.dtype, name, file), (box,))
     return found
 
 
-def _flat_groups(value: Any) -> list[Tensor]:
+def frozen(
+    models: Sequence[Mapping[str, Any]], files: Sequence[Path], stage: int
+) -> dict[str, StoredTensor]:
+    """Parameters that were not trained, which the optimizer does not have."""
+    found = {}
+    shapes: Mapping[str, Sequence[int]] = models[0].get("frozen_param_shapes") or {}
+    for name, shape in shapes.items():
+        key, left, pieces = ("frozen_param_fragments", name), math.prod(shape), []
+        for model, file in zip(models, files, strict=True):
+            part = model["frozen_param_fragments"][name]
+            if left:
+                pieces.append(Run(file, key, 0, min(left, part.numel())))
+                left -= pieces[-1].end
+            if stage < 3:
+                break
+        code = code_of(models[0]["frozen_param_fragments"][name].dtype, name, files[0])
+        found[name] = StoredTensor(tuple(shape), code, tuple(pieces))
+    return found
+
+
+def _flat_groups(file: Path, state: Mapping[str, Any], name: str) -> list[_Flat]:
     """Flat tensors of a rank, one for each group."""
-    return [value.reshape(-1)] if isinstance(value, Tensor) else [t.reshape(-1) for t in value]
+    value = state.get(name)
+    key: Key = ("optimizer_state_dict", name)
+    if isinstance(value, Tensor):
+        return [(file, key, value.numel(), code_of(value.dtype, name, file))]
+    if not isinstance(value, list) or not all(isinstance(flat, Tensor) for flat in value):
+        raise _no_shard(file, f"no tensors {name}")
+    return [
+        (file, (*key, index), flat.numel(), code_of(flat.dtype, name, file))
+        for index, flat in enumerate(value)
+    ]
 
 
 def _of_stage_3(
-    shapes: Mapping[str, Sequence[int]], ranks: Sequence[Sequence[Tensor]]
-) -> dict[str, _Parameter]:
+    shapes: Mapping[str, Sequence[int]], ranks: Sequence[Sequence[_Flat]]
+) -> dict[str, StoredTensor]:
     """Each parameter is cut into one equal piece for each rank, filled up at the end."""
     found = {}
     # A rank's groups follow each other, and a piece may go over the end of one.
     ends = [0]
-    for flat in ranks[0]:
-        ends.append(ends[-1] + flat.numel())
+    for _, _, size, _ in ranks[0]:
+        ends.append(ends[-1] + size)
     offset = 0
     for name, shape in shapes.items():
-        size = math.ceil(math.prod(shape) / len(ranks))
+        left = math.prod(shape)
+        size = math.ceil(left / len(ranks))
         pieces = []
         for groups in ranks:
-            for flat, first, last in zip(groups, ends, ends[1:], strict=False):
+            for (file, key, _, _), first, last in zip(groups, ends, ends[1:], strict=False):
                 begin, end = max(offset, first), min(offset + size, last)
+                end = min(end, begin + left)
                 if begin < end:
-                    pieces.append((flat, begin - first, end - first))
-        found[name] = _checked(name, shape, pieces)
+                    pieces.append(Run(file, key, begin - first, end - first))
+                    left -= end - begin
+        found[name] = StoredTensor(tuple(shape), ranks[0][0][3], tuple(pieces))
         offset += size
     return found
 
 
 def _of_stage_2(
-    shapes: Sequence[Mapping[str, Sequence[int]]], ranks: Sequence[Sequence[Tensor]]
-) -> dict[str, _Parameter]:
+    shapes: Sequence[Mapping[str, Sequence[int]]],
+    ranks: Sequence[Sequence[_Flat]],
+    paddings: Sequence[Sequence[int]] | None,
+) -> dict[str, StoredTensor]:
     """Each group's parameters lie one after another in a flat tensor, which the ranks share."""
     found = {}
     for number, group in enumerate(shapes):
         parts = [rank[number] for rank in ranks]
         offset = 0
-        for name, shape in group.items():
+        for index, (name, shape) in enumerate(group.items()):
             size, pieces, first = math.prod(shape), [], 0
-            for part in parts:
-                last = first + part.numel()
+            for file, key, length, _ in parts:
+                last = first + length
                 begin, end = max(offset, first), min(offset + size, last)
                 if begin < end:
-                    pieces.append((part, begin - first, end - first))
+                    pieces.append(Run(file, key, begin - first, end - first))
                 first = last
-            found[name] = _checked(name, shape, pieces)
-            offset += size
+            found[name] = StoredTensor(tuple(shape), parts[0][3], tuple(pieces))
+            offset += size + (paddings[number][index] if paddings else 0)
     return found
-
-
-def _checked(
-    name: str, shape: Sequence[int], pieces: Sequence[tuple[Tensor, int, int]]
-) -> _Parameter:
-    present = sum(end - begin for _, begin, end in pieces)
-    if present < math.prod(shape):
-        raise CorruptCheckpointError(
-            f"the ZeRO shards do not hold all of {name}",
-            got=f"{present} numbers",
-            expected=f"{math.prod(shape)}, shape {tuple(shape)}",
-        )
-    return _Parameter(tuple(shape), tuple(pieces))
-
-
-def _write(parameters: Mapping[str, _Parameter], directory: Path) -> None:
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    dtypes = dict.fromkeys(shapes, torch.float32)
-    files = states.plan_export(shapes, dtypes, _MAX_FILE_BYTES)
-    for file in files:
-        tensors = (parameters[spec.name].gathered().float() for spec in file.specs)
-        write_weight_file(directory / file.name, file.specs, tensors)
-    states.write_export_index(directory, files)

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,12 +50,22 @@ class ModelSource:
     """Where a model's weights are.
 
     Attributes:
-        path: Hugging Face directory.
-        adapter: Directory of a LoRA adapter over it, or None.
+        path: Hugging Face directory. It needs weights only where `weights` is None.
+        weights: What is loaded instead of the weights there, `FORMAT:PATH`: a LoRA adapter over
+            them, or a trainer's shards; None: nothing.
+        base: What an adapter is added to instead of the weights there; None: nothing.
+        masters: Whether float32 is read where shards hold it.
     """
 
     path: str
-    adapter: str | None = None
+    weights: str | None = None
+    base: str | None = None
+    masters: bool = True
+
+    @property
+    def given(self) -> str:
+        """What the weights are of, for people."""
+        return self.weights or self.path
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,8 @@ class Engine:
     """A vLLM engine. Start it once, `load` a model, `generate`, `load` the next.
 
     Args:
-        model: Hugging Face directory that it is started with; its architecture stays.
+        model: Hugging Face directory that it is started with; its architecture stays. Without
+            weights there, it is started with arbitrary ones.
         tokenizer: Directory of the tokenizer.
         settings: Of the engine.
 
@@ -159,7 +170,7 @@ class Engine:
         started = time.monotonic()
         self.version = ""
         try:
-            self._llm.collective_rpc("take_weights", args=(source.path, source.adapter))
+            self._llm.collective_rpc("take_weights", args=astuple(source))
             # Keys and values of the old weights would be taken for those of the new.
             self._empty_prefix_cache()
             self._llm.update_weight_version(version)
@@ -170,7 +181,7 @@ class Engine:
         except Exception as error:  # vLLM's workers raise what they like
             raise EvaluationError(
                 "the engine did not take in the weights",
-                where=source.adapter or source.path,
+                where=source.given,
                 got=f"{type(error).__name__}: {_first_lines(error)}",
                 expected="a model of the architecture that the engine was started with",
                 hint="the engine is started anew for the next model",
@@ -351,6 +362,8 @@ def _start(
         "trust_remote_code": False,
         "seed": 0,
     }
+    if not any(Path(model).glob("*.safetensors")):
+        arguments["load_format"] = "dummy"
     if settings.tensor_parallel > 1:
         # Inside an actor of a placement group vLLM would ask Ray for one GPU in each bundle.
         arguments["distributed_executor_backend"] = "mp"

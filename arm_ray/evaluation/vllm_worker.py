@@ -12,25 +12,35 @@ from typing import Any
 
 from torch import Tensor
 
-from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
-from arm_ray.checkpoints.peft import open_adapter
+from arm_ray.checkpoints.formats import find_format, open_given, split_source
+from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint, read_json
 
 
 class WeightsExtension:
     """Mixed into vLLM's worker class, which has `reload_weights` and `model_runner`."""
 
-    def take_weights(self, path: str, adapter: str | None) -> None:
-        """Replace the weights by those of a checkpoint, or of an adapter over one.
+    def take_weights(
+        self,
+        path: str,
+        weights: str | None = None,
+        base: str | None = None,
+        masters: bool = True,
+    ) -> None:
+        """Replace the weights by those of a checkpoint of any format.
 
         Args:
-            path: Hugging Face directory, single or sharded, in any float dtype.
-            adapter: Directory of a LoRA adapter; what is loaded is `W + s B A`.
+            path: Of a `ModelSource`, as are the others.
+            weights: What is loaded instead of those in `path`; of an adapter `W + s B A`.
+            base: What an adapter is added to instead of those in `path`.
+            masters: Whether float32 is read where shards hold it.
         """
         worker: Any = self
-        if adapter is None:
+        # An engine that was started without weights has no loader for a directory of them.
+        has_loader = worker.vllm_config.load_config.load_format != "dummy"
+        if weights is None and has_loader:
             worker.reload_weights(weights_path=path)
         else:
-            opened = open_adapter(Path(adapter), open_checkpoint(Path(path)))
+            opened = _opened(Path(path), weights, base, masters)
             worker.reload_weights(weights_iterator=_tensors(opened))
         self._refresh_packed_embeddings()
 
@@ -46,6 +56,23 @@ class WeightsExtension:
         for module in worker.model_runner.get_model().modules():
             if isinstance(module, VocabParallelEmbedding):
                 module.quant_method.process_weights_after_loading(module)
+
+
+def _opened(path: Path, weights: str | None, base: str | None, masters: bool) -> Checkpoint:
+    if weights is None:
+        return open_checkpoint(path)
+    # Shards without a configuration of their own have that of `path`.
+    under = Checkpoint(path, read_json(path / "config.json"), {})
+    if base is not None:
+        under = open_given(base, under, masters)
+    elif _is_adapter(weights):
+        under = open_checkpoint(path)
+    return open_given(weights, under, masters)
+
+
+def _is_adapter(given: str) -> bool:
+    kind, path = split_source(given)
+    return kind == "peft" or (kind == "auto" and find_format(Path(path))[0] == "peft")
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -56,6 +56,7 @@ _DEEPEST = 4
 # What a merge, and whoever loads its result, may want beside the weights.
 _COMPANIONS = (
     "config.json", "generation_config.json", _ADAPTER, TRAINER_STATE, _METRIC, "latest",
+    "latest_universal",
     "fsdp_config.json", _DCP_METADATA, _TOKENIZER, "tokenizer_config.json", "vocab.json",
     "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json",
     "chat_template.json",

@@ -239,12 +239,13 @@ class _Walk:
             is_given = state in self._workload.dtypes
             term = CHECKPOINTS if is_given else MERGED
             whole = _group_bytes(self._workload, state, group, False)
+            is_formed = state in self._workload.formed
             if self._residency == "disk":
-                layers = _group_bytes(self._workload, state, group, True)
+                layers = _group_bytes(self._workload, state, group, not is_formed)
                 sizes = {"host": layers, "mapped": whole - layers}
             elif self._residency == "device" and self._on_gpu:
                 sizes = {"gpu": whole}
-            elif self._residency == "device" and is_given:
+            elif self._residency == "device" and is_given and not is_formed:
                 sizes = {"mapped": whole}
             else:
                 sizes = {"host": whole}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
-from arm_ray.checkpoints.peft import is_adapter, open_adapter
+from arm_ray.checkpoints.formats import FormatOrAuto, find_format, open_source, split_source
+from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, CorruptCheckpointError, NotACheckpointError
@@ -39,27 +39,30 @@ def open_workload(
         ConfigError: `tokens_per_sample` is below 1.
     """
     notes: list[str] = []
-    path = _find(config.base)
+    masters = config.precision.masters
+    kind, place = split_source(config.base)
+    path = _find(place)
     if path is None:
         raise NotACheckpointError(
             "base: there is no such directory, and no downloaded model of that name",
             where=config.base,
             expected="a directory with config.json at least; the weights may be missing",
             hint="for a model of the Hugging Face hub, download its config.json alone: "
-            f"hf download {config.base} config.json --local-dir DIR, and set base=DIR",
+            f"hf download {place} config.json --local-dir DIR, and set base=DIR",
         )
-    layout, base = _open_base(path, config.runtime.layers_per_group, notes)
+    layout, base = _open_base(path, kind, masters, config.runtime.layers_per_group, notes)
     checkpoints = {BASE: base}
     others = {candidate_name(i): given for i, given in enumerate(config.candidates)}
     if config.initial_state is not None:
         others[INITIAL] = config.initial_state
     for label, given in others.items():
-        found = _find(given)
+        kind, place = split_source(given)
+        found = _find(place)
         if found is None or not _has_weights(found):
             notes.append(f"{label}: no weights at {given} yet; taken to be stored as the base is")
             checkpoints[label] = base
             continue
-        checkpoints[label] = _open(found, label, base)
+        checkpoints[label] = _open(found, label, kind, masters, base)
         check_layout(layout, checkpoints[label], label)
     dtypes = {
         label: {name: DTYPES[c.tensors[name].code] for name in layout.shapes}
@@ -82,6 +85,7 @@ def open_workload(
         samples,
         tokens,
         config.runtime.micro_batch_tokens,
+        frozenset(label for label, c in checkpoints.items() if not c.is_laid_out),
     )
     return workload, notes
 
@@ -118,14 +122,16 @@ def _find(path_or_id: str) -> Path | None:
 
 
 def _has_weights(path: Path) -> bool:
+    if find_format(path)[0] != "hf":
+        return True
     return any(next(path.glob(pattern), None) for pattern in _WEIGHTS)
 
 
 def _open_base(
-    path: Path, layers_per_group: int, notes: list[str]
+    path: Path, kind: FormatOrAuto, masters: bool, layers_per_group: int, notes: list[str]
 ) -> tuple[ModelLayout, Checkpoint]:
     if not (path / "config.json").is_file() or _has_weights(path):
-        base = _open(path, BASE)  # with its own words for what is missing
+        base = _open(path, BASE, kind, masters)  # with its own words for what is missing
         layout = model_layout(load_config(base), layers_per_group)
         check_layout(layout, base, BASE)
         return layout, base
@@ -146,11 +152,11 @@ def _open_base(
     return layout, Checkpoint(path, content, entries)
 
 
-def _open(path: Path, label: str, base: Checkpoint | None = None) -> Checkpoint:
+def _open(
+    path: Path, label: str, kind: FormatOrAuto, masters: bool, base: Checkpoint | None = None
+) -> Checkpoint:
     try:
-        if base is not None and is_adapter(path):
-            return open_adapter(path, base)
-        return open_checkpoint(path)
+        return open_source(path, base, kind, masters)
     except ArmRayError as error:
         raise error.of(label) from None
 

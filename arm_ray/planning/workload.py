@@ -42,6 +42,8 @@ class Workload:
         samples: N; 0 where the operator needs no activations.
         tokens: Tokens of a sample.
         micro_batch_tokens: `runtime.micro_batch_tokens`.
+        formed: Of the base and the candidates, those whose tensors are put together in memory when
+            they are read, and not mapped.
     """
 
     layout: ModelLayout
@@ -52,6 +54,7 @@ class Workload:
     samples: int
     tokens: int
     micro_batch_tokens: int
+    formed: frozenset[str] = frozenset()
 
     @property
     def num_candidates(self) -> int:

@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from arm_ray.checkpoints import states
-from arm_ray.checkpoints.huggingface import open_checkpoint, resolve_path
-from arm_ray.checkpoints.peft import is_adapter, open_adapter
+from arm_ray.checkpoints.formats import find_format, open_given, open_source, split_source
+from arm_ray.checkpoints.huggingface import resolve_path
 from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.config import EvaluateConfig
 from arm_ray.errors import ArmRayError, ConfigError, EvaluationError
-from arm_ray.evaluation.engine import LoadReport, ModelSource
+from arm_ray.evaluation.engine import LoadReport
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.events import EventLog
@@ -22,7 +22,13 @@ from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.runtime.placement import in_submitted_job, ray_session
 from arm_ray.runtime.progress import duration
 from arm_ray.runtime.run_directory import locked
-from arm_ray.runtime.scoring import Subject, as_error, scoring_service, write_table
+from arm_ray.runtime.scoring import (
+    Subject,
+    as_error,
+    model_source,
+    scoring_service,
+    write_table,
+)
 from arm_ray.runtime.state_scoring import local_evaluator_slots, scored_event, scored_line
 
 CONFIG_NAME = "config.yaml"
@@ -102,20 +108,20 @@ def _subject(name: str, given: str, config: EvaluateConfig) -> Subject:
             expected="a name without slashes",
         )
     try:
-        path = resolve_path(given)
-        if not is_adapter(path):
-            checkpoint = open_checkpoint(path)
-            source = ModelSource(str(path))
-        elif config.adapter_base is None:
+        kind, place = split_source(given)
+        path = resolve_path(place)
+        if kind == "auto":
+            kind = find_format(path)[0]
+        if kind == "peft" and config.adapter_base is None:
             raise EvaluationError(
                 "the path holds a LoRA adapter, and its base is not named",
                 where=path,
                 expected="the key adapter_base (or --adapter-base)",
             )
-        else:
-            base = open_checkpoint(resolve_path(config.adapter_base))
-            checkpoint = open_adapter(path, base)
-            source = ModelSource(str(base.path), str(path))
+        named = config.adapter_base if kind != "hf" else None
+        base = None if named is None else open_given(named)
+        checkpoint = open_source(path, base, kind)
+        source = model_source(checkpoint)
     except ArmRayError as error:
         raise error.of(name) from None
     tokenizer = _tokenizer(name, Path(source.path), path, config)

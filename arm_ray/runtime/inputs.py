@@ -10,14 +10,9 @@ from typing import Any
 
 import torch
 
-from arm_ray.checkpoints import states, zero
-from arm_ray.checkpoints.huggingface import (
-    Checkpoint,
-    open_checkpoint,
-    open_tensors,
-    resolve_path,
-)
-from arm_ray.checkpoints.peft import AdaptedCheckpoint, is_adapter, open_adapter
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.formats import open_given
+from arm_ray.checkpoints.huggingface import Checkpoint, open_tensors, resolve_path
 from arm_ray.checkpoints.validation import check_zero_padding
 from arm_ray.checkpoints.weight_file import DTYPES
 from arm_ray.config import MergeConfig
@@ -31,7 +26,6 @@ from arm_ray.model.layout import (
     load_config,
     model_layout,
 )
-from arm_ray.runtime.run_directory import INPUTS
 from arm_ray.schedule import BASE, INITIAL, candidate_name
 
 _DTYPE_BY_NAME = {
@@ -76,15 +70,13 @@ class MergeInputs:
         return {**config, key: name}
 
 
-def open_inputs(config: MergeConfig, *, converts: bool = False) -> MergeInputs:
+def open_inputs(config: MergeConfig) -> MergeInputs:
     """Open the base and the candidates, and check that they can be merged.
 
-    Reads configurations, headers and a few kilobytes of each weight file.
+    Reads configurations, headers, trainers' tables, and a few kilobytes of each weight file.
 
     Args:
         config: Of the merge.
-        converts: Whether candidates that are ZeRO shards are written as models, in float32, into
-            `inputs/` of the output; otherwise they are refused.
 
     Raises:
         CheckpointError: Any of its kinds; says which checkpoint, and what about it.
@@ -96,20 +88,15 @@ def open_inputs(config: MergeConfig, *, converts: bool = False) -> MergeInputs:
     checkpoints: dict[str, Checkpoint] = {}
     for label, given in sources.items():
         try:
-            path = _readable(config, label, given, checkpoints, converts)
-            if label != BASE and is_adapter(path):
-                checkpoints[label] = open_adapter(path, checkpoints[BASE])
-            else:
-                checkpoints[label] = open_checkpoint(path)
+            opened = open_given(given, checkpoints.get(BASE), config.precision.masters)
+            checkpoints[label] = opened
         except ArmRayError as error:
             raise error.of(label) from None
     base = checkpoints[BASE]
     layout = model_layout(load_config(base), config.runtime.layers_per_group)
     for label, checkpoint in checkpoints.items():
         check_layout(layout, checkpoint, label)
-    check_zero_padding(
-        {name: c for name, c in checkpoints.items() if not isinstance(c, AdaptedCheckpoint)}
-    )
+    check_zero_padding(checkpoints)
     compute, storage = config.precision.compute_dtype, config.precision.storage_dtype
     return MergeInputs(
         checkpoints,
@@ -121,31 +108,6 @@ def open_inputs(config: MergeConfig, *, converts: bool = False) -> MergeInputs:
         },
         _tokenizer_source(config, checkpoints),
         _open_second_moments(config, layout),
-    )
-
-
-def _readable(
-    config: MergeConfig,
-    label: str,
-    given: str,
-    opened: Mapping[str, Checkpoint],
-    converts: bool,
-) -> Path:
-    """A candidate's directory, or that of its ZeRO shards brought together."""
-    output = Path(config.output).expanduser().resolve() / INPUTS / label
-    if label != BASE and converts and (output / zero.RECORD).is_file():
-        # The shards may be gone by now.
-        return zero.consolidate(Path(given).expanduser().resolve(), output, opened[BASE].path)
-    path = resolve_path(given)
-    if label == BASE or not zero.is_zero_checkpoint(path):
-        return path
-    if converts:
-        return zero.consolidate(path, output, opened[BASE].path)
-    raise NotACheckpointError(
-        "the weights are ZeRO shards, which a merge brings together first",
-        where=path,
-        expected="safetensors",
-        hint="for a plan before that, name a checkpoint of the same shapes in safetensors",
     )
 
 
@@ -185,8 +147,8 @@ def _open_second_moments(config: MergeConfig, layout: ModelLayout) -> dict[str, 
 
 def _tokenizer_source(config: MergeConfig, checkpoints: Mapping[str, Checkpoint]) -> Path:
     """The base's directory, or the last candidate's where only that one can do the job."""
-    base = checkpoints[BASE].path
-    last = checkpoints[candidate_name(len(config.candidates) - 1)].path
+    base = companions_of(checkpoints[BASE])
+    last = companions_of(checkpoints[candidate_name(len(config.candidates) - 1)])
     if config.tokenizer == "base":
         chosen = base
     elif config.tokenizer == "last_candidate":
@@ -204,3 +166,9 @@ def _tokenizer_source(config: MergeConfig, checkpoints: Mapping[str, Checkpoint]
             hint="copy the tokenizer into the base's directory, or set `tokenizer`",
         )
     return chosen
+
+
+def companions_of(checkpoint: Checkpoint) -> Path:
+    """The directory of a checkpoint's tokenizer: its own, or that of its configuration."""
+    own, described = checkpoint.path, checkpoint.config_directory
+    return described if states.has_tokenizer(described) and not states.has_tokenizer(own) else own

@@ -301,7 +301,7 @@ class _Run:
         EventLog(self._output / "events.jsonl").write(
             ModelScored(
                 subject.name,
-                subject.source.adapter or subject.source.path,
+                subject.source.given,
                 {
                     f"lm_eval/{task}": {metric: round(v, 6)}
                     for task, (metric, v, _) in shown.items()

@@ -103,7 +103,7 @@ def merge(
         *merge_sizes(config.schedule, len(config.candidates)),
         has_window=config.schedule.has_window,
     )
-    inputs = open_inputs(config, converts=True)
+    inputs = open_inputs(config)
     tasks = open_evaluation(config, inputs)
     with open_run(config) as run:
         run.record_inputs(inputs.fingerprints)

@@ -28,7 +28,6 @@ from arm_ray.events import EventLog
 from arm_ray.schedule import iteration_of, states_needed_after
 
 # Checkpoints that had to be brought into another form to be read.
-INPUTS = "inputs"
 CONFIG_NAME = "config.yaml"
 _INPUTS_NAME = "inputs.json"
 _LOCK_NAME = ".lock"
@@ -273,7 +272,7 @@ def _existing_config(path: Path) -> MergeConfig | None:
     if not path.is_dir():
         raise RunDirectoryError("the output is not a directory", where=path)
     try:
-        ours = (_LOCK_NAME, f".{CONFIG_NAME}.partial", INPUTS)
+        ours = (_LOCK_NAME, f".{CONFIG_NAME}.partial")
         content = sorted(p.name for p in path.iterdir() if p.name not in ours)
     except OSError as error:
         raise RunDirectoryError(

@@ -24,6 +24,9 @@ from typing import Any
 import ray
 
 from arm_ray.calibration.tokens import load_tokenizer
+from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.peft import AdaptedCheckpoint
+from arm_ray.checkpoints.sharded import ShardedCheckpoint
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.errors import ArmRayError, EvaluationError, WorkerError
 from arm_ray.evaluation import records as kept
@@ -77,6 +80,17 @@ class Subject:
     source: ModelSource
     tokenizer: str
     identity: str
+
+
+def model_source(checkpoint: Checkpoint) -> ModelSource:
+    """Where an engine finds a checkpoint's weights, whatever its format."""
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        under = model_source(checkpoint.base)
+        return replace(under, weights=f"peft:{checkpoint.path}", base=under.weights)
+    if isinstance(checkpoint, ShardedCheckpoint):
+        given = f"{checkpoint.kind}:{checkpoint.path}"
+        return ModelSource(str(checkpoint.config_directory), given, masters=checkpoint.masters)
+    return ModelSource(str(checkpoint.path))
 
 
 @dataclass(frozen=True)

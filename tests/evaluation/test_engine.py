@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from arm_ray.evaluation.settings import EngineSettings
 from arm_ray.runtime.evaluator import results
 from tests.conftest import SERVED, MergeCase
 from tests.test_peft_merge import write_adapters, write_dense
+from tests.test_zero import write_zero
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 SETTINGS = EngineSettings(kv_cache_gb=0.05, max_model_len=64, dtype="float32")
@@ -134,6 +136,29 @@ def test_an_adapter_a_long_prompt_and_a_failed_reload(case: MergeCase, serve: An
         served.load(ModelSource(str(other / "base")), "other")
     with pytest.raises(EvaluationError, match="no model loaded"):
         served.generate(REQUESTS)
+
+
+def test_shards_are_streamed_also_into_an_engine_without_weights(
+    case: MergeCase, serve: Any
+) -> None:
+    case.make("smollm2", sizes=SERVED)
+    base, [first, second] = case.root / "base", case.candidates
+    shards, bare = case.root / "zero", case.root / "bare"
+    write_zero(first, shards, 3)
+    bare.mkdir()
+    shutil.copy(first / "config.json", bare)
+    served = serve(bare, base)
+    streamed = served.load(ModelSource(str(bare), f"zero:{shards}"), "shards")
+    texts = [c.text for c in served.generate(REQUESTS)]
+    # A whole model goes into it as well.
+    assert served.load(ModelSource(str(second)), "second").canary != streamed.canary
+    assert served.load(ModelSource(str(first)), "first").canary == streamed.canary
+    served.close()
+    served = serve(base)
+    again = served.load(ModelSource(str(base), f"zero:{shards}"), "shards")
+    assert again.canary == streamed.canary
+    assert [c.text for c in served.generate(REQUESTS)] == texts
+    assert served.load(ModelSource(str(first)), "first").canary == streamed.canary
 
 
 def test_an_engine_that_does_not_fit_says_what_was_asked(

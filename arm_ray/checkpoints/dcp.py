@@ -1,0 +1,225 @@
+"""torch's distributed checkpoints (DCP), and those of accelerate and transformers with FSDP.
+
+::
+
+    <directory>/.metadata               which piece of which tensor is where; written last
+    <directory>/__R_i.distcp            pieces, one after another, each as torch.save writes it
+    checkpoint-N/pytorch_model_fsdp_0/  such a directory (transformers, accelerate)
+
+`.metadata` is a plain pickle of a few of torch's classes. Stand-ins are made for them, so that a
+file that says otherwise does not change torch's own; other classes are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arm_ray.checkpoints import pickles
+from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.sharded import (
+    CODES,
+    Box,
+    Key,
+    ShardedCheckpoint,
+    StoredTensor,
+    Table,
+    assemble,
+    check_covered,
+)
+from arm_ray.errors import CorruptCheckpointError, NotACheckpointError
+
+_METADATA = ".metadata"
+_PIECES = "__*_*.distcp"
+_ACCELERATE = "pytorch_model_fsdp_0"
+_TORCH = "torch.distributed.checkpoint"
+_RECORDS = (
+    f"{_TORCH}.metadata.Metadata",
+    f"{_TORCH}.metadata.TensorStorageMetadata",
+    f"{_TORCH}.metadata.BytesStorageMetadata",
+    f"{_TORCH}.metadata.ChunkStorageMetadata",
+    f"{_TORCH}.metadata.TensorProperties",
+    f"{_TORCH}.metadata._MEM_FORMAT_ENCODING",
+    f"{_TORCH}.metadata.MetadataIndex",
+    f"{_TORCH}.metadata.StorageMeta",
+    f"{_TORCH}.filesystem._StorageInfo",
+    f"{_TORCH}.filesystem._StoragePrefix",
+    f"{_TORCH}.filesystem.SerializationFormat",
+)
+# What a trainer saves beside the model, when the model's tensors have no prefix of their own.
+_OTHERS = ("optimizer.", "optim.", "lr_scheduler.", "dataloader.", "train_state.")
+
+
+class DcpCheckpoint(ShardedCheckpoint):
+    """A distributed checkpoint of torch."""
+
+    kind = "dcp"
+
+    def load(self, file: Path, key: Key) -> Any:
+        """The piece at a place in a file: its first byte, and their number."""
+        offset, length = (int(part) for part in key)
+        with file.open("rb") as opened:
+            opened.seek(offset)
+            return pickles.load_bytes(opened.read(length), file)
+
+
+def find(path: Path) -> Path | None:
+    """Where the pieces are: in the path, or where accelerate puts them below it."""
+    for directory in (path, path / _ACCELERATE):
+        if (directory / _METADATA).is_file() or next(directory.glob(_PIECES), None) is not None:
+            return directory
+    return None
+
+
+def open_dcp(path: Path, base: Checkpoint | None, masters: bool) -> ShardedCheckpoint:
+    """Find every tensor. Reads no weights.
+
+    Args:
+        path: Directory with `.metadata`, or the one above accelerate's.
+        base: Whose configuration is taken where there is none beside.
+        masters: Read float32 as it is; else what rounding to the configured dtype gives.
+
+    Raises:
+        NotACheckpointError: It is no distributed checkpoint.
+        CorruptCheckpointError: Files are missing, or do not fit each other.
+        PickleRefusedError: `.metadata` names other classes than torch's writer does.
+    """
+    source = find(path)
+    if source is None:
+        raise NotACheckpointError(
+            "the directory holds no distributed checkpoint of torch", where=path, expected=_METADATA
+        )
+    beside = [path, source, source.parent]
+    return assemble(DcpCheckpoint, path, read_table(source), base, masters, beside)
+
+
+def missing(path: Path) -> str | None:
+    """What is missing of the files; None where they are complete.
+
+    Raises:
+        CheckpointError: They are damaged.
+    """
+    source = find(path)
+    if source is None:
+        return f"no {_METADATA}"
+    read_table(source)
+    return None
+
+
+def read_table(source: Path) -> Table:
+    """Where each tensor lies. See `open_dcp`."""
+    file = source / _METADATA
+    if not file.is_file():
+        raise CorruptCheckpointError(
+            "a distributed checkpoint has no table of its tensors",
+            where=source,
+            got=", ".join(sorted(p.name for p in source.glob(_PIECES))[:4]),
+            expected=_METADATA,
+            hint="torch writes it last: wait until the checkpoint is complete",
+        )
+    metadata = pickles.unpickle(file, _known())
+    try:
+        places = {
+            (index.fqn, tuple(index.offset)): info
+            for index, info in metadata.storage_data.items()
+            if getattr(index, "offset", None) is not None
+        }
+        stored = {
+            name: _tensor(source, name, found, places)
+            for name, found in metadata.state_dict_metadata.items()
+            if hasattr(found, "chunks") and not name.startswith(_OTHERS)
+        }
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise CorruptCheckpointError(
+            "the table of a distributed checkpoint is not what torch writes",
+            where=file,
+            got=f"{type(error).__name__}: {error}",
+            hint="save the checkpoint again",
+        ) from None
+    files = {piece.file for tensor in stored.values() for piece in tensor.pieces}
+    _check_sizes(stored, files)
+    ranks = {piece.name.removeprefix("__").partition("_")[0] for piece in files}
+    facts = {"ranks": len(ranks), "weights": "as the trainer holds them"}
+    return Table(stored, facts, holds_others=True)
+
+
+def _tensor(
+    source: Path, name: str, found: Any, places: Mapping[tuple[str, tuple[int, ...]], Any]
+) -> StoredTensor:
+    shape, dtype = tuple(found.size), found.properties.dtype
+    code = CODES.get(dtype)
+    boxes = []
+    for chunk in found.chunks:
+        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+        if not math.prod(sizes):
+            continue
+        info = places[name, offsets]
+        if getattr(info, "transform_descriptors", None):
+            raise NotACheckpointError(
+                f"{name} is stored compressed or transformed",
+                where=source,
+                got=info.transform_descriptors,
+                expected="plain tensors",
+            )
+        # A name such as ../x or /x would make us read outside of what the user pointed at.
+        if Path(info.relative_path).name != info.relative_path:
+            raise CorruptCheckpointError(
+                "the table names a file outside its directory",
+                where=source / _METADATA,
+                got=info.relative_path,
+            )
+        key = (int(info.offset), int(info.length))
+        boxes.append(Box(source / info.relative_path, key, offsets, sizes))
+    # Optimizers count in whole numbers: those fall away with the other tensors.
+    tensor = StoredTensor(shape, code or str(dtype), tuple(boxes))
+    return check_covered(name, tensor, source)
+
+
+def _check_sizes(stored: Mapping[str, StoredTensor], files: set[Path]) -> None:
+    sizes = {file: file.stat().st_size if file.is_file() else -1 for file in files}
+    for name, tensor in stored.items():
+        for piece in tensor.pieces:
+            end = sum(int(part) for part in piece.key)
+            if sizes[piece.file] < end:
+                raise CorruptCheckpointError(
+                    "a file of a distributed checkpoint is missing or truncated",
+                    where=piece.file,
+                    got="no such file" if sizes[piece.file] < 0 else f"{sizes[piece.file]} bytes",
+                    expected=f"at least {end} bytes, for {name}",
+                    hint="copy or save the checkpoint again",
+                )
+
+
+class _Record:
+    """Takes the place of a record of torch's: its fields, and nothing else."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple):
+            # torch's properties of a tensor, the only ones that are kept in this form.
+            state = {"dtype": state[0]}
+        for key, value in dict(state).items():
+            object.__setattr__(self, str(key), value)
+
+
+def _known() -> dict[str, Any]:
+    # New classes each time: what a file does to them ends with it.
+    known: dict[str, Any] = {
+        name: type(name.rsplit(".", 1)[-1], (_Record,), {}) for name in _RECORDS
+    }
+    known |= {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    known |= {
+        "torch.Size": torch.Size,
+        "torch.serialization._get_layout": pickles.StandIn,
+        "collections.OrderedDict": OrderedDict,
+        "pathlib.PosixPath": pickles.StandIn,
+        "pathlib._local.PosixPath": pickles.StandIn,
+    }
+    return known

@@ -1,0 +1,343 @@
+"""Checkpoints whose tensors lie in pieces over a trainer's files, read tensor by tensor.
+
+A format's own module finds out where the pieces are. Here they are put together, when a tensor is
+read, and only those of that tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arm_ray.checkpoints import pickles
+from arm_ray.checkpoints.huggingface import Checkpoint, read_json
+from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
+from arm_ray.errors import CorruptCheckpointError, MismatchError, NotACheckpointError
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_EMBEDDING = "model.embed_tokens.weight"
+# What PyTorch's wrappers put between the parts of a name.
+_WRAPPERS = frozenset(("module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"))
+_BY_CONFIG = {"bfloat16": "BF16", "float16": "F16"}
+# What finds a stored tensor in the content of its file; each format has its own.
+Key = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive numbers of a flat stored tensor; those of a tensor's runs follow each other."""
+
+    file: Path
+    key: Key
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Box:
+    """A stored tensor that is a part of another one: where it begins there, and its shape."""
+
+    file: Path
+    key: Key
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in pieces, all of them runs or all of them boxes.
+
+    Attributes:
+        shape: Of the whole.
+        code: The dtype of all pieces, as safetensors spells it.
+        pieces: Where they are.
+    """
+
+    shape: tuple[int, ...]
+    code: str
+    pieces: tuple[Run, ...] | tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class ShardedCheckpoint(Checkpoint):
+    """A checkpoint in a trainer's own files. Holds no weights.
+
+    In `tensors`, `file` is that of the first piece, and the bytes are counted from 0: nothing is
+    stored in that form. A tensor whose dtype there is not the stored one is rounded when it is
+    read.
+
+    Attributes:
+        stored: Name -> pieces.
+        described: The directory whose `config.json` describes the model.
+        masters: Whether float32 is read as it is.
+        facts: What else is known of the checkpoint, for people: stage, ranks, …
+    """
+
+    stored: Mapping[str, StoredTensor]
+    described: Path
+    masters: bool
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read some tensors into host memory. One in a single piece stays in its file, mapped.
+
+        Raises:
+            CorruptCheckpointError: A file is gone, or not what it was.
+            PickleRefusedError: A file holds something else by now.
+        """
+        return {name: self._whole(name) for name in names}
+
+    def _whole(self, name: str) -> Tensor:
+        stored, wanted = self.stored[name], DTYPES[self.tensors[name].code]
+        if len(stored.pieces) == 1:
+            [only] = stored.pieces
+            return self._part(name, only).reshape(stored.shape).to(wanted)
+        whole = torch.empty(stored.shape, dtype=wanted)
+        flat, position = whole.view(-1), 0
+        for piece in stored.pieces:
+            part = self._part(name, piece)
+            if isinstance(piece, Run):
+                flat[position : position + len(part)] = part
+                position += len(part)
+            else:
+                at = [slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True)]
+                whole[tuple(at)] = part
+        return whole
+
+    def _part(self, name: str, piece: Run | Box) -> Tensor:
+        try:
+            found = self.load(piece.file, piece.key)
+        except OSError as error:
+            raise CorruptCheckpointError(
+                f"a file of a checkpoint cannot be read, for {name}",
+                where=piece.file,
+                got=error,
+                hint="a trainer may have removed it: copy checkpoints that are to be merged",
+            ) from None
+        stored = self.stored[name]
+        if isinstance(found, Tensor) and found.dtype == DTYPES[stored.code]:
+            found = found.detach()  # some are saved as parameters
+            if isinstance(piece, Run):
+                part = found.reshape(-1)[piece.begin : piece.end]
+                if len(part) == piece.end - piece.begin:
+                    return part
+            elif found.numel() == math.prod(piece.sizes):
+                return found.reshape(piece.sizes)
+        raise CorruptCheckpointError(
+            f"a file does not hold the piece of {name} that it did",
+            where=piece.file,
+            got=f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found),
+            expected=f"{DTYPES[stored.code]}, {piece}",
+            hint="the checkpoint was written again meanwhile: run it anew",
+        )
+
+    def load(self, file: Path, key: Key) -> Any:
+        """The stored tensor that a key names; by default, step by step in a pickle's content."""
+        try:
+            content = pickles.load_kept(file)
+            for step in key:
+                content = content[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+        return content
+
+    @property
+    def is_laid_out(self) -> bool:
+        """Nothing is stored as `tensors` says."""
+        return False
+
+    @property
+    def config_directory(self) -> Path:
+        """The checkpoint's, one beside it, or the base's."""
+        return self.described
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of configuration, table of pieces, file sizes and times: cheap, no data."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        files = {piece.file for tensor in self.stored.values() for piece in tensor.pieces}
+        for file in sorted(files):
+            status = file.stat()
+            digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        for name, tensor in sorted(self.stored.items()):
+            digest.update(f"{name}\0{self.tensors[name].code}\0{tensor.shape}\0".encode())
+            for piece in tensor.pieces:
+                at = (piece.begin, piece.end) if isinstance(piece, Run) else piece.offsets
+                digest.update(f"{piece.file.name}\0{piece.key}\0{at}\0".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a format's module found in a trainer's files.
+
+    Attributes:
+        stored: Name in the files -> pieces.
+        facts: For people.
+        codes: Name in the files -> dtype of the model itself, where the files say it.
+        holds_others: Whether tensors that are not the model's may be among them.
+    """
+
+    stored: Mapping[str, StoredTensor]
+    facts: Mapping[str, Any]
+    codes: Mapping[str, str] = field(default_factory=dict)
+    holds_others: bool = False
+
+
+def assemble(
+    kind: type[ShardedCheckpoint],
+    path: Path,
+    table: Table,
+    base: Checkpoint | None,
+    masters: bool,
+    beside: Sequence[Path],
+) -> ShardedCheckpoint:
+    """Make a checkpoint of what was found.
+
+    Args:
+        kind: The format's class.
+        path: The directory that the user named.
+        table: What its files hold.
+        base: Whose configuration is taken where there is none of its own.
+        masters: Whether float32 stays; else it is rounded to the model's dtype, which is what the
+            files say, or the configuration.
+        beside: Directories that the configuration may be in.
+
+    Raises:
+        NotACheckpointError: There is no configuration, or there are adapters.
+        MismatchError: It is not clear which tensors are the model's.
+        CorruptCheckpointError: The configuration is malformed.
+    """
+    _check_no_adapter(table.stored, path)
+    named = model_names(table.stored, path, others=table.holds_others)
+    found = next((d for d in beside if (d / "config.json").is_file()), None)
+    if found is not None:
+        config: Mapping[str, Any] = read_json(found / "config.json")
+    elif base is not None:
+        config, found = base.config, base.config_directory
+    else:
+        raise NotACheckpointError(
+            "the checkpoint has no configuration, and there is no base to take it from",
+            where=path,
+            expected=f"config.json in {' or '.join(map(str, dict.fromkeys(beside)))}",
+            hint="copy config.json and the tokenizer of the model that the training began with "
+            "into it",
+        )
+    usual = _BY_CONFIG.get(str(config.get("dtype") or config.get("torch_dtype")))
+    stored, tensors = {}, {}
+    for old, name in named.items():
+        tensor = table.stored[old]
+        code = tensor.code
+        file = tensor.pieces[0].file if tensor.pieces else path
+        if code not in DTYPES:
+            raise _not_merged(name, file, code)
+        if not masters and code == "F32":
+            code = table.codes.get(old) or usual or code
+        size = math.prod(tensor.shape) * DTYPES[code].itemsize
+        stored[name] = tensor
+        tensors[name] = TensorEntry(name, code, tensor.shape, file, 0, size)
+    return kind(path, config, tensors, stored, found, masters, table.facts)
+
+
+def _check_no_adapter(names: Iterable[str], path: Path) -> None:
+    adapter = next((name for name in names if ".lora_" in name), None)
+    if adapter is not None:
+        raise NotACheckpointError(
+            "the shards are of a model with adapters",
+            where=path,
+            got=adapter,
+            expected="the parameters of a whole model",
+            hint="name the directory of the adapter that the trainer has saved, with "
+            "adapter_config.json (verl: lora_adapter)",
+        )
+
+
+def model_names(names: Iterable[str], path: Path, *, others: bool = False) -> dict[str, str]:
+    """Name in the files -> Hugging Face name, with what wrappers put around it taken off.
+
+    Args:
+        names: In the files.
+        path: For messages.
+        others: Whether names that do not begin as the model's do are left out.
+
+    Raises:
+        MismatchError: There are two models, or two tensors of the same name.
+    """
+    plain = {name: ".".join(p for p in name.split(".") if p not in _WRAPPERS) for name in names}
+    prefixes = {
+        name.removesuffix(_EMBEDDING)
+        for name in plain.values()
+        if name == _EMBEDDING or name.endswith(f".{_EMBEDDING}")
+    }
+    if len(prefixes) > 1:
+        raise MismatchError(
+            "the checkpoint holds more than one model",
+            where=path,
+            got=" and ".join(sorted(f"{prefix}{_EMBEDDING}" for prefix in prefixes)),
+            expected="one",
+            hint="save the one to merge by itself",
+        )
+    prefix = prefixes.pop() if prefixes else ""
+    found: dict[str, str] = {}
+    for old, name in plain.items():
+        if others and not name.startswith(prefix):
+            continue
+        new = name.removeprefix(prefix)
+        if new in found:
+            raise MismatchError(
+                "two tensors of a checkpoint have the same name",
+                where=path,
+                got=f"{found[new]} and {old}",
+                expected=f"one {new}",
+            )
+        found[new] = old
+    return {old: new for new, old in found.items()}
+
+
+def code_of(dtype: torch.dtype, name: str, file: Path) -> str:
+    """A dtype as safetensors spells it.
+
+    Raises:
+        NotACheckpointError: It is none that is merged.
+    """
+    if dtype not in CODES:
+        raise _not_merged(name, file, str(dtype))
+    return CODES[dtype]
+
+
+def _not_merged(name: str, file: Path, dtype: str) -> NotACheckpointError:
+    return NotACheckpointError(
+        f"the tensor {name} is stored in a number format that is not merged",
+        where=file,
+        got=dtype.removeprefix("torch."),
+        expected=", ".join(DTYPES),
+    )
+
+
+def check_covered(name: str, tensor: StoredTensor, where: Path) -> StoredTensor:
+    """The tensor, if its pieces are all there.
+
+    Raises:
+        CorruptCheckpointError: Some are not.
+    """
+    present = sum(
+        piece.end - piece.begin if isinstance(piece, Run) else math.prod(piece.sizes)
+        for piece in tensor.pieces
+    )
+    if present != math.prod(tensor.shape):
+        raise CorruptCheckpointError(
+            f"the shards do not hold all of {name}",
+            where=where,
+            got=f"{present} numbers",
+            expected=f"{math.prod(tensor.shape)}, shape {list(tensor.shape)}",
+            hint="wait until the checkpoint is complete, or take another one",
+        )
+    return tensor

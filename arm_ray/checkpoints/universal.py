@@ -1,0 +1,161 @@
+"""DeepSpeed universal checkpoints: each parameter in float32 in a file of its own.
+
+::
+
+    <tag>/zero/<parameter>/fp32.pt      the weight: {"param": tensor}; of stage 3 a flat tensor
+    <tag>/*_model_states.pt             names and shapes of the parameters
+    latest_universal                    beside <tag>: its name
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from arm_ray.checkpoints import pickles, zero
+from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.sharded import (
+    Box,
+    ShardedCheckpoint,
+    StoredTensor,
+    Table,
+    assemble,
+    check_covered,
+    code_of,
+)
+from arm_ray.errors import CorruptCheckpointError, NotACheckpointError
+
+_MODEL_FILES = "*_model_states.pt"
+_WEIGHT = "fp32.pt"
+
+
+class UniversalCheckpoint(ShardedCheckpoint):
+    """A checkpoint in DeepSpeed's universal form."""
+
+    kind = "universal"
+
+
+def find(path: Path) -> Path | None:
+    """Where the parameters are: in the path, in what `latest_universal` names, or the only one."""
+    if _has_parameters(path):
+        return path
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        named = path / (path / "latest_universal").read_text(encoding="utf-8").strip()
+        if named.parent == path and _has_parameters(named):
+            return named
+    found = [p for p in sorted(path.glob("*/zero")) if _has_parameters(p.parent)]
+    return found[0].parent if len(found) == 1 else None
+
+
+def _has_parameters(path: Path) -> bool:
+    return next(path.glob(f"zero/*/{_WEIGHT}"), None) is not None
+
+
+def open_universal(path: Path, base: Checkpoint | None, masters: bool) -> ShardedCheckpoint:
+    """Find every parameter. Reads no weights.
+
+    Args:
+        path: Directory with `zero/`, or the one above it.
+        base: Whose configuration is taken where there is none beside.
+        masters: Read float32; else what rounding to the model's dtype gives.
+
+    Raises:
+        NotACheckpointError: It is no universal checkpoint.
+        CorruptCheckpointError: Files are missing, or do not fit each other.
+        PickleRefusedError: A file holds other objects than such checkpoints do.
+    """
+    source = find(path)
+    if source is None:
+        raise NotACheckpointError(
+            "the directory is no universal checkpoint of DeepSpeed",
+            where=path,
+            expected=f"zero/<parameter>/{_WEIGHT}",
+            hint="of several directories, name one",
+        )
+    beside = [path, source, source.parent]
+    return assemble(UniversalCheckpoint, path, read_table(source), base, masters, beside)
+
+
+def missing(path: Path) -> str | None:
+    """What is missing of the files; None where they are complete.
+
+    Raises:
+        CheckpointError: They are damaged, or such that are not read.
+    """
+    source = find(path)
+    if source is None:
+        return f"no zero/<parameter>/{_WEIGHT}"
+    read_table(source)
+    return None
+
+
+def read_table(source: Path) -> Table:
+    """Where each parameter lies. See `open_universal`."""
+    files = sorted(source.glob(_MODEL_FILES))
+    if not files:
+        raise CorruptCheckpointError(
+            "a universal checkpoint has no shapes of its parameters",
+            where=source,
+            expected=f"a file {_MODEL_FILES}",
+            hint="ds_to_universal writes it last: wait until it is done",
+        )
+    parallel = next(iter(sorted(source.glob("*mp_rank_01*"))), None)
+    if parallel is not None:
+        raise NotACheckpointError(
+            "the universal checkpoint is of a model with tensor parallelism",
+            where=parallel,
+            expected="one mp_rank_00",
+            hint="export it to safetensors with the trainer's own tool",
+        )
+    model = pickles.load(files[0])
+    if not isinstance(model, dict) or not isinstance(model.get("param_shapes"), list):
+        raise CorruptCheckpointError(
+            "a universal checkpoint has no shapes of its parameters",
+            where=files[0],
+            expected="param_shapes",
+        )
+    module = {k: v for k, v in (model.get("module") or {}).items() if isinstance(v, Tensor)}
+    shapes: dict[str, Sequence[int]] = {
+        name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()
+    }
+    shapes |= {n: tuple(t.shape) for n, t in module.items() if n not in shapes and t.numel()}
+    shared: Mapping[str, str] = model.get("shared_params") or {}
+    stored = {n: _parameter(source, n, s) for n, s in shapes.items() if n not in shared}
+    # Stage 3 leaves what was not trained in the files of the model.
+    ranked = zero.ranked(source, _MODEL_FILES)
+    frozen = zero.frozen([pickles.load(file) for file in ranked], ranked, stage=3)
+    stored |= {name: tensor for name, tensor in frozen.items() if name not in stored}
+    stored |= {name: stored[owner] for name, owner in shared.items() if owner in stored}
+    codes = {name: code_of(t.dtype, name, files[0]) for name, t in module.items() if name in stored}
+    facts: dict[str, Any] = {"step": model.get("global_steps"), "weights": "float32 masters"}
+    return Table(stored, facts, codes)
+
+
+def _parameter(source: Path, name: str, shape: Sequence[int]) -> StoredTensor:
+    file = source / "zero" / name / _WEIGHT
+    # A parameter's name is a file's: it must not lead elsewhere.
+    if "/" in name or name in (".", "..") or not file.is_file():
+        raise CorruptCheckpointError(
+            f"a universal checkpoint lacks the parameter {name}",
+            where=source,
+            expected=f"zero/{name}/{_WEIGHT}",
+            hint="wait until the checkpoint is complete, or convert it again",
+        )
+    content = pickles.load(file)
+    key: tuple[str, ...] = ()
+    if isinstance(content, dict):
+        content, key = content.get("param"), ("param",)
+    if not isinstance(content, Tensor):
+        raise CorruptCheckpointError(
+            "a file holds no parameter", where=file, got=type(content).__name__, expected="a tensor"
+        )
+    # Stage 3 leaves them flat.
+    sizes = tuple(shape) if content.numel() == math.prod(shape) else tuple(content.shape)
+    box = Box(file, key, (0,) * len(sizes), sizes)
+    code = code_of(content.dtype, name, file)
+    return check_covered(name, StoredTensor(tuple(shape), code, (box,)), source)
