@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import socket
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,41 +13,24 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, MergeCase
+from tests.cluster.common import (
+    BIN,
+    clean_environment,
+    local_cluster,
+    processes_with,
+    submit,
+)
+from tests.conftest import MergeCase
 from tests.training.common import content, make_rows
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
 
 
-def environment(temporary: str, **extra: str) -> dict[str, str]:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return {
-        **env,
-        "PATH": f"{BIN}:{env['PATH']}",
-        "RAY_TMPDIR": temporary,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        **extra,
-    }
-
-
-def processes_with(text: str) -> list[str]:
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if text in line:
-            found.append(line)
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
+def environment(temporary: str) -> dict[str, str]:
+    """For a local Ray, which keeps its files there and finds no cluster."""
+    return clean_environment(
+        RAY_TMPDIR=temporary, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)
+    )
 
 
 @pytest.fixture
@@ -89,60 +68,25 @@ def test_a_local_ray_starts_by_itself_and_is_gone_afterwards(
 
 def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: str) -> None:
     case.make("qwen3")
-    dashboard = free_port()
-    env = environment(short_directory)
-    address = f"http://127.0.0.1:{dashboard}"
-    head = subprocess.Popen(
-        [
-            "ray",
-            "start",
-            "--head",
-            "--block",
-            f"--port={free_port()}",
-            "--num-cpus=4",
-            f"--dashboard-port={dashboard}",
-            # The default port is taken where another Ray runs on this machine, as in this suite.
-            f"--dashboard-agent-listen-port={free_port()}",
-            "--disable-usage-stats",
-            f"--temp-dir={short_directory}",
-        ],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with local_cluster(Path(short_directory) / "c", ARM_RAY_LOCAL_CPUS="2") as env:
 
-    def submit(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["ray", "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
-        for _ in range(20):
-            done = subprocess.run(
-                [*command, "python", "-m", f"jobs.{job}", *arguments],
-                env=env,
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-            # The dashboard listens a little before the agent that starts jobs is ready.
-            if "No available agent" not in done.stderr:
-                break
-            time.sleep(1)
-        return done
+        def run_job(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+            return submit(env, "python", "-m", f"jobs.{name}", *arguments)
 
-    try:
-        wait_for_port(dashboard)
-        two = submit("merge", str(write_config(case, "two")), "runtime.layer_shards=2")
+        two = run_job("merge", str(write_config(case, "two")), "runtime.layer_shards=2")
         assert two.returncode == 0, two.stdout + two.stderr
         assert "iteration 4/4" in two.stdout
-        wrong = submit("merge", str(write_config(case, "two")), "schedule.max_iteration=3")
+        wrong = run_job("merge", str(write_config(case, "two")), "schedule.max_iteration=3")
         assert wrong.returncode != 0
         assert "did you mean 'max_iterations'?" in wrong.stdout
-        relative = submit("merge", str(write_config(case, "two")), "output=somewhere")
+        relative = run_job("merge", str(write_config(case, "two")), "output=somewhere")
         assert "an absolute path" in relative.stdout
         training = case.root / "training.yaml"
         data = make_rows(case.root / "rows.jsonl")
         training.write_text(
             yaml.safe_dump(content(case.root / "base", data, case.root / "trained"))
         )
-        trained = submit("sft", str(training), "runtime.workers=2")
+        trained = run_job("sft", str(training), "runtime.workers=2")
         assert trained.returncode == 0, trained.stdout + trained.stderr
         assert "step 6/6" in trained.stdout
         one = subprocess.run(
@@ -153,21 +97,10 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
             timeout=300,
         )
         assert one.returncode == 0, one.stderr
-    finally:
-        head.terminate()
-        head.wait(60)
+    assert processes_with(short_directory) == []
     left, right = [
         load_file(case.root / name / "model" / "model.safetensors") for name in ("one", "two")
     ]
     assert (case.root / "trained" / "checkpoint-6" / "model.safetensors").exists()
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-def wait_for_port(port: int) -> None:
-    for _ in range(120):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.5)
-    raise AssertionError(f"nothing listens on {port}")
