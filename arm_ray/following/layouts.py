@@ -208,17 +208,13 @@ class RunWatcher:
         reason = self._unmarked(found.step, found.path, files)
         return reason or _half_written(found.path, files) or self._missing(found.path)
 
-    def is_finished(self) -> bool | None:
-        """Whether the run has come to its last step; None where its files do not say so."""
+    def is_last(self, found: Found) -> bool:
+        """Whether a checkpoint's own files say that the run ends with it; few layouts' do."""
         if self._layout != "hf":
-            return None
-        steps = self._directories()
-        for step in sorted(steps, reverse=True):
-            state = _json_object(steps[step] / TRAINER_STATE)
-            if state is not None:
-                last = state.get("max_steps")
-                return isinstance(last, int) and 0 < last <= step
-        return False
+            return False
+        state = _json_object(found.path / TRAINER_STATE) or {}
+        last = state.get("max_steps")
+        return isinstance(last, int) and 0 < last <= found.step
 
     def _look(self, step: int, path: Path) -> Found:
         files = needed(path)

@@ -146,11 +146,14 @@ class Follower:
         ]
         left = [item for item in new if not self._take(item)]
         self._tell_incomplete([item for item in found if not item.complete])
+        newest = complete[max(complete)] if complete else None
         last_step = self._settings.last_step
-        reached = last_step is not None and any(step >= last_step for step in complete)
+        is_last = newest is not None and (
+            self._watcher.is_last(newest) or (last_step is not None and newest.step >= last_step)
+        )
         with self._changed:
             self._looks += 1
-            self._is_finished = not left and (reached or self._watcher.is_finished() is True)
+            self._is_finished = is_last and not left
             self._changed.notify_all()
 
     def _take(self, item: Found) -> bool:

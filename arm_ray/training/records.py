@@ -79,11 +79,12 @@ def missing_saves(output: Path, saves: Sequence[int], kept: int | None) -> list[
     Args:
         output: The run.
         saves: The steps that are saved, ascending.
-        kept: Checkpoints kept in the end (`save_total_limit`); None: all.
+        kept: Checkpoints kept (`save_total_limit`), the older ones having been removed; None: all.
     """
-    saves = saves if kept is None else saves[-kept:]
     whole = {step for step, path in checkpoint_steps(output).items() if is_complete(path)}
-    return [step for step in saves if step not in whole]
+    newest = max((step for step in saves if step in whole), default=0)
+    due = set(saves if kept is None else saves[-kept:])
+    return [step for step in saves if step > newest or (step in due and step not in whole)]
 
 
 def resume_point(output: Path, missing: Sequence[int]) -> tuple[int, Path] | None:

@@ -97,9 +97,7 @@ def test_weights_of_openrlhf_are_never_mixed(tmp_path: Path) -> None:
 
 def test_the_end_of_a_run(tmp_path: Path) -> None:
     watcher = RunWatcher(tmp_path, missing=nothing_missing)
-    assert watcher.is_finished() is None
     for step in (10, 20):
         state = {"global_step": step, "max_steps": 20}
         write(tmp_path / f"checkpoint-{step}/trainer_state.json", json.dumps(state))
-        watcher.scan()
-        assert watcher.is_finished() is (step == 20)
+        assert [watcher.is_last(found) for found in watcher.scan()] == [False, True][: step // 10]
