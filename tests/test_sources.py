@@ -7,9 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +35,6 @@ from arm_ray.planning.sources import open_workload
 from arm_ray.runtime import evaluate
 from arm_ray.runtime.merge import merge
 from arm_ray.runtime.scoring import model_source
-from tests.conftest import ROOT
 
 Weights = dict[str, Tensor]
 # Fixture's directory -> the checkpoint in it, its format.
@@ -55,36 +51,6 @@ CASES = {
     "dcp-tied/step-3": "dcp",
     "dcp-untied/checkpoint-3": "dcp",
 }
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `tests.trainer_shards` writes, by two processes."""
-    pytest.importorskip("deepspeed")
-    root = tmp_path_factory.mktemp("shards")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.trainer_shards", str(root)],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=400)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], said[0][-3000:]
-    return root
 
 
 @pytest.fixture
