@@ -281,6 +281,29 @@ def test_a_broken_checkpoint_is_left_out(trainer: Trainer) -> None:
     assert_close(load_all(config.published / "step-000050"), trainer.anchored([(10, 20), (40, 50)]))
 
 
+def test_a_checkpoint_that_is_written_to_in_place_is_not_published(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer.write_all([10, 20])
+    original = attach_module.merge
+
+    def merge_and_write(*arguments: Any, **named: Any) -> Any:
+        outcome = original(*arguments, **named)
+        # A trainer that was started again writes into the file that our link shares with it.
+        with (trainer.run / "checkpoint-20" / "model.safetensors").open("r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"\0\0\0\0")
+        return outcome
+
+    monkeypatch.setattr(attach_module, "merge", merge_and_write)
+    config = trainer.config("run.idle_timeout_s=0.5")
+    outcome, told = follow(config)
+    assert [arrival.outcome for arrival in outcome.arrivals] == ["failed"]
+    assert "the trainer wrote into model.safetensors" in told
+    assert not publish.published(config.published)
+    assert [p.name for p in (config.work / "checkpoints").iterdir()] == ["step-000010"]
+
+
 def test_nothing_for_long_ends_it(trainer: Trainer) -> None:
     outcome, told = follow(trainer.config("run.idle_timeout_s=0.5"))
     assert outcome.reason == "idle"

@@ -21,6 +21,7 @@ from arm_ray.config import MergeConfig, read_yaml
 from arm_ray.errors import (
     CheckpointError,
     ConfigError,
+    CorruptCheckpointError,
     MismatchError,
     NumericalError,
     PlacementError,
@@ -36,7 +37,7 @@ from arm_ray.following.arrivals import choose, members_of, still_needed
 from arm_ray.following.config import AttachConfig, merge_config
 from arm_ray.following.hooks import run_hook
 from arm_ray.following.journal import Arrival, Journal, open_journal
-from arm_ray.following.snapshots import Snapshot, remove, snapshots
+from arm_ray.following.snapshots import Snapshot, changed, remove, snapshots
 from arm_ray.runtime.arrival_scoring import ArrivalScoring
 from arm_ray.runtime.follower import Follower
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
@@ -256,7 +257,7 @@ class _Attacher:
                 self._say(f"step {found.step}: the trainer has written it again")
                 journal.skipped = [step for step in journal.skipped if step != found.step]
             journal.taken[found.step] = found.version
-            self._snapshots[found.step] = found
+            self._replace(found)
             self._events.write(
                 CheckpointTaken(found.step, str(found.source), found.linked, found.num_bytes)
             )
@@ -269,6 +270,15 @@ class _Attacher:
             journal.skipped += [item.snapshot.step for item in taken if item.is_first_look][:-1]
         if taken:
             journal.save()
+
+    def _replace(self, found: Snapshot) -> None:
+        """Hold a snapshot, and let go of an older one of its step that nothing needs."""
+        old = self._snapshots.get(found.step)
+        self._snapshots[found.step] = found
+        unfinished = self._journal.unfinished
+        members = () if unfinished is None else unfinished.members
+        if old is not None and old.path.name not in members:
+            remove(old)
 
     def _waiting(self) -> list[int]:
         journal, every = self._journal, self._config.merge.every
@@ -346,6 +356,7 @@ class _Attacher:
         config = self._merge_config(arrival)
         members = ", ".join(arrival.members)
         self._say(f"\nstep {arrival.step}: merging {members} ({self._form(arrival)})")
+        self._check_unchanged(arrival)
         inputs = open_inputs(config)
         scored = self._start_scoring(arrival, config, inputs)
         run = Path(config.output)
@@ -354,7 +365,27 @@ class _Attacher:
         evidence = self._evidence(arrival, config, run)
         if scored:
             evidence |= self._scores(arrival, model, inputs)
+        self._check_unchanged(arrival)
         self._publish(arrival, model, evidence, started)
+
+    def _check_unchanged(self, arrival: Arrival) -> None:
+        """Look whether the trainer has written into files that it shares with our links.
+
+        Raises:
+            CorruptCheckpointError: It has, and what was merged may be of two steps.
+        """
+        for step, snapshot in list(self._snapshots.items()):
+            problem = changed(snapshot) if snapshot.path.name in arrival.members else None
+            if problem is not None:
+                remove(self._snapshots.pop(step))
+                raise CorruptCheckpointError(
+                    "a checkpoint was written to after it was taken",
+                    where=snapshot.source,
+                    got=problem,
+                    expected="the files that were there then",
+                    hint="the trainer writes into its files in place; the checkpoint is taken "
+                    "again when it is complete",
+                )
 
     def _merge_config(self, arrival: Arrival) -> MergeConfig:
         merges = self._config.work / "merges"
