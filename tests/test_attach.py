@@ -15,7 +15,13 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from arm_ray.errors import ConfigError, MismatchError, RunDirectoryError
+from arm_ray.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    MismatchError,
+    NotACheckpointError,
+    RunDirectoryError,
+)
 from arm_ray.events import read_events
 from arm_ray.following import publish
 from arm_ray.following.config import AttachConfig, parse_attach_config
@@ -273,12 +279,72 @@ def test_a_broken_checkpoint_is_left_out(trainer: Trainer) -> None:
     trainer.write_all([30, 40, 50])
     config = trainer.config()
     outcome, told = follow(config)
-    assert {a.step: a.outcome for a in outcome.arrivals} == {
-        20: "published", 30: "failed", 40: "failed", 50: "published",
-    }  # fmt: skip
+    assert [(a.step, a.outcome) for a in outcome.arrivals] == [
+        (20, "published"), (30, "failed"), (40, "published"), (50, "published"),
+    ]  # fmt: skip
     assert "NaN" in told
-    # The stream goes on from the last good state.
-    assert_close(load_all(config.published / "step-000050"), trainer.anchored([(10, 20), (40, 50)]))
+    # The stream goes on from the last good state, without the broken one.
+    expected = trainer.anchored([(10, 20), (20, 40), (40, 50)])
+    assert_close(load_all(config.published / "step-000050"), expected)
+    assert sorted(p.name for p in (config.work / "checkpoints").iterdir()) == [
+        "step-000040", "step-000050",
+    ]  # fmt: skip
+
+
+def test_an_anchor_that_is_broken_is_replaced(trainer: Trainer) -> None:
+    weights = dict(trainer.models[10].state_dict())
+    next(iter(weights.values())).fill_(float("nan"))
+    trainer.models[10].load_state_dict(weights)
+    trainer.last = 30
+    trainer.write_all([10, 20, 30])
+    config = trainer.config("merge.mode=anchored")
+    outcome, told = follow(config)
+    # 20 is now the first good one: there is nothing for it to meet.
+    assert [(a.step, a.outcome) for a in outcome.arrivals] == [
+        (20, "repeated"), (30, "published"),
+    ]  # fmt: skip
+    assert "merging it without that one" in told
+    assert_close(load_all(config.published / "step-000030"), trainer.anchored([(20, 30)]))
+
+
+def test_a_base_that_is_not_there_is_told_before_anything(trainer: Trainer) -> None:
+    config = trainer.config(f"merge.base={trainer.root / 'nothing'}")
+    with pytest.raises(NotACheckpointError, match=r"merge\.base"):
+        follow(config)
+    assert open_journal(config.work).arrivals == []
+
+
+def test_a_broken_base_ends_it(trainer: Trainer) -> None:
+    trainer.write_all([10, 20])
+    broken = trainer.root / "broken"
+    model = tiny_model("smollm2", seed=1, num_layers=2)
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(float("nan"))
+    save_tokenizer(save(model, broken))
+    with pytest.raises(CorruptCheckpointError, match="NaN"):
+        follow(trainer.config(f"merge.base={broken}"))
+
+
+def test_a_backlog_is_gone_on_with_in_order(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer.last = 40
+    trainer.write_all([10, 20, 30, 40])
+    config = trainer.config()
+    original, calls = attach_module.merge, [0]
+
+    def stops(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise StoppedError
+        return original(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attach_module, "merge", stops)
+        with pytest.raises(StoppedError):
+            follow(config)
+    outcome, _ = follow(config)
+    assert [arrival.step for arrival in outcome.arrivals] == [20, 30, 40]
 
 
 def test_a_checkpoint_that_is_written_to_in_place_is_not_published(
@@ -328,5 +394,7 @@ def test_a_directory_that_is_no_run_is_told(trainer: Trainer) -> None:
 
 def test_a_used_directory_of_another_run_is_refused(trainer: Trainer) -> None:
     follow(trainer.config("run.idle_timeout_s=0.3"))
+    with pytest.raises(RunDirectoryError, match=r"merge\.precision: None -> "):
+        follow(trainer.config("merge.precision.masters=false", "run.idle_timeout_s=0.3"))
     with pytest.raises(RunDirectoryError, match=r"merge\.candidates: 2 -> 3"):
         follow(trainer.config("run.idle_timeout_s=0.3", "merge.candidates=3"))

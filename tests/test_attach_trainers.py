@@ -195,8 +195,8 @@ def test_grpo_is_followed_scored_and_the_better_model_published(jobs: Jobs) -> N
     for event in done:
         path = jobs.published / f"step-{event['step']:06d}"
         evidence = publish.evidence(path)
-        names = {"base", f"checkpoint-{event['step']:06d}"}
-        assert names < evidence["models"].keys()
+        name = f"{evidence['arrival']:04d}-step-{event['step']:06d}"
+        assert evidence["models"].keys() == {"base", f"checkpoint-{name}", f"merged-{name}"}
         assert evidence["value"] == event["value"]
         is_better = event["value"] < event["checkpoint_value"]
         assert not event["is_best"] or is_better

@@ -24,7 +24,8 @@ from arm_ray.events import read_events
 from arm_ray.merging.method import open_method
 from arm_ray.model.group import GroupRunner
 from arm_ray.planning import workload as counts
-from arm_ray.planning.cluster import Cluster, make_cluster
+from arm_ray.planning.cluster import Cluster, Fit, make_cluster, place, shard_memory
+from arm_ray.planning.cluster import fits as smallest_clusters
 from arm_ray.planning.devices import DEVICES, find_device
 from arm_ray.planning.memory import (
     ALLOCATOR,
@@ -429,6 +430,16 @@ def test_terms_of_a_device_shard_by_hand(tmp_path: Path) -> None:
     assert found.page_cache == 0
 
 
+def test_hidden_states_inside_a_shard_stay_with_the_object_store(tmp_path: Path) -> None:
+    config = large(tmp_path, "14b", "runtime.residency=host", "runtime.transport=object_store")
+    workload, _ = open_workload(config)
+    everything = 3 * 64 * 1024 * 5120 * 2
+    found = actor_memory(workload, range(10, 12), config.runtime, on_gpu=True)
+    assert found.limiting.terms[HIDDEN] == everything
+    found = actor_memory(workload, range(10, 11), config.runtime, on_gpu=True)
+    assert HIDDEN not in found.limiting.terms
+
+
 def test_merge_workspace_by_hand(tmp_path: Path) -> None:
     config = large(tmp_path, "14b")
     workload, _ = open_workload(config)
@@ -581,6 +592,27 @@ def test_the_smallest_cluster_is_the_smallest(tmp_path: Path) -> None:
     for gpus, fits in ((device.gpus, True), (device.gpus - 1, False)):
         assert make_plan(config, h100(config, gpus)).fits is fits
     assert len(make_plan(config, h100(config, None, device="h100-80gb")).shards) == device.gpus
+
+
+def test_one_shard_has_no_neighbours_and_may_fit_where_many_do_not(tmp_path: Path) -> None:
+    config = large(tmp_path, "72b", "runtime.residency=disk", "calibration.batch_size=256")
+    workload, _ = open_workload(config)
+
+    def largest(shards: int) -> int:
+        cluster = h100(config, shards)
+        placement = place(workload, config.runtime, cluster, shards, 1)
+        memory = shard_memory(workload, config.runtime, cluster, placement)
+        return max(need.limiting.total for need in memory)
+
+    def smallest(memory: int) -> Fit:
+        cluster = h100(config, gpu_memory_gb=memory / GB)
+        return smallest_clusters(workload, config.runtime, cluster, 1)[-1]
+
+    assert largest(1) < largest(3)
+    fit = smallest(largest(1))
+    assert (fit.shards, fit.gpus, fit.shard_bytes) == (1, 1, largest(1))
+    fit = smallest(largest(1) - 1)
+    assert (fit.shards, fit.shard_bytes) == (None, largest(1))
 
 
 def test_words_when_nothing_fits(tmp_path: Path) -> None:

@@ -102,6 +102,12 @@ def load_kept(file: Path) -> Any:
     return content
 
 
+def let_go() -> None:
+    """Forget the kept files: a mapped one takes room on disk even when it has been removed."""
+    with _lock:
+        _kept.clear()
+
+
 def _load(source: Any, where: object, *, mmap: bool) -> Any:
     allowed: list[Any] = [(stand_in, name) for name, stand_in in _STAND_INS.items()]
     try:

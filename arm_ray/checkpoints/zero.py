@@ -135,7 +135,8 @@ def read_table(source: Path, masters: bool) -> Table:
         facts |= {"weights": "the model's own: there is no optimizer beside it"}
         return Table(_of_module(model_files[0], module), facts)
     optimizers = [_optimizer(file) for file in optimizer_files]
-    stage = int(optimizers[0]["zero_stage"])
+    # DeepSpeed's optimizer for bfloat16 with float32 gradients does not say that it is stage 1.
+    stage = int(optimizers[0].get("zero_stage", 1))
     _check_count(source, optimizers[0], len(optimizers))
     facts |= {"stage": stage, "ranks": len(optimizers)}
     if "param_shapes" not in models[0]:
@@ -172,7 +173,7 @@ def _load(file: Path) -> Mapping[str, Any]:
 
 def _optimizer(file: Path) -> Mapping[str, Any]:
     state = _load(file).get("optimizer_state_dict")
-    if not isinstance(state, dict) or "zero_stage" not in state:
+    if not isinstance(state, dict) or not {"zero_stage", _FLAT_BELOW_3} & state.keys():
         raise _no_shard(file, "no optimizer_state_dict with a zero_stage")
     return state
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from arm_ray.checkpoints import pickles
 from arm_ray.checkpoints.formats import find_format, open_given, split_source
 from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint, read_json
 
@@ -41,7 +42,11 @@ class WeightsExtension:
             worker.reload_weights(weights_path=path)
         else:
             opened = _opened(Path(path), weights, base, masters)
-            worker.reload_weights(weights_iterator=_tensors(opened))
+            try:
+                worker.reload_weights(weights_iterator=_tensors(opened))
+            finally:
+                # The engine outlives the checkpoints that it scores.
+                pickles.let_go()
         self._refresh_packed_embeddings()
 
     def _refresh_packed_embeddings(self) -> None:

@@ -45,6 +45,10 @@ class RunConfig(Section):
     after another, or all from a step on."""
     incomplete_after_s: PositiveFloat = 600.0
     """Say what is missing of a checkpoint that has not become complete for so long."""
+    max_held: PositiveInt = 8
+    """Most checkpoints that are held while merges are behind; older ones that came since the start
+    are let go, and their turn is skipped. What is held stays on the disk when the trainer removes
+    it."""
     last_step: PositiveInt | None = None
     """Step that the run ends with; null: as the trainer's state says, where it says so."""
     copy_mb_per_s: PositiveFloat | None = None

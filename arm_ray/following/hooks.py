@@ -91,10 +91,10 @@ def run_hook(
 
 def _run(settings: HookSettings, text: str) -> str | None:
     command = list(settings.command or ())
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        file.write(text)
-        file.flush()
-        try:
+    try:
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            file.write(text)
+            file.flush()
             process = subprocess.Popen(  # noqa: S603 -- the command is the user's own
                 command,
                 stdin=subprocess.PIPE,
@@ -105,15 +105,15 @@ def _run(settings: HookSettings, text: str) -> str | None:
                 env={**os.environ, VARIABLE: file.name},
                 start_new_session=True,
             )
-        except (OSError, ValueError) as error:
-            return f"hook {command[0]}: {error}"
-        with process:
-            try:
-                out, err = process.communicate(text, settings.timeout_s)
-            except subprocess.TimeoutExpired:
-                return f"hook {command[0]}: no end within {settings.timeout_s:g} s"
-            finally:
-                _end(process)
+            with process:
+                try:
+                    out, err = process.communicate(text, settings.timeout_s)
+                except subprocess.TimeoutExpired:
+                    return f"hook {command[0]}: no end within {settings.timeout_s:g} s"
+                finally:
+                    _end(process)
+    except (OSError, ValueError) as error:
+        return f"hook {command[0]}: {error}"
     if process.returncode:
         said = " ".join((err or out).split())[-_TAIL:]
         return f"hook {command[0]}: exit code {process.returncode}: {said}"

@@ -12,7 +12,7 @@ from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.errors import RunDirectoryError
 
 NAME = "attach.json"
-Outcome = Literal["begun", "published", "failed"]
+Outcome = Literal["begun", "published", "failed", "repeated"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Arrival:
         members: Snapshots that met, the new one last.
         states: Arrivals whose merged states took part, by number.
         draw: Number of its mini-batch in the stream of arrivals.
-        outcome: `begun` until it is published, or given up.
+        outcome: `begun` until it is published, or given up; `repeated`: given up because of another
+            checkpoint, and begun anew without that one.
         value: What models are compared by; null without scores.
         checkpoint_value: The same of the checkpoint.
         is_best: Whether `best` was pointed to it.
@@ -61,12 +62,20 @@ class Journal:
         taken: Version of each checkpoint that was taken or passed over, in the order of taking:
             step -> digest of its marker.
         skipped: Steps that were left out.
+        in_order: Steps that were there at the start, and are merged one after another.
+        broken: Version of each checkpoint that cannot be merged.
     """
 
     path: Path
     arrivals: list[Arrival] = field(default_factory=list)
     taken: dict[int, str] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
+    in_order: list[int] = field(default_factory=list)
+    broken: dict[int, str] = field(default_factory=dict)
+
+    def is_broken(self, step: int) -> bool:
+        """Whether the checkpoint of a step, as it was taken last, cannot be merged."""
+        return step in self.broken and self.broken[step] == self.taken.get(step)
 
     def begin(self, arrival: Arrival) -> None:
         """Add an arrival."""
@@ -103,6 +112,8 @@ class Journal:
             "arrivals": [asdict(arrival) for arrival in self.arrivals],
             "taken": list(self.taken.items()),
             "skipped": self.skipped,
+            "in_order": self.in_order,
+            "broken": list(self.broken.items()),
         }
         write_json(self.path, content)
 
@@ -126,6 +137,8 @@ def open_journal(directory: Path) -> Journal:
             [_arrival(given) for given in content["arrivals"]],
             {int(step): str(digest) for step, digest in content["taken"]},
             [int(step) for step in content["skipped"]],
+            [int(step) for step in content["in_order"]],
+            {int(step): str(digest) for step, digest in content["broken"]},
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(path, error) from None

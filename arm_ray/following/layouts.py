@@ -190,7 +190,12 @@ class RunWatcher:
         if self._layout == "openrlhf" and self._kind == "auto":
             self._kind = self._find_kind()
             if self._kind == "auto":
-                return []
+                reason = (
+                    "whether the run writes global_stepN_hf as well shows with its second step; "
+                    "set run.kind to actor or hf"
+                )
+                shards = sorted(self._shards().items())
+                return [Found(step, path, False, reason, "") for step, path in shards]
         self._read_tracker()
         directories = self._directories()
         # What was removed may come back as something else.

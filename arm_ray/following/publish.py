@@ -23,10 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from arm_ray.checkpoints.weight_file import write_json
+from arm_ray.errors import RunDirectoryError
 
 EVIDENCE = "arm_ray.json"
 BEST, LATEST = "best", "latest"
 _STEP = re.compile(r"step-(\d+)")
+# The best model of a step that was written again, while it is the best.
+_KEPT = "-replaced"
 _REPLACED, _REMOVED = ".replaced-", ".removed-"
 # Of Linux's renameat2(2).
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -55,21 +58,33 @@ def publish(
 
     Returns:
         The published directory.
+
+    Raises:
+        RunDirectoryError: Something else has its place.
     """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"step-{step:06d}"
     if not _is_published(target, evidence):
+        if target.exists() and not _is_of(target, evidence.get("run")):
+            raise RunDirectoryError(
+                "a model of another run, or something else, is where a model is to be published",
+                where=target,
+                expected="nothing, or a model of the same run",
+                hint="choose another publish.dir; nothing there was touched",
+            )
         partial = directory / f".{target.name}.partial"
         _remove_tree(partial)
         shutil.copytree(model, partial, copy_function=_link_or_copy)
         write_json(partial / EVIDENCE, dict(evidence))
         _sync(partial)
+        if not is_best and _pointed(directory, BEST) == target:
+            _keep_best(directory, target)
         _put(partial, target)
         _sync(directory)
     _point(directory, LATEST, target.name)
     if is_best:
         _point(directory, BEST, target.name)
-    _prune(directory, keep, target.name)
+    _prune(directory, keep, target.name, evidence.get("run"))
     return target
 
 
@@ -105,7 +120,7 @@ def recover(directory: Path) -> None:
         else:
             # The new one was not in its place yet.
             path.rename(target)
-    for pattern in (f"{_REMOVED}*", ".step-*.partial"):
+    for pattern in (f"{_REMOVED}*", ".step-*.partial", f".step-*{_KEPT}"):
         for path in directory.glob(pattern):
             _remove_tree(path)
     for name in (BEST, LATEST):
@@ -118,6 +133,26 @@ def _is_published(target: Path, given: Mapping[str, Any]) -> bool:
         return bool(evidence(target) == json.loads(json.dumps(given)))
     except (OSError, ValueError):
         return False
+
+
+def _is_of(path: Path, run: object) -> bool:
+    """Whether a directory is a model that was published of this run."""
+    try:
+        return bool(evidence(path).get("run") == run)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _keep_best(directory: Path, target: Path) -> None:
+    """Keep the best model under another name, for one that is not the best takes its place."""
+    kept = directory / f"{target.name}{_KEPT}"
+    partial = directory / f".{kept.name}"
+    _remove_tree(partial)
+    shutil.copytree(target, partial, copy_function=_link_or_copy)
+    _sync(partial)
+    _remove_tree(kept)
+    partial.rename(kept)
+    _point(directory, BEST, kept.name)
 
 
 def _put(partial: Path, target: Path) -> None:
@@ -149,14 +184,14 @@ def _exchange(one: Path, other: Path) -> bool:
     return result == 0
 
 
-def _prune(directory: Path, keep: int, newest: str) -> None:
-    """Remove the oldest models; the best, the newest and `keep` in all stay."""
+def _prune(directory: Path, keep: int, newest: str, run: object) -> None:
+    """Remove the run's oldest models; the best, the newest and `keep` in all stay."""
     chosen = _pointed(directory, BEST)
-    steps = list(published(directory).values())
+    steps = [path for path in published(directory).values() if _is_of(path, run)]
     kept = {path.name for path in steps[-keep:]} | {newest}
     if chosen is not None:
         kept.add(chosen.name)
-    for path in steps:
+    for path in [*steps, *directory.glob(f"step-*{_KEPT}")]:
         if path.name not in kept:
             hidden = _hidden_name(directory, _REMOVED, path.name)
             path.rename(hidden)

@@ -155,13 +155,19 @@ def _fewest_gpus(
         memory = shard_memory(workload, runtime, cluster, placement)
         return max(m.limiting.total for m in memory), memory
 
-    low, high = 1, groups
-    while low < high:  # more shards, less memory for each
+    # The first and the last shard hold the hidden states of one neighbour, those between of two:
+    # only from three shards on do more shards mean less memory for each.
+    few = (shards for shards in (1, 2) if shards <= groups and need(shards)[0] <= capacity)
+    low = next(few, min(3, groups))
+    high = groups if low > 2 else low
+    while low < high:
         middle = (low + high) // 2
         if need(middle)[0] <= capacity:
             high = middle
         else:
             low = middle + 1
+    if need(low)[0] > capacity:  # nothing fits: where it comes closest
+        low = min(low, 1, key=lambda shards: need(shards)[0])
     most, memory = need(low)
     gpus = -(-low // cluster.shards_per_gpu(runtime))
     on_node = _USUAL_NODE if cluster.gpus is None else -(-cluster.gpus // cluster.nodes)

@@ -197,9 +197,6 @@ class _Walk:
         places = {"host": host, "gpu": gpu, "mapped": dict[str, int]()}
         for (place, term), size in stored.items():
             places[place][term] = places[place].get(term, 0) + size
-        work = dict(work)
-        if self._object_store:
-            work.pop(HIDDEN, None)
         (gpu if self._on_gpu else host).update(work)
         if self._on_gpu:
             gpu[ALLOCATOR] = round(FRAGMENTS_CUDA * (sum(gpu.values()) - CONTEXT_CUDA))
@@ -275,6 +272,7 @@ class _Walk:
         """Hidden states of one iteration that arrived, that wait inside, and that were sent.
 
         An upper bound: it takes each of these to hold all micro-batches of all states at once.
+        The object store holds what arrived and what was sent, but not what waits inside.
         """
         workload = self._workload
         everything = workload.micro_batches * len(plan.inputs) * workload.hidden_bytes

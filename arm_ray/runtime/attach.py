@@ -3,97 +3,65 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
-import yaml
+from ray.exceptions import RayError
 from rich.console import Console
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import open_checkpoint
-from arm_ray.checkpoints.weight_file import atomic_file
-from arm_ray.config import MergeConfig, read_yaml
+from arm_ray.config import MergeConfig
 from arm_ray.errors import (
+    ArmRayError,
     CheckpointError,
-    ConfigError,
     CorruptCheckpointError,
+    EvaluationError,
     MismatchError,
     NumericalError,
     PlacementError,
     RunDirectoryError,
+    TransportError,
     WorkerError,
 )
 from arm_ray.evaluation.engine import ModelSource
 from arm_ray.evaluation.selection import Criterion, make_criterion
 from arm_ray.evaluation.tasks import load_tasks
-from arm_ray.events import Event, EventLog, Warned
+from arm_ray.events import EventLog, Warned
 from arm_ray.following import publish as publishing
 from arm_ray.following.arrivals import choose, members_of, still_needed
 from arm_ray.following.config import AttachConfig, merge_config
+from arm_ray.following.events import (
+    ArrivalFailed,
+    ArrivalPublished,
+    CheckpointsSkipped,
+    CheckpointTaken,
+)
 from arm_ray.following.hooks import run_hook
-from arm_ray.following.journal import Arrival, Journal, open_journal
+from arm_ray.following.journal import Arrival, Journal, Outcome, open_journal
 from arm_ray.following.snapshots import Snapshot, changed, remove, snapshots
 from arm_ray.runtime.arrival_scoring import ArrivalScoring
+from arm_ray.runtime.attach_checks import check_base, check_outlives_job, open_work
 from arm_ray.runtime.follower import Follower
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.merge import merge
-from arm_ray.runtime.placement import in_submitted_job, local_slots, ray_session
+from arm_ray.runtime.placement import local_slots, ray_session
 from arm_ray.runtime.progress import duration, print_summary
 from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.scoring import Subject
 from arm_ray.runtime.state_scoring import checkpoint_subject, local_evaluator_slots
 from arm_ray.schedule import BASE, candidate_name
 
-CONFIG_NAME = "config.yaml"
 _ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class CheckpointTaken(Event):
-    """A checkpoint of the run is complete, and held by a snapshot."""
-
-    name: ClassVar[str] = "checkpoint_taken"
-    step: int
-    source: str
-    linked: bool
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class CheckpointsSkipped(Event):
-    """Checkpoints that are not merged at their own turn, because newer ones are there."""
-
-    name: ClassVar[str] = "checkpoints_skipped"
-    steps: tuple[int, ...]
-    newest: int
-
-
-@dataclass(frozen=True)
-class ArrivalPublished(Event):
-    """A merged model is published; values are those that models are compared by."""
-
-    name: ClassVar[str] = "arrival_published"
-    step: int
-    members: tuple[str, ...]
-    path: str
-    is_best: bool
-    value: float | None
-    checkpoint_value: float | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ArrivalFailed(Event):
-    """An arrival is left out; the run is followed on."""
-
-    name: ClassVar[str] = "arrival_failed"
-    step: int
-    problem: str
+_PAUSE_S = 5.0
+# How errors name the members of a merge.
+_CANDIDATE = re.compile(r"candidate-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -127,15 +95,16 @@ def attach(
         ArmRayError: Any of its kinds. What is published stays, and the same call goes on.
     """
     console = console or Console(stderr=True)
-    _check_outlives_job(config)
+    check_outlives_job(config)
     tasks = [] if config.evaluation is None else load_tasks(config.evaluation)
     criterion = None
     if config.evaluation is not None:
         names = {task.name: task.metrics for task in tasks}
         criterion = make_criterion(config.evaluation.select, names)
     work = config.work
-    with locked(work, "attach"):
-        _open_work(config)
+    with locked(config.published, "attach"), locked(work, "attach"):
+        open_work(config)
+        check_base(config)
         events = EventLog(work / "events.jsonl")
 
         def say(line: str) -> None:
@@ -183,8 +152,10 @@ class _Attacher:
         self._console, self._say = console, say
         self._directory = config.work / "checkpoints"
         self._snapshots: dict[int, Snapshot] = {}
-        self._in_order: set[int] = set()
         self._started = time.monotonic()
+        self._is_on_cpu = False
+        self._was_scored = False
+        self._told: set[str] = set()
 
     def run(self) -> AttachOutcome:
         """Follow the run to its end."""
@@ -200,11 +171,11 @@ class _Attacher:
             config.followed,
             self._directory,
             self._journal.taken,
-            self._wanted,
+            self._first_step,
             self._say,
         )
         with follower:
-            follower.wait_for_first_look()
+            follower.wait_for_start()
             reason = self._follow(follower)
         self._summarise(reason)
         best = publishing.best(config.published)
@@ -231,20 +202,20 @@ class _Attacher:
 
     def _adopt(self) -> None:
         """Take up the snapshots of an earlier session."""
-        self._snapshots = {found.step: found for found in snapshots(self._directory)}
-        for step, found in sorted(self._snapshots.items()):
-            self._journal.taken.setdefault(step, found.version)
+        for found in snapshots(self._directory):
+            self._replace(found)
+            self._journal.taken.setdefault(found.step, found.version)
 
-    def _wanted(self, complete: list[int]) -> list[int]:
-        """Which of the checkpoints that are there at the first look are taken."""
+    def _first_step(self, complete: list[int]) -> int:
+        """The first step that is taken, given those that are complete at the start."""
         start, journal = self._config.run.start, self._journal
         if journal.taken:
             # Going on: what came before the first one was not wanted then either.
-            return [step for step in complete if step >= min(journal.taken)]
+            return min(journal.taken)
         if start == "latest":
             count = 1 if self._config.merge.streaming == "window" else self._config.merge.candidates
-            return complete[-count:]
-        return [step for step in complete if start == "all" or step >= start]
+            return min(complete[-count:], default=0)
+        return 0 if start == "all" else start
 
     def _collect(self, follower: Follower) -> None:
         """Write down what the follower has taken."""
@@ -263,26 +234,24 @@ class _Attacher:
             )
             how = "linked" if found.linked else "copied"
             self._say(f"step {found.step}: complete, {how} ({found.num_bytes / 1e9:.2f} GB)")
-            if item.is_first_look and start != "latest":
-                self._in_order.add(found.step)
+            if item.was_there and is_new_run and start != "latest":
+                journal.in_order.append(found.step)
         if taken and is_new_run and start == "latest":
             # The others are there to meet the newest.
-            journal.skipped += [item.snapshot.step for item in taken if item.is_first_look][:-1]
+            journal.skipped += [item.snapshot.step for item in taken if item.was_there][:-1]
         if taken:
             journal.save()
 
     def _replace(self, found: Snapshot) -> None:
-        """Hold a snapshot, and let go of an older one of its step that nothing needs."""
+        """Hold a snapshot, and let go of an older one of its step."""
         old = self._snapshots.get(found.step)
         self._snapshots[found.step] = found
-        unfinished = self._journal.unfinished
-        members = () if unfinished is None else unfinished.members
-        if old is not None and old.path.name not in members:
+        if old is not None and old.path != found.path:
             remove(old)
 
     def _waiting(self) -> list[int]:
         journal, every = self._journal, self._config.merge.every
-        done = {(arrival.step, arrival.version) for arrival in journal.arrivals}
+        done = {(a.step, a.version) for a in journal.arrivals if a.outcome != "repeated"}
         return sorted(
             step
             for position, (step, version) in enumerate(journal.taken.items())
@@ -291,17 +260,20 @@ class _Attacher:
             and step in self._snapshots
             and (step, version) not in done
             and step not in journal.skipped
+            and not journal.is_broken(step)
         )
 
     def _has_company(self, step: int) -> bool:
         """Whether as many checkpoints as meet came up to this one; else it will but be a member."""
-        return bool(members_of(self._config.merge, [s for s in self._journal.taken if s <= step]))
+        journal = self._journal
+        steps = sorted(s for s in journal.taken if s <= step and not journal.is_broken(s))
+        return bool(members_of(self._config.merge, steps))
 
     def _next(self) -> Arrival | None:
         """The arrival to process now, written down as begun."""
         journal, merge_settings = self._journal, self._config.merge
         waiting = self._waiting()
-        choice = choose(merge_settings, self._snapshots, waiting, self._in_order)
+        choice = choose(merge_settings, self._snapshots, waiting, journal.in_order)
         if choice.skipped:
             steps = ", ".join(map(str, choice.skipped))
             self._say(
@@ -313,6 +285,11 @@ class _Attacher:
             journal.skipped += choice.skipped
             journal.save()
         if choice.step is None:
+            if waiting:
+                self._say_once(
+                    f"step {waiting[-1]}: the checkpoints that it would meet are gone; it waits "
+                    f"for the next one"
+                )
             return None
         published = journal.published
         count = {"none": 0, "anchor": 1, "window": merge_settings.candidates - 1}
@@ -332,25 +309,64 @@ class _Attacher:
 
     def _process(self, arrival: Arrival) -> None:
         """Merge an arrival, score it and publish it, or give it up."""
-        started = time.monotonic()
-        for attempt in range(1, _ATTEMPTS + 1):
+        started, attempt = time.monotonic(), 0
+        held = {snapshot.path.name for snapshot in self._snapshots.values()}
+        if not held.issuperset(arrival.members):
+            self._give_up(arrival, "a checkpoint that it met was written again", "repeated")
+            return
+        while True:
+            attempt += 1
             try:
                 self._merge_and_publish(arrival, started)
-            except (WorkerError, PlacementError) as error:
+                break
+            except PlacementError as error:
+                if self._goes_elsewhere(arrival, error):
+                    attempt = 0
+                elif attempt == _ATTEMPTS:
+                    raise
+            except (WorkerError, TransportError, RunDirectoryError, RayError) as error:
                 # The run directory stays: the next attempt goes on in it.
                 if attempt == _ATTEMPTS:
                     raise
                 self._say(f"step {arrival.step}: {error}; trying again")
-            except (CheckpointError, NumericalError, RunDirectoryError) as error:
-                if isinstance(error, MismatchError) and not self._journal.published:
-                    # No checkpoint of this run will fit.
+                time.sleep(_PAUSE_S)
+            except (CheckpointError, NumericalError) as error:
+                is_base = f"{error.where}".startswith(BASE)
+                if is_base or (isinstance(error, MismatchError) and not self._journal.published):
+                    # It is the base, or no checkpoint of this run will fit.
                     self._journal.end(outcome="failed", problem=str(error))
                     raise
-                self._give_up(arrival, error)
+                self._leave_out(arrival, error)
                 return
-            else:
-                self._prune()
-                return
+        self._prune()
+
+    def _goes_elsewhere(self, arrival: Arrival, error: PlacementError) -> bool:
+        """Whether a merge that has no room waits on, or goes to CPUs; says which."""
+        if self._config.sharing.when_full == "wait":
+            self._say_once(f"step {arrival.step}: no room for the merge; waiting for it: {error}")
+            time.sleep(_PAUSE_S)
+            return True
+        if self._is_on_cpu or not self._config.sharing.use_gpus:
+            return False
+        self._say(f"no room for the merge as configured: {error}")
+        self._say("merges go to CPUs")
+        self._is_on_cpu = True
+        # Nothing is done there yet, and the device is part of what it would go on with.
+        shutil.rmtree(self._config.work / "merges" / arrival.name, ignore_errors=True)
+        return True
+
+    def _leave_out(self, arrival: Arrival, error: ArmRayError) -> None:
+        """Give an arrival up, and what was wrong with it: the new checkpoint, or another member."""
+        step = arrival.step
+        guilty = _CANDIDATE.search(f"{error.what} {error.where}")
+        if guilty and self._config.merge.streaming != "window":
+            name = arrival.members[int(guilty[1]) - 1]
+            step = next((s for s, f in self._snapshots.items() if f.path.name == name), step)
+        self._journal.broken[step] = self._journal.taken[step]
+        if step in self._snapshots:
+            remove(self._snapshots.pop(step))
+        is_other = step != arrival.step
+        self._give_up(arrival, str(error), "repeated" if is_other else "failed")
 
     def _merge_and_publish(self, arrival: Arrival, started: float) -> None:
         config = self._merge_config(arrival)
@@ -374,13 +390,13 @@ class _Attacher:
         Raises:
             CorruptCheckpointError: It has, and what was merged may be of two steps.
         """
-        for step, snapshot in list(self._snapshots.items()):
-            problem = changed(snapshot) if snapshot.path.name in arrival.members else None
+        by_name = {snapshot.path.name: snapshot for snapshot in self._snapshots.values()}
+        for index, name in enumerate(arrival.members):
+            problem = changed(by_name[name])
             if problem is not None:
-                remove(self._snapshots.pop(step))
                 raise CorruptCheckpointError(
-                    "a checkpoint was written to after it was taken",
-                    where=snapshot.source,
+                    f"{candidate_name(index)} was written to after it was taken",
+                    where=by_name[name].source,
                     got=problem,
                     expected="the files that were there then",
                     hint="the trainer writes into its files in place; the checkpoint is taken "
@@ -395,7 +411,11 @@ class _Attacher:
             for number in arrival.states
         ]
         checkpoints = [str(self._directory / name) for name in arrival.members]
-        return merge_config(self._config, arrival.draw, arrival.name, checkpoints, earlier)
+        config = self._config
+        if self._is_on_cpu:
+            sharing = config.sharing.model_copy(update={"use_gpus": False})
+            config = config.model_copy(update={"sharing": sharing})
+        return merge_config(config, arrival.draw, arrival.name, checkpoints, earlier)
 
     def _form(self, arrival: Arrival) -> str:
         """In words, what the checkpoints are merged into."""
@@ -410,8 +430,17 @@ class _Attacher:
         if self._scoring is None:
             return False
         base = checkpoint_subject(inputs, BASE)
-        if not self._scoring.start(base):
+        try:
+            if not self._scoring.start(base):
+                return False
+        except (EvaluationError, WorkerError, RayError) as error:
+            # Engines that never ran will not run by themselves; others may again, later.
+            if not self._was_scored:
+                raise
+            self._scoring.close()
+            self._warn(f"step {arrival.step}: the engines do not start; no scores: {error}")
             return False
+        self._was_scored = True
         if self._config.evaluation is not None and self._config.evaluation.base:
             self._scoring.submit(base)
         newest = candidate_name(len(config.candidates) - 1)
@@ -516,12 +545,13 @@ class _Attacher:
         for problem in result.problems:
             self._warn(f"step {event.step}: {problem}")
 
-    def _give_up(self, arrival: Arrival, error: Exception) -> None:
-        problem = str(error)
+    def _give_up(self, arrival: Arrival, problem: str, outcome: Outcome) -> None:
         self._events.write(ArrivalFailed(arrival.step, problem))
-        self._say(f"step {arrival.step}: left out: {problem}")
-        self._journal.end(outcome="failed", problem=problem)
+        again = "; merging it without that one" if outcome == "repeated" else ""
+        self._say(f"step {arrival.step}: left out: {problem}{again}")
+        self._journal.end(outcome=outcome, problem=problem)
         shutil.rmtree(self._config.work / "merges" / arrival.name, ignore_errors=True)
+        self._prune()
 
     def _prune(self) -> None:
         """Let go of snapshots and merged states that no later arrival needs."""
@@ -556,13 +586,19 @@ class _Attacher:
         ]
         print_summary(self._console, f"attach {self._config.followed.name}", rows)
 
+    def _say_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            self._say(line)
+
     def _warn(self, message: str) -> None:
         self._events.write(Warned(message))
         self._console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _checkpoint_name(arrival: Arrival) -> str:
-    return f"checkpoint-{arrival.step:06d}"
+    # With the number: a step that is written again is another checkpoint.
+    return f"checkpoint-{arrival.name}"
 
 
 def _merged_name(arrival: Arrival) -> str:
@@ -573,52 +609,3 @@ def _taken_by_others() -> dict[str, float]:
     """What of the cluster is not free: the trainer's, and that of our own evaluators."""
     free = ray.available_resources()
     return {name: have - free.get(name, 0.0) for name, have in ray.cluster_resources().items()}
-
-
-def _check_outlives_job(config: AttachConfig) -> None:
-    given = {"publish.dir": config.publish.dir, "run.path": config.run.path}
-    if config.output is not None:
-        given["output"] = config.output
-    for key, path in given.items():
-        if in_submitted_job() and not Path(path).expanduser().is_absolute():
-            raise ConfigError(
-                "a path of a submitted job is relative",
-                where=key,
-                got=path,
-                expected="an absolute path, on storage that outlives the job",
-                hint="the job runs in a temporary copy of its working directory",
-            )
-
-
-def _open_work(config: AttachConfig) -> None:
-    """Write the configuration down, unless the directory follows something else.
-
-    Raises:
-        RunDirectoryError: It belongs to another run, or merges otherwise.
-    """
-    file = config.work / CONFIG_NAME
-    content = config.model_dump(mode="json")
-    text = yaml.safe_dump(content, sort_keys=False)
-    if file.is_file():
-        before, after = _identity(read_yaml(file)), _identity(content)
-        changed = [key for key in after if before.get(key) != after[key]]
-        if changed:
-            raise RunDirectoryError(
-                "the output directory follows a run with another configuration",
-                where=config.work,
-                got="\n" + "\n".join(f"      {k}: {before.get(k)} -> {after[k]}" for k in changed),
-                hint="choose another publish.dir and output, or restore these keys to go on",
-            )
-    with atomic_file(file) as written:
-        written.write(text.encode())
-
-
-def _identity(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What must stay as it was for the arrivals to be one stream."""
-    run, merging = content.get("run") or {}, content.get("merge") or {}
-    return {
-        "run.path": run.get("path"),
-        "run.kind": run.get("kind"),
-        "publish.dir": (content.get("publish") or {}).get("dir"),
-        **{f"merge.{key}": value for key, value in merging.items() if key != "runtime"},
-    }

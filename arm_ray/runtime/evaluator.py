@@ -131,6 +131,9 @@ class EvaluatorGang:
             # Several engines may share a machine: each finds its own free ports.
             "VLLM_HOST_IP": "127.0.0.1",
         }
+        if not self._resources.engine.get("GPU"):
+            # Ray leaves a process that asked for no GPU all of them, the trainer's included.
+            env |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
         actor: Any = ray.remote(EngineActor)
         self.engines[index] = actor.options(
             **_options(self._resources.engine),

@@ -15,7 +15,7 @@ from pathlib import Path
 from arm_ray.checkpoints.formats import missing
 from arm_ray.following.config import RunConfig
 from arm_ray.following.layouts import Found, RunWatcher
-from arm_ray.following.snapshots import Snapshot, take
+from arm_ray.following.snapshots import Snapshot, remove, take
 
 _MEGABYTE = 1_000_000
 
@@ -26,11 +26,11 @@ class Taken:
 
     Attributes:
         snapshot: Ours.
-        is_first_look: Whether it was there at the first look of this session.
+        was_there: Whether it was there at the start of this session.
     """
 
     snapshot: Snapshot
-    is_first_look: bool
+    was_there: bool
 
 
 class _ClosingError(Exception):
@@ -45,7 +45,7 @@ class Follower:
         path: Its directory.
         directory: Where snapshots go.
         known: Step -> version of what was taken before.
-        wanted: Of the complete checkpoints of the first look, by step: which are taken.
+        first_step: Given the steps that are complete at the start, the first one to be taken.
         say: Called with a line for people; from the thread.
     """
 
@@ -55,13 +55,14 @@ class Follower:
         path: Path,
         directory: Path,
         known: Mapping[int, str],
-        wanted: Callable[[list[int]], list[int]],
+        first_step: Callable[[list[int]], int],
         say: Callable[[str], None],
     ) -> None:
         self._settings, self._directory = settings, directory
         self._watcher = RunWatcher(path, settings.layout, kind=settings.kind, missing=missing)
-        self._known, self._wanted, self._say = dict(known), wanted, say
-        self._first_step: int | None = None
+        self._known, self._choose_first, self._say = dict(known), first_step, say
+        self._first_step = 0
+        self._has_begun = False
         self._new: list[Taken] = []
         self._incomplete: dict[int, tuple[float, bool]] = {}
         self._refused: dict[int, str] = {}
@@ -111,10 +112,10 @@ class Follower:
             if not self._new and self._problem is None:
                 self._changed.wait(seconds)
 
-    def wait_for_first_look(self) -> None:
-        """Wait until the directory was looked at once, and what was there is taken."""
+    def wait_for_start(self) -> None:
+        """Wait until what was there at the start is taken."""
         with self._changed:
-            while not self._looks and self._problem is None:
+            while not self._has_begun and self._problem is None:
                 self._changed.wait(1.0)
 
     def _work(self) -> None:
@@ -136,15 +137,16 @@ class Follower:
             self._say(f"the run's directory cannot be read just now: {error}")
             return
         complete = {item.step: item for item in found if item.complete}
-        if self._looks == 0:
-            self._first_step = min(self._wanted(sorted(complete)), default=None)
+        # Most layouts tell complete checkpoints at the second look only.
+        begins = not self._has_begun and (bool(complete) or not found or self._looks > 0)
+        if begins:
+            self._first_step = self._choose_first(sorted(complete))
         new = [
             item
             for step, item in complete.items()
-            if self._known.get(step) != item.version
-            and (self._first_step is None or step >= self._first_step)
+            if self._known.get(step) != item.version and step >= self._first_step
         ]
-        left = [item for item in new if not self._take(item)]
+        left = [item for item in new if not self._take(item, begins)]
         self._tell_incomplete([item for item in found if not item.complete])
         newest = complete[max(complete)] if complete else None
         last_step = self._settings.last_step
@@ -153,19 +155,24 @@ class Follower:
         )
         with self._changed:
             self._looks += 1
+            self._has_begun = self._has_begun or begins
             self._is_finished = is_last and not left
             self._changed.notify_all()
 
-    def _take(self, item: Found) -> bool:
+    def _take(self, item: Found, was_there: bool) -> bool:
         """Take a snapshot; returns whether that is settled."""
         rate = self._settings.copy_mb_per_s
-        snapshot, reason = take(
-            item,
-            self._watcher,
-            self._directory,
-            bytes_per_s=None if rate is None else rate * _MEGABYTE,
-            pause=self._stop_if_closing,
-        )
+        snapshot: Snapshot | None = None
+        try:
+            snapshot, reason = take(
+                item,
+                self._watcher,
+                self._directory,
+                bytes_per_s=None if rate is None else rate * _MEGABYTE,
+                pause=self._stop_if_closing,
+            )
+        except OSError as error:  # a full disk, say, which may have room again later
+            reason = str(error)
         if snapshot is None:
             if self._refused.get(item.step) != reason:
                 self._refused[item.step] = reason
@@ -173,9 +180,18 @@ class Follower:
             return False
         with self._changed:
             self._known[item.step] = item.version
-            self._new.append(Taken(snapshot, self._looks == 0))
+            self._new.append(Taken(snapshot, was_there))
+            late = [taken for taken in self._new if not taken.was_there]
+            dropped = late[: max(0, len(late) - self._settings.max_held)]
+            self._new = [taken for taken in self._new if taken not in dropped]
             self._last_news = time.monotonic()
             self._changed.notify_all()
+        for taken in dropped:
+            remove(taken.snapshot)
+            self._say(
+                f"step {taken.snapshot.step}: let go, without a merge: {self._settings.max_held} "
+                f"newer ones wait (run.max_held)"
+            )
         return True
 
     def _stop_if_closing(self) -> None:

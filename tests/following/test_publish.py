@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from arm_ray.errors import RunDirectoryError
 from arm_ray.following import publish as publishing
 from arm_ray.following.publish import best, evidence, published, recover
 from arm_ray.following.publish import publish as publish_model
@@ -61,6 +62,37 @@ def test_a_step_is_replaced_in_one_go(tmp_path: Path, directory: Path) -> None:
     publish_model(model(tmp_path, "new"), directory, 20, {"n": 2}, 3, is_best=True)
     assert (directory / "step-000020" / "model.safetensors").read_text() == "new"
     assert not [p for p in directory.iterdir() if p.name.startswith(".")]
+
+
+def test_the_best_model_outlives_its_step_being_written_again(
+    tmp_path: Path, directory: Path
+) -> None:
+    publish_model(model(tmp_path, "good"), directory, 20, {"n": 1}, 1, is_best=True)
+    publish_model(model(tmp_path, "worse"), directory, 20, {"n": 2}, 1, is_best=False)
+    found = best(directory)
+    assert found == directory / "step-000020-replaced"
+    assert (found / "model.safetensors").read_text() == "good"
+    assert (directory / "step-000020" / "model.safetensors").read_text() == "worse"
+    publish_model(model(tmp_path, "next"), directory, 30, {"n": 3}, 1, is_best=False)
+    assert best(directory) == found
+    # It goes when it is the best no more.
+    publish_model(model(tmp_path, "better"), directory, 40, {"n": 4}, 1, is_best=True)
+    assert sorted(p.name for p in directory.iterdir()) == ["best", "latest", "step-000040"]
+
+
+def test_what_is_not_of_this_run_is_left_alone(tmp_path: Path, directory: Path) -> None:
+    for name in ("step-1", "step-000010", "step-000020"):
+        (directory / name).mkdir(parents=True)
+        (directory / name / "theirs").write_text("x")
+    publish_model(model(tmp_path), directory, 5, {"run": "/other"}, 9, is_best=False)
+    with pytest.raises(RunDirectoryError, match="another run"):
+        publish_model(model(tmp_path), directory, 20, {"run": "/a"}, 1, is_best=True)
+    for step in (30, 40):
+        publish_model(model(tmp_path), directory, step, {"run": "/a"}, 1, is_best=True)
+    assert (directory / "step-000020" / "theirs").read_text() == "x"
+    assert sorted(p.name for p in directory.glob("step-*")) == [
+        "step-000005", "step-000010", "step-000020", "step-000040", "step-1",
+    ]  # fmt: skip
 
 
 class KilledError(BaseException):
