@@ -805,10 +805,22 @@ def test_what_does_not_fit_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.startswith("error: the device 'tpu' is not known")
 
 
-@pytest.mark.parametrize("size", ["14b", "72b"])
-def test_the_examples_are_plans(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("qwen2.5-14b.yaml", "--gpus", "32"),
+        ("qwen2.5-72b.yaml", "--gpus", "32"),
+        ("llama-3.1-405b.yaml", "runtime.residency=disk", "--gpus", "32"),
+        ("qwen2.5-3b.yaml", "--device", "cpu"),
+        ("smollm2-135m.yaml", "--device", "cpu"),
+    ],
+)
+def test_the_examples_are_plans(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    assert cli.main(["plan", f"examples/plans/qwen2.5-{size}.yaml", "--gpus", "32", "--json"]) == 0
+    name, *options = arguments
+    assert cli.main(["plan", f"examples/plans/{name}", *options, "--json"]) == 0
 
 
 def test_a_plan_is_plain_data(case: MergeCase) -> None:
