@@ -76,7 +76,8 @@ def server(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     log = tmp_path_factory.mktemp("server") / "log"
     env = {k: v for k, v in os.environ.items() if k != "VLLM_CPU_KVCACHE_SPACE"}
     command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", str(models["base"]),
+        # What `vllm serve` runs, which wants the name of the package for GPUs.
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(models["base"]),
         "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "served",
         "--dtype", "float32", "--max-model-len", "64", "--kv-cache-memory-bytes", "50000000",
         "--worker-extension-cls", "arm_ray.evaluation.vllm_worker.WeightsExtension",
