@@ -61,7 +61,13 @@ class Jobs:
 
     def attach_config(self, **sections: Any) -> dict[str, Any]:
         return {
-            "run": {"path": str(self.run), "poll_s": 0.2, "idle_timeout_s": 200.0, "start": "all"},
+            "run": {
+                "path": str(self.run),
+                "poll_s": 0.2,
+                "idle_timeout_s": 200.0,
+                "start": "all",
+                "max_held": 20,
+            },  # fmt: skip
             "merge": {
                 "base": str(self.base),
                 "method": {"operator": "task_arithmetic"},
