@@ -67,7 +67,7 @@ class Jobs:
                 "idle_timeout_s": 200.0,
                 "start": "all",
                 "max_held": 20,
-            },  # fmt: skip
+            },
             "merge": {
                 "base": str(self.base),
                 "method": {"operator": "task_arithmetic"},
