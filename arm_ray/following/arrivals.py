@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from arm_ray.following.config import MeetingConfig
+from arm_ray.following.journal import Arrival
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ def members_of(merge: MeetingConfig, steps: Sequence[int]) -> tuple[int, ...]:
     if merge.mode == "anchored":
         return (*steps[: count - 1], steps[-1])
     return tuple(steps[-count:])
+
+
+def continued(merge: MeetingConfig, published: Sequence[Arrival]) -> Sequence[Arrival]:
+    """Of the published arrivals, in order, those whose merged states the next one goes on from."""
+    count = {"none": 0, "anchor": 1, "window": merge.candidates - 1}[merge.streaming]
+    return published[max(0, len(published) - count) :]
 
 
 def still_needed(

@@ -35,7 +35,7 @@ from arm_ray.evaluation.selection import Criterion, make_criterion
 from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.events import EventLog, Warned
 from arm_ray.following import publish as publishing
-from arm_ray.following.arrivals import choose, members_of, still_needed
+from arm_ray.following.arrivals import choose, continued, members_of, still_needed
 from arm_ray.following.config import AttachConfig, merge_config
 from arm_ray.following.events import (
     ArrivalFailed,
@@ -292,10 +292,7 @@ class _Attacher:
                 )
             return None
         published = journal.published
-        count = {"none": 0, "anchor": 1, "window": merge_settings.candidates - 1}
-        before = published[max(0, len(published) - count[merge_settings.streaming]) :]
-        if merge_settings.streaming == "none":
-            before = []
+        before = continued(merge_settings, published)
         arrival = Arrival(
             len(journal.arrivals) + 1,
             choice.step,
@@ -560,13 +557,10 @@ class _Attacher:
         for step in [step for step in self._snapshots if step not in keep]:
             remove(self._snapshots.pop(step))
         published = self._journal.published
-        count = {"none": 0, "anchor": 1, "window": self._config.merge.candidates - 1}
-        kept = published[max(0, len(published) - count[self._config.merge.streaming]) :]
-        needed = {a.name for a in kept} if count[self._config.merge.streaming] else set()
+        needed = {arrival.name for arrival in continued(self._config.merge, published)}
         for arrival in published:
             run = self._config.work / "merges" / arrival.name
             shutil.rmtree(run / "model", ignore_errors=True)
-            shutil.rmtree(run / "inputs", ignore_errors=True)
             if arrival.name not in needed:
                 shutil.rmtree(run / "states", ignore_errors=True)
 
