@@ -54,7 +54,10 @@ class IterationFinished(Event):
     """A state is complete and on disk.
 
     `weight_cosine` is cos(W_t, W_(t-1)); `task_vector_cosine` is
-    cos(W_t - W_base, W_(t-1) - W_base), null where one of them is zero.
+    cos(W_t - W_base, W_(t-1) - W_base), null where one of them is zero. `busy_seconds` are each
+    shard's, in forward passes and merging, since the iteration before was done. `sent_bytes` are
+    hidden states that went from shard to shard, `network_bytes` those of them that went to another
+    node, and `fetched_bytes` weights that came from elsewhere than the shard's own node.
     """
 
     name: ClassVar[str] = "iteration_finished"
@@ -70,6 +73,10 @@ class IterationFinished(Event):
     forward_seconds: float
     merge_seconds: float
     bytes_written: int
+    busy_seconds: tuple[float, ...] = ()
+    sent_bytes: int = 0
+    network_bytes: int = 0
+    fetched_bytes: int = 0
 
 
 @dataclass(frozen=True)

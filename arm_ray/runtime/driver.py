@@ -32,7 +32,7 @@ from arm_ray.runtime.layer_shard import HEAD_RELAXATION, LARGEST_INFORMATION
 from arm_ray.runtime.placement import ShardGang
 from arm_ray.runtime.progress import MergeProgress
 from arm_ray.runtime.run_directory import RunDirectory, is_disk_full
-from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
+from arm_ray.runtime.shard_spec import GroupReport, ShardSpec, ShardUsage
 from arm_ray.runtime.state_scoring import StateScoring
 from arm_ray.schedule import (
     IterationPlan,
@@ -464,7 +464,7 @@ class StreamingDriver:
                     f"fewer directions: {', '.join(deficient)}"
                 )
             )
-        forward = self._get([actor.take_forward_seconds.remote() for actor in self._actors])
+        usage: list[ShardUsage] = self._get([a.take_usage.remote() for a in self._actors])
         self._run.events.write(
             IterationFinished(
                 manifest.iteration,
@@ -476,9 +476,13 @@ class StreamingDriver:
                 sum(report.rotated for report in reports),
                 deficient,
                 round(seconds, 3),
-                round(sum(forward), 3),
+                round(sum(shard.forward_seconds for shard in usage), 3),
                 round(sum(report.seconds for report in reports), 3),
                 sum(report.num_bytes for report in reports),
+                tuple(round(u.forward_seconds + u.merge_seconds, 3) for u in usage),
+                sum(shard.sent_bytes for shard in usage),
+                sum(usage[i].sent_bytes for i in self._gang.crossings),
+                sum(shard.fetched_bytes for shard in usage),
             )
         )
 

@@ -42,7 +42,7 @@ from arm_ray.runtime.pieces import (
     tensor_inputs,
 )
 from arm_ray.runtime.rate import RateLimit
-from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
+from arm_ray.runtime.shard_spec import GroupReport, ShardSpec, ShardUsage
 from arm_ray.runtime.transport import pack_tensor, unpack_tensor
 from arm_ray.runtime.weights import WeightStore
 from arm_ray.schedule import BASE, IterationPlan, states_read_after
@@ -97,7 +97,7 @@ class LayerShard:
         )
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flushes: list[Future[None]] = []
-        self._forward_seconds = 0.0
+        self._usage = ShardUsage()
         self._transport = spec.transport
         self._last_wanted = sys.maxsize
 
@@ -191,12 +191,13 @@ class LayerShard:
             current = output.hidden
         if chunk[-1] == len(self._spec.layout.groups) - 1:
             self._captures.collect_tail(*samples, current, self._runner(chunk[-1]))
-        self._forward_seconds += time.monotonic() - started
+        self._count(forward_seconds=time.monotonic() - started)
         if chunk[-1] != self._spec.groups[-1]:
             self._hidden[key] = current
             return None
         if chunk[-1] == len(self._spec.layout.groups) - 1:
             return None
+        self._count(sent_bytes=current.nbytes)
         return pack_tensor(current) if self._transport == "object_store" else current
 
     def merge(
@@ -268,6 +269,7 @@ class LayerShard:
         if group == self._spec.groups[-1]:
             self._captures.drop_iteration(plan.iteration)
         seconds = time.monotonic() - started
+        self._count(merge_seconds=seconds)
         return GroupReport(
             group, tuple(similarity), rotated, tuple(deficient), seconds, writer.num_bytes
         )
@@ -349,12 +351,18 @@ class LayerShard:
         members = self._spec.layout.groups[group].tensors
         exported = (s.num_bytes for file in model for s in file.specs if s.name in members)
         self._disk.spend(sum(report.num_bytes for report in reports) + sum(exported))
+        self._count(merge_seconds=sum(report.seconds for report in reports))
         return reports
 
-    def take_forward_seconds(self) -> float:
-        """Seconds spent in forward passes since the last call."""
-        seconds, self._forward_seconds = self._forward_seconds, 0.0
-        return seconds
+    def take_usage(self) -> ShardUsage:
+        """What was done since the last call."""
+        usage, self._usage = self._usage, ShardUsage()
+        return usage
+
+    def _count(self, **added: float) -> None:
+        # `control` calls come from another thread, but none of them counts or takes.
+        usage = self._usage
+        self._usage = replace(usage, **{k: getattr(usage, k) + v for k, v in added.items()})
 
     def export(self, directory: Path, file: states.ExportFile, iteration: int) -> int:
         """Write one weight file of the final model from the state of `iteration`."""

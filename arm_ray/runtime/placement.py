@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,22 @@ class Placement:
 
 @dataclass(frozen=True)
 class ShardGang:
-    """The actors of a merge, in the order of the layers, and how they send hidden states."""
+    """The actors of a merge, in the order of the layers, and how they send hidden states.
+
+    Attributes:
+        actors: Their handles.
+        transport: How they send.
+        nodes: Ray's id of the node that each is on.
+    """
 
     actors: list[Any]
     transport: Transport
+    nodes: list[str]
+
+    @property
+    def crossings(self) -> list[int]:
+        """Shards whose hidden states go to another node."""
+        return [i for i, pair in enumerate(pairwise(self.nodes)) if pair[0] != pair[1]]
 
 
 def in_submitted_job() -> bool:
@@ -175,13 +188,14 @@ def placed_shards(
         actors = _start(specs, runtime, placement, group, transport)
         # The actors import torch; that the group exists does not mean that they run.
         ray.get([actor.ready.remote() for actor in actors])
+        nodes = ray.get([actor.__ray_call__.remote(_node_id) for actor in actors])
         if transport != "object_store":
             problem = join_transport(actors, transport)
             if problem:
                 warn(f"no direct transport, using the object store: {problem}")
                 transport = "object_store"
                 ray.get([actor.use_object_store.remote() for actor in actors])
-        yield ShardGang(actors, transport)
+        yield ShardGang(actors, transport, nodes)
     finally:
         leave_transport(actors, transport)
         for actor in actors:
@@ -189,6 +203,10 @@ def placed_shards(
                 ray.kill(actor)
         with contextlib.suppress(RayError):
             remove_placement_group(group)
+
+
+def _node_id(_actor: object) -> str:
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _start(
