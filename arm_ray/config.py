@@ -10,7 +10,9 @@ import copy
 import dataclasses
 import difflib
 import json
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -125,8 +127,32 @@ class RuntimeConfig(Section):
     planned to need more; null: neither."""
     disk_mb_per_s: Annotated[float, Field(gt=0.0)] | None = None
     """Most that all shards together read and write in a second, 10^6 bytes; null: no limit."""
+    storage: Literal["auto", "shared", "per_node"] = "auto"
+    """shared: all nodes see the output and the checkpoints under the same paths; per_node: each
+    shard copies what its layers need to its own node, and the results are assembled at the output;
+    auto: shared where every node turns out to see the output, else per_node."""
+    scratch: str | None = None
+    """Directory on each node's own disk, for copies of what lies elsewhere; null: one below the
+    system's temporary directory."""
+    resources: dict[str, Annotated[float, Field(gt=0.0)]] = {}
+    """Named Ray resources that each shard takes besides CPUs and GPUs, to bind shards to nodes."""
+    niceness: Annotated[int, Field(ge=0, le=19)] = 0
+    """Priority of the shards' processes on their CPUs, as of `nice`: 19 yields to everything else
+    on the node, a training job say."""
+    max_recoveries: Annotated[int, Field(ge=0)] = 3
+    """How often in a row lost shards are placed anew before the merge ends with an error; each
+    finished iteration starts the count again."""
+    elastic: bool = True
+    """Whether shards are placed anew, between two iterations, when nodes have joined the cluster."""
 
     IDENTITY_KEYS: ClassVar[frozenset[str]] = frozenset({"threads", "micro_batch_tokens", "device"})
+
+    @property
+    def scratch_path(self) -> Path:
+        """`scratch`, or what it stands for where it is null."""
+        if self.scratch is not None:
+            return Path(self.scratch).expanduser()
+        return Path(tempfile.gettempdir()) / f"arm_ray-{os.getuid()}"
 
 
 class MergeConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from arm_ray.errors import CorruptCheckpointError, NotACheckpointError, PickleRe
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 
 
@@ -50,6 +50,11 @@ class Checkpoint:
     @property
     def is_laid_out(self) -> bool:
         """Whether each tensor lies in its file at the bytes that `tensors` says."""
+        return True
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the weight files can be opened on the node that opened the checkpoint."""
         return True
 
     @property
@@ -133,12 +138,23 @@ def _open(path: Path, read_config: Callable[[Path], dict[str, Any]]) -> Checkpoi
         )
     try:
         config = read_config(path)
-        entries = _read_entries(path)
+        names = {file.name for file in path.iterdir()}
+        entries = read_entries(path, names, lambda name: read_header(path / name))
     except OSError as error:
         raise NotACheckpointError(
             "a checkpoint cannot be read", where=path, got=error, hint="check its permissions"
         ) from None
-    for entry in entries.values():
+    check_codes(entries.values())
+    return Checkpoint(path, config, entries)
+
+
+def check_codes(entries: Iterable[TensorEntry]) -> None:
+    """Refuse tensors in a number format that is not merged.
+
+    Raises:
+        NotACheckpointError: Names the first.
+    """
+    for entry in entries:
         if entry.code not in DTYPES:
             raise NotACheckpointError(
                 f"the tensor {entry.name} is stored in a number format that is not merged",
@@ -147,7 +163,6 @@ def _open(path: Path, read_config: Callable[[Path], dict[str, Any]]) -> Checkpoi
                 expected=", ".join(DTYPES),
                 hint="dequantise the checkpoint to bf16 first",
             )
-    return Checkpoint(path, config, entries)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -182,14 +197,25 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_entries(path: Path) -> dict[str, TensorEntry]:
-    index = path / INDEX_NAME
+def read_entries(
+    path: Path, names: Collection[str], read_header: Callable[[str], dict[str, TensorEntry]]
+) -> dict[str, TensorEntry]:
+    """Where each tensor of a model directory lies.
+
+    Args:
+        path: The directory, which the index is read from.
+        names: The files of the checkpoint; weight files need not be in `path` itself.
+        read_header: Name of a weight file -> its tensors.
+
+    Raises:
+        CheckpointError: Any of its kinds.
+    """
     # Where both are there, transformers takes the single file, and so do we.
-    if (path / SINGLE_NAME).exists():
-        return read_header(path / SINGLE_NAME)
-    if index.exists():
-        return _read_indexed(path, index)
-    stray = sorted(p.name for p in path.glob("*.safetensors"))
+    if SINGLE_NAME in names:
+        return read_header(SINGLE_NAME)
+    if INDEX_NAME in names:
+        return _read_indexed(path, names, read_header)
+    stray = sorted(name for name in names if name.endswith(".safetensors"))
     if stray:
         raise CorruptCheckpointError(
             "there are weight files but no index",
@@ -198,7 +224,7 @@ def _read_entries(path: Path) -> dict[str, TensorEntry]:
             expected=f"{SINGLE_NAME}, or {INDEX_NAME} beside the files it names",
             hint="the checkpoint may still be being written, or is an adapter",
         )
-    pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
+    pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if pickles:
         raise PickleRefusedError(
             "the weights are pickles, which can run code when they are read",
@@ -213,7 +239,10 @@ def _read_entries(path: Path) -> dict[str, TensorEntry]:
     )
 
 
-def _read_indexed(path: Path, index: Path) -> dict[str, TensorEntry]:
+def _read_indexed(
+    path: Path, names: Collection[str], read_header: Callable[[str], dict[str, TensorEntry]]
+) -> dict[str, TensorEntry]:
+    index = path / INDEX_NAME
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpointError("the index has no weight_map", where=index)
@@ -224,20 +253,20 @@ def _read_indexed(path: Path, index: Path) -> dict[str, TensorEntry]:
             raise CorruptCheckpointError(
                 "the index names a file outside its directory", where=index, got=file_name
             )
-        file = path / file_name
-        if not file.exists():
+        if file_name not in names:
             raise CorruptCheckpointError(
                 "the index names a file that does not exist",
                 where=index,
                 got=file_name,
                 hint="copy the checkpoint again; if a run is still writing it, wait",
             )
-        header = read_header(file)
+        header = read_header(file_name)
         named = [name for name, owner in weight_map.items() if owner == file_name]
         for name in named:
             if name not in header:
                 raise CorruptCheckpointError(
-                    f"the index says that {name} is in a file that lacks it", where=file
+                    f"the index says that {name} is in a file that lacks it",
+                    where=path / file_name,
                 )
             entries[name] = header[name]
     return entries

@@ -24,12 +24,12 @@ def check_zero_padding(checkpoints: Mapping[str, Checkpoint]) -> None:
 
     Args:
         checkpoints: Label -> checkpoint; all with the same tensors. Those that store them in
-            another form are passed over.
+            another form, or elsewhere, are passed over.
 
     Raises:
         CorruptCheckpointError: Names the file and the tensor.
     """
-    checkpoints = {label: c for label, c in checkpoints.items() if c.is_laid_out}
+    checkpoints = {label: c for label, c in checkpoints.items() if c.is_laid_out and c.is_local}
     for label, checkpoint in checkpoints.items():
         last: dict[Path, TensorEntry] = {}
         for entry in checkpoint.tensors.values():

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -70,10 +70,28 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if size < _LENGTH_BYTES or not 2 <= length <= min(_MAX_HEADER_BYTES, size):
-            raise _corrupt(path, f"a header of {length} bytes in a file of {size} bytes")
-        raw = file.read(length)
+        return parse_header(path, size, lambda begin, end: _read_range(file, begin, end))
+
+
+def _read_range(file: IO[bytes], begin: int, end: int) -> bytes:
+    file.seek(begin)
+    return file.read(end - begin)
+
+
+def parse_header(
+    path: Path, size: int, read: Callable[[int, int], bytes]
+) -> dict[str, TensorEntry]:
+    """The same for a file that lies anywhere.
+
+    Args:
+        path: What it is called in the entries and in errors.
+        size: Its size in bytes.
+        read: Gives its bytes from the first to before the second position.
+    """
+    length = int.from_bytes(read(0, min(size, _LENGTH_BYTES)), "little")
+    if size < _LENGTH_BYTES or not 2 <= length <= min(_MAX_HEADER_BYTES, size):
+        raise _corrupt(path, f"a header of {length} bytes in a file of {size} bytes")
+    raw = read(_LENGTH_BYTES, _LENGTH_BYTES + length)
     try:
         table = json.loads(raw)
         table.pop("__metadata__", None)

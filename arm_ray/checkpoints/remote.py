@@ -1,0 +1,206 @@
+"""Checkpoints whose weight files are not on this node's disks, and copies of a part of them.
+
+A remote checkpoint is opened by its configuration and the headers of its weight files; tensors are
+fetched by their range of bytes. A layer shard fetches its own tensors once, layer group by layer
+group, into a file on its node's disk, and maps them from there as it maps any checkpoint's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from arm_ray.checkpoints.huggingface import (
+    Checkpoint,
+    check_codes,
+    read_entries,
+    read_json,
+)
+from arm_ray.checkpoints.weight_file import (
+    DTYPES,
+    TensorEntry,
+    TensorSpec,
+    atomic_file,
+    parse_header,
+    read_tensors,
+    write_weight_file,
+)
+from arm_ray.errors import CorruptCheckpointError, NotACheckpointError
+
+# Larger files beside the weights are not what describes a model.
+_MAX_COMPANION_BYTES = 256 << 20
+_COMPANIONS = (".json", ".jinja", ".model", ".txt")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a remote directory.
+
+    Attributes:
+        num_bytes: Its size.
+        version: Changes when the file is written anew: a time, or a store's tag.
+    """
+
+    num_bytes: int
+    version: str
+
+
+class RemoteDirectory(Protocol):
+    """A directory elsewhere. It is pickled to the layer shards, and read from several threads."""
+
+    def files(self) -> Mapping[str, RemoteFile]:
+        """Its files by their names; those of directories in it are left out."""
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Bytes of a file, from one position to before another."""
+
+    def __str__(self) -> str:
+        """What it is called in errors."""
+
+
+@dataclass(frozen=True)
+class RemoteCheckpoint(Checkpoint):
+    """A checkpoint in a remote directory. Holds no weights.
+
+    `path` is a local directory with its configuration and tokenizer, and without weights.
+
+    Attributes:
+        directory: Where it is.
+        digest: Of names, sizes and versions of its weight files.
+    """
+
+    directory: RemoteDirectory
+    digest: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the weight files can be opened here."""
+        return False
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Fetch some tensors into host memory.
+
+        Raises:
+            CorruptCheckpointError: The file is shorter than it was.
+        """
+        return {name: self._fetch(self.tensors[name]) for name in names}
+
+    def _fetch(self, entry: TensorEntry) -> Tensor:
+        data = bytearray(self.directory.read(entry.file.name, entry.begin, entry.end))
+        if len(data) != entry.num_bytes:
+            raise CorruptCheckpointError(
+                f"a weight file ended before {entry.name}",
+                where=f"{self.directory}/{entry.file.name}",
+                got=f"{len(data)} bytes",
+                expected=f"{entry.num_bytes} bytes",
+                hint="the file was replaced meanwhile; run again",
+            )
+        if not data:
+            return torch.empty(entry.shape, dtype=DTYPES[entry.code])
+        return torch.frombuffer(data, dtype=DTYPES[entry.code]).reshape(entry.shape)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of configuration, tables of tensors, file sizes and versions."""
+        return self.digest
+
+
+def open_remote(directory: RemoteDirectory, local: Path) -> RemoteCheckpoint:
+    """Read a remote checkpoint's configuration and headers.
+
+    Args:
+        directory: Where it is.
+        local: Local directory that its configuration and tokenizer are copied to.
+
+    Raises:
+        CheckpointError: Any of its kinds, as `open_checkpoint`.
+    """
+    files = directory.files()
+    if "config.json" not in files:
+        names = sorted(files)
+        raise NotACheckpointError(
+            "there is no model",
+            where=directory,
+            got=", ".join(names[:8]) + (" …" if len(names) > 8 else "") or "nothing",
+            expected="config.json and .safetensors files",
+            hint="name the checkpoint's directory itself; other formats are read from disks only",
+        )
+    local.mkdir(parents=True, exist_ok=True)
+    for name, file in files.items():
+        if name.endswith(_COMPANIONS) and file.num_bytes <= _MAX_COMPANION_BYTES:
+            with atomic_file(local / name) as target:
+                target.write(directory.read(name, 0, file.num_bytes))
+
+    def header(name: str) -> dict[str, TensorEntry]:
+        return parse_header(
+            Path(f"{directory}/{name}"),
+            files[name].num_bytes,
+            lambda begin, end: directory.read(name, begin, end),
+        )
+
+    entries = read_entries(local, files.keys(), header)
+    check_codes(entries.values())
+    used = {entry.file.name for entry in entries.values()}
+    digest = hashlib.sha256((local / "config.json").read_bytes())
+    for name in sorted(used):
+        digest.update(f"{name}\0{files[name].num_bytes}\0{files[name].version}\0".encode())
+    return RemoteCheckpoint(
+        local, read_json(local / "config.json"), entries, directory, digest.hexdigest()
+    )
+
+
+@dataclass(frozen=True)
+class LocalCopy(Checkpoint):
+    """A checkpoint of which a shard's own tensors are copied to its node when they are first read.
+
+    Attributes:
+        source: Where they are fetched from.
+        copies: Directory of the copies, of this checkpoint alone.
+        group_tensors: Names of the tensors of each layer group, by its index.
+        fetched: Called with the bytes that were fetched.
+    """
+
+    source: Checkpoint
+    copies: Path
+    group_tensors: tuple[tuple[str, ...], ...]
+    fetched: Callable[[int], None]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read some tensors, mapped from the copies, which are made where they are missing."""
+        wanted = set(names)
+        found: dict[str, Tensor] = {}
+        for index, members in enumerate(self.group_tensors):
+            chosen = [name for name in members if name in wanted]
+            if chosen:
+                found |= read_tensors(self._copied(index), chosen)
+        return found
+
+    def _copied(self, group: int) -> Path:
+        file = self.copies / f"group-{group:05d}.safetensors"
+        if not file.exists():
+            self.copies.mkdir(parents=True, exist_ok=True)
+            entries = [self.tensors[name] for name in self.group_tensors[group]]
+            specs = [TensorSpec(e.name, DTYPES[e.code], e.shape) for e in entries]
+            fetched = (self.source.read([e.name])[e.name] for e in entries)
+            write_weight_file(file, specs, fetched)
+            self.fetched(sum(spec.num_bytes for spec in specs))
+        return file
+
+
+def local_copy(
+    source: Checkpoint,
+    copies: Path,
+    group_tensors: tuple[tuple[str, ...], ...],
+    fetched: Callable[[int], None],
+) -> LocalCopy:
+    """A copy of parts of a checkpoint, in a directory of its own below `copies`."""
+    own = copies / source.fingerprint[:32]
+    return LocalCopy(
+        source.path, source.config, source.tensors, source, own, group_tensors, fetched
+    )
