@@ -18,6 +18,7 @@
     ├── EvaluationError      a benchmark, its data or an engine cannot be used
     │   └── SandboxError           model-written code cannot be isolated here
     └── WorkerError          an actor was lost, or failed in a way that is not the input's fault
+        └── ShardLostError         a layer shard or its node was lost, and can be replaced
 
 Every error says what went wrong, where, what was found, what was expected and what to do.
 They survive pickling, because Ray carries them from actors to the driver.
@@ -131,13 +132,17 @@ class TransportError(ArmRayError):
     """Hidden states did not reach the next layer shard."""
 
 
+class WorkerError(ArmRayError):
+    """An actor was lost, or failed in a way that is not the input's fault."""
+
+
+class ShardLostError(WorkerError):
+    """A layer shard, its node, or hidden states on it were lost; others can take its place."""
+
+
 class EvaluationError(ArmRayError):
     """A benchmark, its data, or a model's engine cannot be used."""
 
 
 class SandboxError(EvaluationError):
     """Model-written code cannot be isolated on this machine."""
-
-
-class WorkerError(ArmRayError):
-    """An actor was lost, or failed in a way that is not the input's fault."""

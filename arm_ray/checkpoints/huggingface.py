@@ -47,6 +47,10 @@ class Checkpoint:
             result.update(read_tensors(file, members))
         return result
 
+    def files(self, names: Iterable[str]) -> set[Path]:
+        """The files that some tensors are read from."""
+        return {self.tensors[name].file for name in names}
+
     @property
     def is_laid_out(self) -> bool:
         """Whether each tensor lies in its file at the bytes that `tensors` says."""

@@ -120,6 +120,16 @@ class AdaptedCheckpoint(Checkpoint):
             result[name] = weight
         return result
 
+    def files(self, names: Iterable[str]) -> set[Path]:
+        """The adapter's file, and those of the base that hold the tensors."""
+        own = {self.path / entry.file.name for entry in self.stored.values()}
+        return own | self.base.files(name for name in names if name not in self.replaced)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the base is."""
+        return self.base.is_local
+
     @property
     def is_laid_out(self) -> bool:
         """What the adapter adds to is stored nowhere."""

@@ -51,17 +51,21 @@ class RemoteFile:
     version: str
 
 
-class RemoteDirectory(Protocol):
-    """A directory elsewhere. It is pickled to the layer shards, and read from several threads."""
+class RangeReader(Protocol):
+    """Gives bytes of a directory's files. It is pickled to the layer shards, and used by threads."""
 
-    def files(self) -> Mapping[str, RemoteFile]:
-        """Its files by their names; those of directories in it are left out."""
-
-    def read(self, name: str, begin: int, end: int) -> bytes:
+    def read(self, name: str, begin: int, end: int) -> bytes | bytearray:
         """Bytes of a file, from one position to before another."""
 
     def __str__(self) -> str:
-        """What it is called in errors."""
+        """What the directory is called in errors."""
+
+
+class RemoteDirectory(RangeReader, Protocol):
+    """A directory elsewhere."""
+
+    def files(self) -> Mapping[str, RemoteFile]:
+        """Its files by their names; those of directories in it are left out."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class RemoteCheckpoint(Checkpoint):
         digest: Of names, sizes and versions of its weight files.
     """
 
-    directory: RemoteDirectory
+    directory: RangeReader
     digest: str
 
     @property
@@ -92,7 +96,7 @@ class RemoteCheckpoint(Checkpoint):
         return {name: self._fetch(self.tensors[name]) for name in names}
 
     def _fetch(self, entry: TensorEntry) -> Tensor:
-        data = bytearray(self.directory.read(entry.file.name, entry.begin, entry.end))
+        data = self.directory.read(entry.file.name, entry.begin, entry.end)
         if len(data) != entry.num_bytes:
             raise CorruptCheckpointError(
                 f"a weight file ended before {entry.name}",
@@ -103,7 +107,8 @@ class RemoteCheckpoint(Checkpoint):
             )
         if not data:
             return torch.empty(entry.shape, dtype=DTYPES[entry.code])
-        return torch.frombuffer(data, dtype=DTYPES[entry.code]).reshape(entry.shape)
+        writable = data if isinstance(data, bytearray) else bytearray(data)
+        return torch.frombuffer(writable, dtype=DTYPES[entry.code]).reshape(entry.shape)
 
     @property
     def fingerprint(self) -> str:

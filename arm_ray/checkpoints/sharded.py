@@ -95,6 +95,10 @@ class ShardedCheckpoint(Checkpoint):
         """
         return {name: self._whole(name) for name in names}
 
+    def files(self, names: Iterable[str]) -> set[Path]:
+        """The files that the pieces of some tensors lie in."""
+        return {piece.file for name in names for piece in self.stored[name].pieces}
+
     def _whole(self, name: str) -> Tensor:
         stored, wanted = self.stored[name], DTYPES[self.tensors[name].code]
         if len(stored.pieces) == 1:

@@ -93,6 +93,8 @@ def publish_state(
         for index, names in enumerate(group_tensors)
         for name in names
     }
+    for stale in directory.glob(".*.partial"):
+        stale.unlink(missing_ok=True)
     write_companions(directory, config, companions)
     write_json(
         directory / INDEX_NAME,

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -183,7 +184,7 @@ class WeightFileWriter:
         self, path: Path, specs: Sequence[TensorSpec], *, is_read_again: bool = True
     ) -> None:
         self._specs = specs
-        self._context = atomic_file(path, is_read_again=is_read_again)
+        self._context = atomic_file(path, is_read_again=is_read_again, may_race=True)
         self._due = {spec.name: spec.num_bytes for spec in specs}
         self._lock = threading.Lock()
 
@@ -322,9 +323,19 @@ def _encode_header(specs: Sequence[TensorSpec]) -> bytes:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, *, is_read_again: bool = True) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under its name only when it is whole and on disk."""
-    partial = path.with_name(f".{path.name}.partial")
+def atomic_file(
+    path: Path, *, is_read_again: bool = True, may_race: bool = False
+) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name only when it is whole and on disk.
+
+    Args:
+        path: The file.
+        is_read_again: Whether it stays in the page cache.
+        may_race: Whether another process may be writing the same file: one on a node that was
+            given up, say, on storage that all nodes see.
+    """
+    own = f".{uuid.uuid4().hex[:12]}" if may_race else ""
+    partial = path.with_name(f".{path.name}{own}.partial")
     try:
         with partial.open("wb") as file:
             yield file
