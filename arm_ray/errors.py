@@ -12,6 +12,9 @@
     ├── CalibrationError     the calibration data cannot be used
     ├── RunDirectoryError    the output directory holds something else, or another config
     ├── DiskSpaceError       not enough room for what the run writes
+    ├── StorageError         a URL cannot be read or written
+    │   ├── NoSuchObjectError      there is no such bucket or object
+    │   └── StorageAccessError     credentials are missing, or do not allow it
     ├── NumericalError       activations or merged weights are not finite
     ├── PlacementError       the cluster cannot hold what was asked
     ├── TransportError       hidden states did not reach the next layer shard
@@ -118,6 +121,18 @@ class RunDirectoryError(ArmRayError):
 
 class DiskSpaceError(ArmRayError):
     """There is not enough room for what the run writes."""
+
+
+class StorageError(ArmRayError):
+    """A URL cannot be read or written."""
+
+
+class NoSuchObjectError(StorageError):
+    """There is no such bucket or object."""
+
+
+class StorageAccessError(StorageError):
+    """Credentials are missing, or do not allow what was asked."""
 
 
 class NumericalError(ArmRayError):
