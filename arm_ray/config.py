@@ -155,6 +155,33 @@ class RuntimeConfig(Section):
         return Path(tempfile.gettempdir()) / f"arm_ray-{os.getuid()}"
 
 
+class MlflowConfig(Section):
+    """A run in MLflow: needs the extra `mlflow`."""
+
+    experiment: str = "arm_ray"
+    tracking_uri: str | None = None
+    """Address of the server; null: MLFLOW_TRACKING_URI, else MLflow's own default."""
+
+
+class WandbConfig(Section):
+    """A run in Weights & Biases: needs the extra `wandb`."""
+
+    project: str = "arm_ray"
+    entity: str | None = None
+    """User or team; null: the default of whoever is logged in."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: kept in `wandb/` of the run's directory, for `wandb sync`."""
+
+
+class TrackingConfig(Section):
+    """Who is told numbers of the run, beside Ray's metrics and TensorBoard: see docs/metrics.md."""
+
+    run: str | None = None
+    """Name of the run in all of them; null: the name of its directory."""
+    mlflow: MlflowConfig | None = None
+    wandb: WandbConfig | None = None
+
+
 class MergeConfig(Section):
     """Everything `arm-ray merge` needs."""
 
@@ -186,6 +213,7 @@ class MergeConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     evaluation: EvaluationSettings | None = None
     """What the checkpoints and merged states are scored on, beside the merge."""
+    tracking: TrackingConfig = TrackingConfig()
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, every key written out."""
@@ -205,6 +233,7 @@ class EvaluateConfig(Section):
     tokenizer: str | None = None
     """Directory of the tokenizer for all models; null: each model's own."""
     evaluation: EvaluationSettings
+    tracking: TrackingConfig = TrackingConfig()
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, every key written out."""
@@ -352,7 +381,7 @@ def state_settings(config: MergeConfig) -> dict[str, Any]:
         key: value
         for key, value in flat.items()
         if key not in _WITHOUT_INFLUENCE | {"output_format", "adapter_rank"}
-        and not key.startswith("evaluation")
+        and not key.startswith(("evaluation", "tracking."))
     }
 
 
@@ -370,6 +399,7 @@ def config_difference(old: MergeConfig, new: MergeConfig, *, published: bool = F
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in dict.fromkeys([*before, *after])
         if key not in ignored
+        and not key.startswith("tracking.")
         and before.get(key, ...) != after.get(key, ...)
         # Scores change nothing about the states, but a model that is published was chosen by them.
         and (not key.startswith("evaluation") or (published and ".select." in key))

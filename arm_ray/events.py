@@ -9,7 +9,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -85,7 +85,8 @@ class ModelScored(Event):
 
     `scores` is task -> metric -> mean, null where it is not finite. `reload_seconds` is null and
     `canary` empty where all of it was known from before. `canary` are the token ids that the
-    weights make of a fixed prompt.
+    weights make of a fixed prompt. `samples` are completions, or held-out samples, that were scored
+    in these seconds, and `tokens` those drawn, or of held-out samples those that count.
     """
 
     name: ClassVar[str] = "model_scored"
@@ -95,6 +96,8 @@ class ModelScored(Event):
     seconds: float
     reload_seconds: float | None
     canary: tuple[int, ...]
+    samples: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,17 +139,36 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
+        # Of the kind that lets an observer write as well.
+        self._lock = threading.RLock()
+        self._observers: list[Callable[[Mapping[str, Any]], None]] = []
+
+    def subscribe(self, observer: Callable[[Mapping[str, Any]], None]) -> None:
+        """Have each event's record passed on once it is written.
+
+        Events come one after another, in the order of the file, in the threads that write them; an
+        observer must neither raise nor take long.
+        """
+        with self._lock:
+            self._observers.append(observer)
+
+    def unsubscribe(self, observer: Callable[[Mapping[str, Any]], None]) -> None:
+        """Pass nothing on to it any more."""
+        with self._lock:
+            self._observers.remove(observer)
 
     def write(self, event: Event) -> None:
         """Append one event with the time (seconds since 1970)."""
         record = {"time": round(time.time(), 3), "event": event.name, **dataclasses.asdict(event)}
-        with self._lock, self.path.open("a+b") as file:
-            # A crash may have left half a line: do not glue this one to it.
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 1))
-            start = b"\n" if size and file.read(1) != b"\n" else b""
-            file.write(start + json.dumps(record).encode() + b"\n")
+        with self._lock:
+            with self.path.open("a+b") as file:
+                # A crash may have left half a line: do not glue this one to it.
+                size = file.seek(0, 2)
+                file.seek(max(0, size - 1))
+                start = b"\n" if size and file.read(1) != b"\n" else b""
+                file.write(start + json.dumps(record).encode() + b"\n")
+            for observer in tuple(self._observers):
+                observer(record)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

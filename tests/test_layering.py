@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": CORE,
     "model": CORE | {"checkpoints"},
     "evaluation": CORE | {"calibration", "checkpoints"},
-    "report": CORE | {"checkpoints", "evaluation"},
+    "report": CORE | {"checkpoints", "evaluation", "following"},
     "planning": CORE | {"checkpoints", "model"},
     "training": CORE | {"calibration", "checkpoints", "evaluation"},
     "following": CORE | {"checkpoints", "evaluation"},

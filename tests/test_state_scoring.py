@@ -67,7 +67,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scores]:
                 value = {"loss": Estimate(loss, loss, loss)}
                 found = {"held": TaskScores("held", "loss", digest, value, 1, 1, {}, 1.0, 1.0, "v")}
                 records.write_records(self._directory / subject.name, [], found["held"])
-            self._wrote(subject, found, None, 0.0)
+            self._wrote(subject, found, scoring.ScoringWork(None, 0.0))
             return found
 
         monkeypatch.setattr(scoring, "placed_evaluators", no_evaluators)

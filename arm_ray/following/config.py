@@ -13,6 +13,7 @@ from arm_ray.config import (
     MergeConfig,
     PositiveInt,
     Section,
+    TrackingConfig,
     parse_merge_config,
     read_yaml,
     validate,
@@ -23,7 +24,7 @@ from arm_ray.following.hooks import HookSettings
 
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 # Keys that attach sets in every merge.
-_OWN_KEYS = ("output", "initial_state", "keep_states", "evaluation", "output_format")
+_OWN_KEYS = ("output", "initial_state", "keep_states", "evaluation", "output_format", "tracking")
 
 
 class RunConfig(Section):
@@ -111,6 +112,7 @@ class AttachConfig(Section):
     evaluation: EvaluationSettings | None = None
     """What each new checkpoint and its merge are scored on, with the same prompts and seeds."""
     sharing: SharingConfig = SharingConfig()
+    tracking: TrackingConfig = TrackingConfig()
     output: str | None = None
     """Directory of snapshots, merges and records; null: `work/` in `publish.dir`. On the trainer's
     file system snapshots are links, and take no room."""
@@ -125,6 +127,11 @@ class AttachConfig(Section):
     def published(self) -> Path:
         """Directory of the published models."""
         return Path(self.publish.dir).expanduser().resolve()
+
+    @property
+    def name(self) -> str:
+        """What this is called in metrics."""
+        return self.tracking.run or self.followed.name
 
     @property
     def followed(self) -> Path:

@@ -30,7 +30,11 @@ class CheckpointsSkipped(Event):
 
 @dataclass(frozen=True)
 class ArrivalPublished(Event):
-    """A merged model is published; values are those that models are compared by."""
+    """A merged model is published; values are those that models are compared by.
+
+    `seconds` are since the arrival's merge began, `lag_seconds` since its checkpoint was taken. The
+    cosines are those of its last iteration.
+    """
 
     name: ClassVar[str] = "arrival_published"
     step: int
@@ -40,6 +44,9 @@ class ArrivalPublished(Event):
     value: float | None
     checkpoint_value: float | None
     seconds: float
+    lag_seconds: float | None = None
+    weight_cosine: float | None = None
+    task_vector_cosine: float | None = None
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,15 @@ class Snapshot:
     files: Mapping[str, Identity]
     digests: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def taken_at(self) -> float:
+        """When it was taken, in seconds since 1970.
+
+        Raises:
+            OSError: It is there no more.
+        """
+        return (self.path / RECORD).stat().st_mtime
+
 
 def take(
     found: Found,

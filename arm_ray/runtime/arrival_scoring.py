@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from arm_ray.errors import PlacementError
-from arm_ray.evaluation.engine import LoadReport
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.selection import Criterion
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
@@ -17,7 +16,7 @@ from arm_ray.evaluation.tasks import Task
 from arm_ray.events import EventLog
 from arm_ray.following.config import SharingConfig
 from arm_ray.report.scores import paired_results, scores_as_json
-from arm_ray.runtime.scoring import ScoringService, Subject, scoring_service
+from arm_ray.runtime.scoring import ScoringService, ScoringWork, Subject, scoring_service
 from arm_ray.runtime.state_scoring import flat_means, scored_event, scored_line
 
 
@@ -122,14 +121,9 @@ class ArrivalScoring:
         return scores_as_json(scores, paired)
 
     def _open(self, first: Subject, engine: EngineSettings) -> None:
-        def wrote(
-            subject: Subject,
-            scores: Mapping[str, TaskScores],
-            report: LoadReport | None,
-            seconds: float,
-        ) -> None:
-            self._events.write(scored_event(subject, scores, report, seconds))
-            self._say(scored_line(subject.name, scores, seconds))
+        def wrote(subject: Subject, scores: Mapping[str, TaskScores], work: ScoringWork) -> None:
+            self._events.write(scored_event(subject, scores, work))
+            self._say(scored_line(subject.name, scores, work.seconds))
 
         settings = dataclasses.replace(self._settings, engine=engine)
         service = scoring_service(settings, self._tasks, self._directory, first, self._say, wrote)

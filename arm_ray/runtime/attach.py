@@ -46,6 +46,7 @@ from arm_ray.following.events import (
 from arm_ray.following.hooks import run_hook
 from arm_ray.following.journal import Arrival, Journal, Outcome, open_journal
 from arm_ray.following.snapshots import Snapshot, changed, remove, snapshots
+from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.arrival_scoring import ArrivalScoring
 from arm_ray.runtime.attach_checks import check_base, check_outlives_job, open_work
 from arm_ray.runtime.follower import Follower
@@ -56,6 +57,7 @@ from arm_ray.runtime.progress import duration, print_summary
 from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.scoring import Subject
 from arm_ray.runtime.state_scoring import checkpoint_subject, local_evaluator_slots
+from arm_ray.runtime.telemetry import telemetry
 from arm_ray.schedule import BASE, candidate_name
 
 _ATTEMPTS = 3
@@ -96,6 +98,7 @@ def attach(
     """
     console = console or Console(stderr=True)
     check_outlives_job(config)
+    check_installed(config.tracking)
     tasks = [] if config.evaluation is None else load_tasks(config.evaluation)
     criterion = None
     if config.evaluation is not None:
@@ -117,6 +120,10 @@ def attach(
         slots = local_slots(sample.runtime, 1) + local_evaluator_slots(config.evaluation)
         with contextlib.ExitStack() as stack:
             stack.enter_context(ray_session(address, slots))
+            parameters = config.model_dump(mode="json", exclude={"tracking"})
+            stack.enter_context(
+                telemetry(events, config.tracking, work, config.name, say, parameters=parameters)
+            )
             scoring = None
             if config.evaluation is not None:
                 made = ArrivalScoring(
@@ -373,7 +380,13 @@ class _Attacher:
         inputs = open_inputs(config)
         scored = self._start_scoring(arrival, config, inputs)
         run = Path(config.output)
-        outcome = merge(config, address=None, console=self._console, reserved=_taken_by_others())
+        outcome = merge(
+            config,
+            address=None,
+            console=self._console,
+            reserved=_taken_by_others(),
+            part_of=self._config.name,
+        )
         model = outcome.model or run / "model"
         evidence = self._evidence(arrival, config, run)
         if scored:
@@ -501,13 +514,30 @@ class _Attacher:
             f"{'; it is the best' if is_best else ''} ({why})"
         )
         event = ArrivalPublished(
-            arrival.step, arrival.members, str(path), is_best, value, beside, seconds
+            arrival.step,
+            arrival.members,
+            str(path),
+            is_best,
+            value,
+            beside,
+            seconds,
+            self._lag_s(arrival),
+            evidence.get("weight_cosine"),
+            evidence.get("task_vector_cosine"),
         )
         self._run_hook(event, evidence)
         self._events.write(event)
         self._journal.end(
             outcome="published", value=value, checkpoint_value=beside, is_best=is_best
         )
+
+    def _lag_s(self, arrival: Arrival) -> float | None:
+        """Seconds since an arrival's checkpoint was taken; None where it is held no more."""
+        held = self._snapshots.get(arrival.step)
+        try:
+            return None if held is None else round(time.time() - held.taken_at, 3)
+        except OSError:
+            return None
 
     def _is_best(self, value: float | None, beside: float | None) -> tuple[bool, str]:
         """Whether a merged model with this value becomes the best, and why."""

@@ -464,7 +464,11 @@ class StreamingDriver:
                     f"fewer directions: {', '.join(deficient)}"
                 )
             )
-        usage: list[ShardUsage] = self._get([a.take_usage.remote() for a in self._actors])
+        # Not behind the iterations that are submitted already.
+        control = {"concurrency_group": "control"}
+        usage: list[ShardUsage] = self._get(
+            [a.take_usage.options(**control).remote() for a in self._actors]
+        )
         self._run.events.write(
             IterationFinished(
                 manifest.iteration,

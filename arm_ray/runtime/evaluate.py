@@ -14,15 +14,16 @@ from arm_ray.checkpoints.huggingface import resolve_path
 from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.config import EvaluateConfig
 from arm_ray.errors import ArmRayError, ConfigError, EvaluationError
-from arm_ray.evaluation.engine import LoadReport
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.events import EventLog
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
+from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.placement import in_submitted_job, ray_session
 from arm_ray.runtime.progress import duration
 from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.scoring import (
+    ScoringWork,
     Subject,
     as_error,
     model_source,
@@ -30,6 +31,8 @@ from arm_ray.runtime.scoring import (
     write_table,
 )
 from arm_ray.runtime.state_scoring import local_evaluator_slots, scored_event, scored_line
+from arm_ray.runtime.telemetry import telemetry
+from arm_ray.storage.urls import is_url
 
 CONFIG_NAME = "config.yaml"
 
@@ -60,6 +63,7 @@ def evaluate(
             got=config.output,
             expected="an absolute path, on storage that outlives the job",
         )
+    check_installed(config.tracking)
     tasks = load_tasks(config.evaluation)
     subjects = [_subject(name, given, config) for name, given in config.models.items()]
     output = _opened(output, config)
@@ -68,19 +72,25 @@ def evaluate(
     def told(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def wrote(
-        subject: Subject,
-        scores: Mapping[str, TaskScores],
-        report: LoadReport | None,
-        seconds: float,
-    ) -> None:
-        events.write(scored_event(subject, scores, report, seconds))
-        told(scored_line(subject.name, scores, seconds))
+    def wrote(subject: Subject, scores: Mapping[str, TaskScores], work: ScoringWork) -> None:
+        events.write(scored_event(subject, scores, work))
+        told(scored_line(subject.name, scores, work.seconds))
 
     sizes = ", ".join(f"{t.name} ({len(t.problems)} x {t.repeats})" for t in tasks)
     told(f"scoring {len(subjects)} model(s) on {sizes}")
     slots = 1 + local_evaluator_slots(config.evaluation)
-    with locked(output, "evaluation"), ray_session(address, slots):
+    with (
+        locked(output, "evaluation"),
+        ray_session(address, slots),
+        telemetry(
+            events,
+            config.tracking,
+            output,
+            config.tracking.run or output.name,
+            told,
+            parameters=config.model_dump(mode="json", exclude={"tracking"}),
+        ),
+    ):
         first = subjects[0]
         with scoring_service(config.evaluation, tasks, output, first, told, wrote) as service:
             for subject in subjects:
@@ -109,6 +119,8 @@ def _subject(name: str, given: str, config: EvaluateConfig) -> Subject:
         )
     try:
         kind, place = split_source(given)
+        if is_url(place):
+            return _subject_at_url(name, given, config)
         path = resolve_path(place)
         if kind == "auto":
             kind = find_format(path)[0]
@@ -125,6 +137,14 @@ def _subject(name: str, given: str, config: EvaluateConfig) -> Subject:
     except ArmRayError as error:
         raise error.of(name) from None
     tokenizer = _tokenizer(name, Path(source.path), path, config)
+    return Subject(name, source, str(tokenizer), checkpoint.fingerprint)
+
+
+def _subject_at_url(name: str, given: str, config: EvaluateConfig) -> Subject:
+    base = None if config.adapter_base is None else open_given(config.adapter_base)
+    checkpoint = open_given(given, base)
+    source = model_source(checkpoint)
+    tokenizer = _tokenizer(name, Path(source.path), checkpoint.path, config)
     return Subject(name, source, str(tokenizer), checkpoint.fingerprint)
 
 

@@ -24,6 +24,7 @@ from arm_ray.evaluation.encode import uses_chat
 from arm_ray.evaluation.engine import _LONGEST_DEFAULT, Completion, LoadReport, Request
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.events import EventLog, ModelScored
+from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.evaluate import CONFIG_NAME, _opened, _subject
 from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators, results
 from arm_ray.runtime.placement import in_submitted_job, ray_session
@@ -31,6 +32,7 @@ from arm_ray.runtime.progress import duration
 from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.scoring import Subject, architecture, vllm_version
 from arm_ray.runtime.state_scoring import local_evaluator_slots
+from arm_ray.runtime.telemetry import telemetry
 
 if TYPE_CHECKING:
     from arm_ray.evaluation.lm_eval_bridge import OpenTasks
@@ -110,7 +112,9 @@ def evaluate_lm_eval(
         for subject in subjects:
             uses_chat(load_tokenizer(subject.tokenizer), "on", subject.name)
     output = _output(config)
-    run = _Run(config.evaluation, options, tasks, output, told)
+    check_installed(config.tracking)
+    events = EventLog(output / "events.jsonl")
+    run = _Run(config.evaluation, options, tasks, output, events, told)
     told(f"lm_eval: scoring {len(subjects)} model(s) on {', '.join(tasks.names)}")
     digests = {subject.name: run.digest(subject) for subject in subjects}
     found = {name: run.known(name, digest) for name, digest in digests.items()}
@@ -121,7 +125,18 @@ def evaluate_lm_eval(
     failures: list[ArmRayError] = []
     if missing:
         slots = 1 + local_evaluator_slots(run.settings)
-        with locked(output, "evaluation"), ray_session(address, slots):
+        with (
+            locked(output, "evaluation"),
+            ray_session(address, slots),
+            telemetry(
+                events,
+                config.tracking,
+                output,
+                config.tracking.run or output.name,
+                told,
+                parameters=config.model_dump(mode="json", exclude={"tracking"}),
+            ),
+        ):
             first = missing[0]
             with placed_evaluators(
                 run.settings, first.source.path, first.tokenizer, runs_code=False
@@ -222,6 +237,7 @@ class _Run:
         options: LmEvalOptions,
         tasks: OpenTasks,
         output: Path,
+        events: EventLog,
         told: Callable[[str], None],
     ) -> None:
         # One engine, and nothing that grades: lm_eval does that in this process.
@@ -231,6 +247,7 @@ class _Run:
             grading=replace(settings.grading, workers=0),
         )
         self._options, self._tasks, self._output, self._told = options, tasks, output, told
+        self._events = events
         self._tasks_digest = tasks.digest(options.limit)
 
     def digest(self, subject: Subject) -> str:
@@ -298,7 +315,7 @@ class _Run:
         plain: dict[str, Any] = _plain(content)
         self._write(subject.name, plain)
         shown = shown_scores(plain)
-        EventLog(self._output / "events.jsonl").write(
+        self._events.write(
             ModelScored(
                 subject.name,
                 subject.source.given,
@@ -309,6 +326,7 @@ class _Run:
                 round(seconds, 3),
                 round(report.seconds, 3),
                 report.canary.token_ids,
+                sum(count.requests for count in lm.counts.values()),
             )
         )
         parts = [f"{task} {metric} {v:.4f}" for task, (metric, v, _) in shown.items()]

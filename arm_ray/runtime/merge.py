@@ -18,7 +18,7 @@ from arm_ray.calibration.stream import CalibrationStream, open_stream
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.adapter_export import adapter_bytes
 from arm_ray.checkpoints.peft import WEIGHTS_NAME
-from arm_ray.config import MergeConfig, RuntimeConfig
+from arm_ray.config import MergeConfig, RuntimeConfig, state_settings
 from arm_ray.errors import (
     ArmRayError,
     CalibrationError,
@@ -34,6 +34,7 @@ from arm_ray.planning.memory import actor_memory
 from arm_ray.planning.sources import open_workload
 from arm_ray.report.model_card import write_model_card
 from arm_ray.report.scores import Scores
+from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.adapter import write_adapter
 from arm_ray.runtime.driver import StreamingDriver
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
@@ -55,6 +56,7 @@ from arm_ray.runtime.state_scoring import (
     reserved_resources,
     state_scoring,
 )
+from arm_ray.runtime.telemetry import telemetry
 from arm_ray.schedule import merge_sizes
 
 
@@ -82,6 +84,7 @@ def merge(
     stop_after: int | None = None,
     console: Console | None = None,
     reserved: Mapping[str, float] | None = None,
+    part_of: str | None = None,
 ) -> MergeOutcome:
     """Merge checkpoints as configured, or go on with the run in `config.output`.
 
@@ -91,6 +94,7 @@ def merge(
         stop_after: Halt after this iteration; the same call without it goes on.
         console: Where progress and the summary go; None: standard error.
         reserved: Resources of the cluster that others have taken, besides its own evaluators.
+        part_of: Name of the run whose trackers tell of this merge; None: it has its own.
 
     Raises:
         ArmRayError: Any of its kinds. What is complete on disk stays and can be gone on with.
@@ -98,6 +102,7 @@ def merge(
     console = console or Console(stderr=True)
     started = time.monotonic()
     _check_output_survives(config)
+    check_installed(config.tracking)
     method = open_method(
         config.method,
         *merge_sizes(config.schedule, len(config.candidates)),
@@ -118,6 +123,15 @@ def merge(
                 address,
                 local_slots(config.runtime, len(inputs.layout.groups))
                 + local_evaluator_slots(config.evaluation),
+            ),
+            telemetry(
+                run.events,
+                config.tracking if part_of is None else None,
+                run.path,
+                part_of or config.tracking.run or run.path.name,
+                lambda line: console.print(line, style="yellow", markup=False, soft_wrap=True),
+                identity=[state_settings(config), inputs.fingerprints],
+                parameters=config.model_dump(mode="json", exclude={"tracking"}),
             ),
         ):
             taken = _sum_of(reserved or {}, reserved_resources(config))

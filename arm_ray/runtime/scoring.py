@@ -26,6 +26,7 @@ import ray
 from arm_ray.calibration.tokens import load_tokenizer
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.peft import AdaptedCheckpoint
+from arm_ray.checkpoints.remote import RemoteCheckpoint
 from arm_ray.checkpoints.sharded import ShardedCheckpoint
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.errors import ArmRayError, EvaluationError, WorkerError
@@ -82,6 +83,23 @@ class Subject:
     identity: str
 
 
+@dataclass(frozen=True)
+class ScoringWork:
+    """What was done to score a model, beside what was known from before.
+
+    Attributes:
+        report: How its weights were loaded; None where all of it was known.
+        seconds: From the begin to the last verdict.
+        samples: Completions, or held-out samples.
+        tokens: Those drawn, or of held-out samples those that count.
+    """
+
+    report: LoadReport | None
+    seconds: float
+    samples: int = 0
+    tokens: int = 0
+
+
 def model_source(checkpoint: Checkpoint) -> ModelSource:
     """Where an engine finds a checkpoint's weights, whatever its format."""
     if isinstance(checkpoint, AdaptedCheckpoint):
@@ -90,6 +108,9 @@ def model_source(checkpoint: Checkpoint) -> ModelSource:
     if isinstance(checkpoint, ShardedCheckpoint):
         given = f"{checkpoint.kind}:{checkpoint.path}"
         return ModelSource(str(checkpoint.config_directory), given, masters=checkpoint.masters)
+    if isinstance(checkpoint, RemoteCheckpoint):
+        # Engines fetch it tensor by tensor.
+        return ModelSource(str(checkpoint.path), str(checkpoint.directory))
     return ModelSource(str(checkpoint.path))
 
 
@@ -151,7 +172,7 @@ class ScoringService:
         model: Directory that the engines were started with.
         tokenizer: Directory of their tokenizer.
         told: Called with a line for people about each model; from the service's thread.
-        wrote: Called with each model's report; from the service's thread.
+        wrote: Called with each model's numbers and what they took; from the service's thread.
     """
 
     def __init__(
@@ -163,7 +184,7 @@ class ScoringService:
         model: str,
         tokenizer: str,
         told: Callable[[str], None],
-        wrote: Callable[[Subject, Mapping[str, TaskScores], LoadReport | None, float], None],
+        wrote: Callable[[Subject, Mapping[str, TaskScores], ScoringWork], None],
     ) -> None:
         self._settings, self._tasks, self._directory = settings, tasks, directory
         self._gang, self._told, self._wrote = gang, told, wrote
@@ -283,7 +304,11 @@ class ScoringService:
                 scores[scored.task] = scored
         report = next(iter(self._reports.values()), None) if missing else None
         ordered = {task.name: scores[task.name] for task in self._tasks}
-        self._wrote(subject, ordered, report, time.monotonic() - started)
+        new = [ordered[task.name] for task in missing]
+        sizes = [scored.num_problems * scored.repeats for scored in new]
+        tokens = sum(n * scored.mean_tokens for n, scored in zip(sizes, new, strict=True))
+        seconds = time.monotonic() - started
+        self._wrote(subject, ordered, ScoringWork(report, seconds, sum(sizes), round(tokens)))
         return ordered
 
     def _scores_on_disk(
@@ -568,7 +593,7 @@ def scoring_service(
     directory: Path,
     first: Subject,
     told: Callable[[str], None],
-    wrote: Callable[[Subject, Mapping[str, TaskScores], LoadReport | None, float], None],
+    wrote: Callable[[Subject, Mapping[str, TaskScores], ScoringWork], None],
 ) -> Iterator[ScoringService]:
     """Place the evaluators and have the service run; all of it ends with the context.
 

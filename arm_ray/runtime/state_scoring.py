@@ -14,7 +14,7 @@ from rich.console import Console
 from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig, state_settings
 from arm_ray.errors import EvaluationError, NotACheckpointError
-from arm_ray.evaluation.engine import LoadReport, ModelSource
+from arm_ray.evaluation.engine import ModelSource
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.selection import (
     Criterion,
@@ -31,6 +31,7 @@ from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.run_directory import RunDirectory
 from arm_ray.runtime.scoring import (
     ScoringService,
+    ScoringWork,
     Subject,
     as_error,
     model_source,
@@ -272,14 +273,9 @@ def state_scoring(
     settings = config.evaluation
     criterion = make_criterion(settings.select, {task.name: task.metrics for task in tasks})
 
-    def wrote(
-        subject: Subject,
-        scores: Mapping[str, TaskScores],
-        report: LoadReport | None,
-        seconds: float,
-    ) -> None:
-        run.events.write(scored_event(subject, scores, report, seconds))
-        told(scored_line(subject.name, scores, seconds))
+    def wrote(subject: Subject, scores: Mapping[str, TaskScores], work: ScoringWork) -> None:
+        run.events.write(scored_event(subject, scores, work))
+        told(scored_line(subject.name, scores, work.seconds))
 
     base = checkpoint_subject(inputs, BASE)
     with scoring_service(settings, tasks, run.path / DIRECTORY, base, told, wrote) as service:
@@ -322,9 +318,10 @@ def local_evaluator_slots(settings: EvaluationSettings | None) -> int:
 
 
 def scored_event(
-    subject: Subject, scores: Mapping[str, TaskScores], report: LoadReport | None, seconds: float
+    subject: Subject, scores: Mapping[str, TaskScores], work: ScoringWork
 ) -> ModelScored:
     """The event of a scored model."""
+    report = work.report
     return ModelScored(
         subject.name,
         subject.source.given,
@@ -335,9 +332,11 @@ def scored_event(
             }
             for task, given in scores.items()
         },
-        round(seconds, 3),
+        round(work.seconds, 3),
         None if report is None else round(report.seconds, 3),
         () if report is None else report.canary.token_ids,
+        work.samples,
+        work.tokens,
     )
 
 

@@ -32,9 +32,12 @@ from arm_ray.errors import (
     WorkerError,
 )
 from arm_ray.events import EventLog, RunFailed, Warned
+from arm_ray.report.scalars import TRAINING_STEP, Record
+from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.placement import cluster_has, in_submitted_job, ray_session
 from arm_ray.runtime.progress import duration, print_summary
 from arm_ray.runtime.run_directory import locked
+from arm_ray.runtime.telemetry import telemetry
 from arm_ray.training import memory
 from arm_ray.training.config import (
     GrpoConfig,
@@ -190,6 +193,7 @@ def _run(
     console = console or Console(stderr=True)
     started = time.monotonic()
     config = _absolute(config)
+    check_installed(config.tracking)
 
     def told(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -225,7 +229,17 @@ def _run(
                     tuple(saves), workers.count, workers.device,
                 )
             )  # fmt: skip
-            _fit(config, kind, model, prepared, saves, workers, told)
+            with telemetry(
+                events,
+                config.tracking,
+                output,
+                config.tracking.run or output.name,
+                told,
+                identity=[config.identity(), prepared.digest],
+                parameters=config.model_dump(mode="json", exclude={"tracking"}),
+                history=[_record(entry) for entry in read_log(output / LOG_NAME)],
+            ) as listening:
+                _fit(config, kind, model, prepared, saves, workers, told, listening.take)
     except ArmRayError as error:
         events.write(RunFailed(type(error).__name__, str(error)))
         raise
@@ -385,6 +399,7 @@ def _fit(
     saves: list[int],
     workers: _Workers,
     told: Callable[[str], None],
+    took_step: Callable[[Record], None],
 ) -> None:
     """Run the workers until the last step of the session.
 
@@ -431,7 +446,7 @@ def _fit(
                 },
             ),
         )
-        follower = _Follower(config, saves, scratch, told)
+        follower = _Follower(config, saves, scratch, told, took_step)
         error = follower.wait_for(trainer.fit)
         if error is not None:
             raise read_error(scratch / _ERROR_NAME) or _lost(error, config)
@@ -491,8 +506,13 @@ def _scratch(output: Path) -> Iterator[Path]:
             shutil.rmtree(parent, ignore_errors=True)
 
 
+def _record(entry: Mapping[str, Any]) -> Record:
+    """An entry of the log as an event."""
+    return {"event": TRAINING_STEP, **entry}
+
+
 class _Follower:
-    """Prints what the workers write while they run."""
+    """Prints what the workers write while they run, and passes their steps on."""
 
     def __init__(
         self,
@@ -500,8 +520,10 @@ class _Follower:
         saves: list[int],
         scratch: Path,
         told: Callable[[str], None],
+        took_step: Callable[[Record], None],
     ) -> None:
         self._config, self._last, self._told = config, saves[-1], told
+        self._took_step = took_step
         self._log = config.output / LOG_NAME
         self._notes = scratch / "notes.txt"
         self._notes_told = 0
@@ -547,6 +569,8 @@ class _Follower:
         self._shown = min(self._shown, max((e["step"] for e in entries), default=0))
         for i, entry in enumerate(entries):
             step = entry["step"]
+            if step > self._shown:
+                self._took_step(_record(entry))
             if step > self._shown and (step % self._config.log_every == 0 or step == self._last):
                 self._told(self._line(entries, i))
         self._shown = max((e["step"] for e in entries), default=0)

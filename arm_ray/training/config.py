@@ -15,7 +15,14 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 from pydantic import Field
 
-from arm_ray.config import PositiveInt, Section, apply_override, read_yaml, validate
+from arm_ray.config import (
+    PositiveInt,
+    Section,
+    TrackingConfig,
+    apply_override,
+    read_yaml,
+    validate,
+)
 from arm_ray.errors import ConfigError
 from arm_ray.presets import merged
 
@@ -120,10 +127,19 @@ class TrainingConfig(Section):
     preset: str | None = None
     """Where keys that are not given come from, instead of the defaults: see `TRAINING_PRESETS`."""
     runtime: TrainRuntimeConfig = TrainRuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     # What decides neither the weights nor where they are written.
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
-        {"output", "log_every", "stop_after", "preset", "micro_batch_size", "save_total_limit"}
+        {
+            "output",
+            "log_every",
+            "stop_after",
+            "preset",
+            "micro_batch_size",
+            "save_total_limit",
+            "tracking",
+        }
     )
 
     def steps_to_save(self, total: int | None = None) -> list[int]:

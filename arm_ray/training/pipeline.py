@@ -23,6 +23,7 @@ from arm_ray.config import (
     MergeConfig,
     PositiveInt,
     Section,
+    TrackingConfig,
     parse_merge_config,
     read_yaml,
     validate,
@@ -71,6 +72,8 @@ class PipelineConfig(Section):
     """How base, checkpoints and merged models are scored."""
     tokenizer: str | None = None
     """Directory of the tokenizer for all prompts; null: the base's."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Of all stages that have none of their own; each is a run, NAME-STAGE."""
     train_on: bool = False
     """Train first only as far as the last candidate; go on to the end of the schedule after the
     merges have been scored, and score its checkpoints as well."""
@@ -128,13 +131,19 @@ class Stages:
             adapter_base=self.config.base,
             tokenizer=self.config.tokenizer or self.config.base,
             evaluation=self.config.evaluation,
+            tracking=self._tracking("evaluation"),
         )
+
+    def _tracking(self, stage: str) -> TrackingConfig:
+        given = self.config.tracking
+        return given.model_copy(update={"run": f"{given.run or self.output.name}-{stage}"})
 
     def _training(self, source: str) -> TrainingConfig:
         config = self.config
         content = copy.deepcopy(config.train)
         _refuse(content, ("model", "output", "stop_after"), f"{source}: train")
         content |= {"model": config.base, "output": str(self.output / "train")}
+        content.setdefault("tracking", self._tracking("train").model_dump(mode="json"))
         if config.data is not None:
             self._need_part("train", source)
             columns = config.data.model_dump(mode="json", exclude={"shares", "seed", "path"})
@@ -193,6 +202,7 @@ class Stages:
             "candidates": [str(self.checkpoint(step)) for step in self.config.candidates],
             "output": str(self.output / "merges" / slug),
         }
+        content.setdefault("tracking", self._tracking(slug).model_dump(mode="json"))
         return parse_merge_config(content, source=where)
 
     def _need_part(self, name: str, source: str) -> None:

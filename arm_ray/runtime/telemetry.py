@@ -1,0 +1,210 @@
+"""Tells Ray's metrics and the trackers what the event log of a run says, while it runs.
+
+None of them can hold a run up or end it: a tracker works in a thread of its own, and one that fails
+is left out after a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge
+
+from arm_ray.config import TrackingConfig
+from arm_ray.events import EventLog, IterationFinished, Warned, read_events
+from arm_ray.report.scalars import Metric, Record, points
+from arm_ray.report.trackers import Ending, Tracker, make_trackers
+
+# How long the end of a run waits for the trackers, together.
+_CLOSE_S = 30.0
+_STOP_S = 5.0
+
+
+class RayMetrics:
+    """A run's numbers as metrics of the driver, which Ray exports on the node that it is on.
+
+    Ray has to be up. Values of a histogram's sum are but estimates in Ray, so there is none.
+
+    Args:
+        run: The label `run`.
+        history: What happened in the run before: an iteration is counted once.
+    """
+
+    def __init__(self, run: str, history: Sequence[Record]) -> None:
+        self._run = run
+        self._made: dict[str, Any] = {}
+        done = [r["iteration"] for r in history if r.get("event") == IterationFinished.name]
+        self._counted = max(done, default=0)
+
+    def write(self, record: Record) -> None:
+        """Set and count what an event says."""
+        is_repeated = (
+            record.get("event") == IterationFinished.name and record["iteration"] <= self._counted
+        )
+        for point in points(record):
+            metric = point.metric
+            tags = {"run": self._run, **dict(zip(metric.labels, point.labels, strict=True))}
+            if metric.kind == "gauge":
+                self._of(metric).set(point.value, tags)
+            elif point.value > 0 and not is_repeated:
+                self._of(metric).inc(point.value, tags)
+
+    def _of(self, metric: Metric) -> Any:
+        if metric.name not in self._made:
+            cls = Gauge if metric.kind == "gauge" else Counter
+            keys = ("run", *metric.labels)
+            self._made[metric.name] = cls(metric.ray_name, metric.description, keys)
+        return self._made[metric.name]
+
+
+class _Feeder:
+    """Gives a tracker its events, in a thread."""
+
+    def __init__(
+        self, tracker: Tracker, history: Sequence[Record], failed: Callable[[str], None]
+    ) -> None:
+        self._tracker, self._history, self._failed = tracker, history, failed
+        self._queue: queue.Queue[Record | None] = queue.Queue()
+        self._ending: Ending = "stopped"
+        self._is_over = False
+        self._thread = threading.Thread(target=self._work, name=tracker.name, daemon=True)
+        self._thread.start()
+
+    def take(self, record: Record) -> None:
+        """Have an event written; returns at once."""
+        if not self._is_over:
+            self._queue.put(record)
+
+    def end(self, ending: Ending) -> None:
+        """Have the tracker closed once all is written; returns at once."""
+        self._ending = ending
+        self._queue.put(None)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for that; one that takes longer is given up."""
+        self._thread.join(timeout=max(0.0, seconds))
+        if self._thread.is_alive() and not self._is_over:
+            self._is_over = True
+            self._failed(f"{self._tracker.name} has not taken everything within its time")
+
+    def _work(self) -> None:
+        try:
+            self._tracker.open(self._history)
+            while (record := self._queue.get()) is not None:
+                self._tracker.write(record)
+            self._tracker.close(self._ending)
+        except BaseException as error:  # a tracker's own errors are of any type, SystemExit too
+            if not self._is_over:
+                self._is_over = True
+                text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                self._failed(f"{self._tracker.name} failed and is left out: {text}")
+
+
+class Telemetry:
+    """All that listens to one run.
+
+    Args:
+        metrics: Of Ray.
+        trackers: The others.
+        history: What happened in the run before.
+        failed: Called with a sentence when one of them is left out.
+    """
+
+    def __init__(
+        self,
+        metrics: RayMetrics,
+        trackers: Sequence[Tracker],
+        history: Sequence[Record],
+        failed: Callable[[str], None],
+    ) -> None:
+        self._metrics: RayMetrics | None = metrics
+        self._failed = failed
+        self._feeders = [_Feeder(tracker, history, failed) for tracker in trackers]
+
+    def take(self, record: Record) -> None:
+        """Pass an event on; raises nothing and does not wait."""
+        for feeder in self._feeders:
+            feeder.take(record)
+        if self._metrics is not None:
+            try:
+                self._metrics.write(record)
+            except Exception as error:
+                self._metrics = None
+                self._failed(f"Ray's metrics failed and are left out: {error}")
+
+    def close(self, ending: Ending) -> None:
+        """Have all of it written, for so long as an ending allows."""
+        for feeder in self._feeders:
+            feeder.end(ending)
+        end = time.monotonic() + (_STOP_S if ending == "stopped" else _CLOSE_S)
+        for feeder in self._feeders:
+            feeder.wait(end - time.monotonic())
+
+
+@contextlib.contextmanager
+def telemetry(
+    events: EventLog,
+    settings: TrackingConfig | None,
+    directory: Path,
+    run: str,
+    say: Callable[[str], None],
+    *,
+    identity: object = None,
+    parameters: Mapping[str, Any] | None = None,
+    history: Sequence[Record] | None = None,
+) -> Iterator[Telemetry]:
+    """Have Ray's metrics and the trackers follow an event log. Ray has to be up.
+
+    Args:
+        events: The log.
+        settings: Which trackers; None: only Ray's metrics, for what is a part of another run.
+        directory: Where they keep what they need: the run's.
+        run: Name of the run: the label of its metrics.
+        say: Called with a line for people when one is left out.
+        identity: What decides the numbers: where it is another than before, the curves in MLflow
+            and Weights & Biases are those of another run.
+        parameters: The configuration.
+        history: What happened in the run before; None: what is in the log.
+    """
+    if history is None:
+        history = read_events(events.path) if events.path.is_file() else []
+    trackers: list[Tracker] = []
+    if settings is not None:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+        flat = dict(_flat(parameters or {}))
+        trackers = make_trackers(settings, directory, run, digest.hexdigest()[:16], flat)
+
+    def failed(message: str) -> None:
+        # The log may be what has no room.
+        with contextlib.suppress(OSError):
+            events.write(Warned(message))
+        say(f"warning: {message}")
+
+    listening = Telemetry(RayMetrics(run, history), trackers, history, failed)
+    events.subscribe(listening.take)
+    ending: Ending = "stopped"
+    try:
+        yield listening
+        ending = "finished"
+    except Exception:
+        ending = "failed"
+        raise
+    finally:
+        listening.close(ending)
+        events.unsubscribe(listening.take)
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
