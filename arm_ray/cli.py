@@ -18,9 +18,10 @@ from types import FrameType
 from typing import Any
 
 import arm_ray
-from arm_ray.checkpoints.naming import FORMATS, split_source
-from arm_ray.config import EvaluateConfig, load_merge_config, read_yaml, validate
+from arm_ray.checkpoints.naming import FORMATS, FormatOrAuto, split_source
+from arm_ray.config import EvaluateConfig, load_merge_config, read_yaml, scratch_path, validate
 from arm_ray.errors import ArmRayError, ConfigError
+from arm_ray.storage.urls import is_url, plain_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # `ray job stop` and schedulers send SIGTERM: leave through the same clean-up as Ctrl-C.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        if "config" in options:
+            options.config = plain_path(options.config)
         return int(options.run(options))
     except ArmRayError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -107,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what a checkpoint is, and if it is whole",
         description=_inspect.__doc__,
     )
-    inspect.add_argument("path", metavar="PATH", help="a directory, or FORMAT:PATH")
+    inspect.add_argument("path", metavar="PATH", help="a directory, a URL, or FORMAT:PATH")
     inspect.add_argument("--format", choices=FORMATS, help="read it as that; default: as it looks")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
@@ -220,7 +223,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
     The exit code is 1 where it is not complete.
     """
-    named, text = split_source(options.path)
+    named, text = split_source(plain_path(options.path))
+    if is_url(text):
+        return _inspect_url(text, options.format or named, options.json)
     path = Path(text).expanduser().absolute()
     from rich.console import Console
 
@@ -243,6 +248,20 @@ def _inspect(options: argparse.Namespace) -> int:
     if is_checkpoint:
         return 0 if found.complete else 1
     return 0 if any(row["complete"] for row in rows) else 1
+
+
+def _inspect_url(url: str, format: FormatOrAuto, as_json: bool) -> int:  # noqa: A002
+    from rich.console import Console
+
+    from arm_ray.checkpoints.inspect import inspect_url
+    from arm_ray.report.inspection import print_inspection
+
+    found = inspect_url(url, format, scratch_path(None))
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_inspection(Console(), found)
+    return 0 if found.complete else 1
 
 
 def _checkpoints_of(path: Path, found_by: str) -> tuple[str, list[dict[str, Any]]]:

@@ -21,10 +21,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from arm_ray.errors import ConfigError
+from arm_ray.errors import ConfigError, StorageError
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
 from arm_ray.presets import PRESETS, merged
+from arm_ray.storage.urls import checked
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -143,16 +144,22 @@ class RuntimeConfig(Section):
     """How often in a row lost shards are placed anew before the merge ends with an error; each
     finished iteration starts the count again."""
     elastic: bool = True
-    """Whether shards are placed anew, between two iterations, when nodes have joined the cluster."""
+    """Whether shards are placed anew, between two iterations, once nodes have joined the cluster,
+    and on fewer places than `layer_shards` once nodes have left."""
 
     IDENTITY_KEYS: ClassVar[frozenset[str]] = frozenset({"threads", "micro_batch_tokens", "device"})
 
     @property
     def scratch_path(self) -> Path:
-        """`scratch`, or what it stands for where it is null."""
-        if self.scratch is not None:
-            return Path(self.scratch).expanduser()
-        return Path(tempfile.gettempdir()) / f"arm_ray-{os.getuid()}"
+        """The scratch directory of the node that asks."""
+        return scratch_path(self.scratch)
+
+
+def scratch_path(given: str | None) -> Path:
+    """What `runtime.scratch` stands for on the node that asks."""
+    if given is not None:
+        return Path(given).expanduser()
+    return Path(tempfile.gettempdir()) / f"arm_ray-{os.getuid()}"
 
 
 class MlflowConfig(Section):
@@ -293,6 +300,7 @@ def validate(
     content = copy.deepcopy(content)
     for text in overrides:
         apply_override(content, text)
+    content = {key: _plain_paths(value, f"{source}: {key}") for key, value in content.items()}
     try:
         # As JSON: there the strict reading of values admits mappings as dataclasses.
         return model.model_validate_json(json.dumps(content, default=str))
@@ -301,6 +309,22 @@ def validate(
             _describe_all(model, error),
             where=source,
             hint="correct the keys above; nothing was started",
+        ) from None
+
+
+def _plain_paths(value: Any, where: str) -> Any:
+    """Content with paths in place of `file://` URLs; URLs that carry credentials are refused."""
+    if isinstance(value, dict):
+        return {key: _plain_paths(child, f"{where}.{key}") for key, child in value.items()}
+    if isinstance(value, list):
+        return [_plain_paths(child, f"{where}.{index}") for index, child in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    try:
+        return checked(value)
+    except StorageError as error:
+        raise ConfigError(
+            error.what, where=where, got=error.where, expected=error.expected, hint=error.hint
         ) from None
 
 

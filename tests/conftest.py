@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from arm_ray.config import MergeConfig, parse_merge_config
+from tests import stores
 
 ROOT = Path(__file__).parent.parent
 SIZES: dict[str, Any] = {
@@ -192,7 +194,9 @@ def local_ray() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        # Workers keep the environment that Ray began with: they are told now where the object store
+        # of the tests will listen.
+        runtime_env={"env_vars": {"PYTHONPATH": paths, **stores.ENVIRONMENT}},
     )
     yield
     ray.shutdown()
@@ -226,3 +230,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], said[0][-3000:]
     return root
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[None]:
+    """A local S3 server; see `bucket`."""
+    with stores.s3_server():
+        yield
+
+
+@pytest.fixture
+def bucket(object_store: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """URL of a new bucket on a local S3 server, with the environment to reach it."""
+    for name, value in stores.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    # The default scratch directory is below it.
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    stores.make_bucket(name)
+    return f"s3://{name}"

@@ -14,6 +14,7 @@ runs the two functions below over the files instead:
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import zlib
@@ -21,7 +22,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from arm_ray.errors import CalibrationError
+from arm_ray.errors import CalibrationError, StorageError
+from arm_ray.storage.store import open_url
+from arm_ray.storage.urls import is_url
 
 FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
@@ -127,12 +130,15 @@ def _lines(path: str, start: int, first_line: int) -> Iterator[tuple[int, int, b
                     yield offset, number, content
                 offset += len(line)
                 number += 1
-    except (OSError, EOFError, zlib.error) as error:  # the last two: damaged gzip
+    except (OSError, EOFError, zlib.error, StorageError) as error:  # two of damaged gzip
         raise _unreadable(path, error) from error
 
 
 def _open(path: str) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+    if not is_url(path):
+        return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+    file = open_url(path)
+    return gzip.open(file, "rb") if path.endswith(".gz") else file  # type: ignore[return-value]
 
 
 def _parse(path: str, number: int, line: bytes) -> dict[str, Any]:
@@ -194,7 +200,7 @@ def _index_parquet(path: str) -> FileIndex:
 
     index = FileIndex()
     try:
-        with pq.ParquetFile(path) as file:
+        with _parquet_source(path) as source, pq.ParquetFile(source) as file:
             metadata = file.metadata
             index.columns = {
                 column.name: not pa.types.is_null(column.type) for column in file.schema_arrow
@@ -205,9 +211,13 @@ def _index_parquet(path: str) -> FileIndex:
                 index.num_rows += count
             for name in _all_null(metadata):
                 index.columns[name] = False
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, StorageError) as error:
         raise _unreadable(path, error) from error
     return index
+
+
+def _parquet_source(path: str) -> contextlib.AbstractContextManager[Any]:
+    return open_url(path) if is_url(path) else contextlib.nullcontext(path)
 
 
 def _all_null(metadata: Any) -> list[str]:
@@ -232,7 +242,7 @@ def _read_parquet(
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with _parquet_source(path) as source, pq.ParquetFile(source) as file:
             # In batches, so that a large row group is never in memory at once.
             present = [name for name in columns if name in file.schema_arrow.names]
             others = {} if set(present) >= set(columns) else dict.fromkeys(file.schema_arrow.names)
@@ -247,7 +257,7 @@ def _read_parquet(
                     row = first + offset
                     yield row, f"{path}, row {row + 1}", {**others, **values}
                 first += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, StorageError) as error:
         raise _unreadable(path, error) from error
 
 
@@ -267,6 +277,14 @@ def _malformed(path: str, number: int, got: str) -> CalibrationError:
 
 
 def _unreadable(path: str, error: BaseException) -> CalibrationError:
+    if isinstance(error, StorageError):
+        return CalibrationError(
+            f"A calibration file cannot be read: {error.what}",
+            where=error.where,
+            got=error.got,
+            expected=error.expected,
+            hint=error.hint,
+        )
     text = str(error).strip()
     return CalibrationError(
         "A calibration file cannot be read.",

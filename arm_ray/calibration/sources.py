@@ -11,6 +11,8 @@ from typing import Any
 
 from arm_ray.calibration.files import FILE_SUFFIXES
 from arm_ray.errors import CalibrationError
+from arm_ray.storage.store import Store, find_url, open_url
+from arm_ray.storage.urls import is_url, parse_url, plain_path
 
 _SUFFIXES_TEXT = ", ".join(FILE_SUFFIXES)
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(/(?P<config>\w[\w.-]*))?(:(?P<split>.+))?")
@@ -21,7 +23,7 @@ class FileSource:
     """Files to read, in order.
 
     Attributes:
-        paths: Absolute paths, each with one of ``FILE_SUFFIXES``.
+        paths: Absolute paths or URLs, each with one of ``FILE_SUFFIXES``.
     """
 
     paths: tuple[str, ...]
@@ -49,15 +51,12 @@ def find_source(path: str) -> FileSource | DatasetSource:
 
     Raises:
         CalibrationError: If nothing is there, or nothing that can be read.
+        StorageError: If a URL cannot be read.
     """
+    path = plain_path(path)
+    if is_url(path):
+        return _at_url(path)
     local = os.path.abspath(os.path.expanduser(path))
-    if "://" in path:
-        raise CalibrationError(
-            "Calibration data at a remote address are not read.",
-            where=path,
-            expected="a local path or a Hugging Face data set id",
-            hint="Copy or mount the data where every node sees it under one path.",
-        )
     if os.path.isdir(local):
         return _in_directory(local)
     if os.path.exists(local):
@@ -73,6 +72,29 @@ def find_source(path: str) -> FileSource | DatasetSource:
     if match is None or path.endswith(FILE_SUFFIXES):
         raise _not_there(path, local)
     return DatasetSource(match["name"], on_disk=False, config=match["config"], split=match["split"])
+
+
+def _at_url(given: str) -> FileSource:
+    """The file of a URL, or the files of the directory there."""
+    url = parse_url(given)
+    if url.name.endswith(FILE_SUFFIXES):
+        if find_url(given) is None:
+            # Told here, and not by the tasks of a run.
+            open_url(given).close()
+        return FileSource((str(url),))
+    store = Store(url)
+    files = store.files()
+    names = [n for n in files if n.endswith(FILE_SUFFIXES) and not n.startswith((".", "_"))]
+    if not names or {"dataset_dict.json", "dataset_info.json"} & files.keys():
+        raise CalibrationError(
+            "The URL holds no file that can be read.",
+            where=url,
+            got=", ".join(list(files)[:10]) or "nothing",
+            expected=f"a file, or a directory of files, ending in {_SUFFIXES_TEXT}",
+            hint="Name the file or its directory; patterns, and what datasets.save_to_disk writes, "
+            "are read from disks only.",
+        )
+    return FileSource(tuple(str(url / name) for name in names))
 
 
 def _in_directory(directory: str) -> FileSource | DatasetSource:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arm_ray.calibration.formats import ChatSample, TextSample
-from arm_ray.errors import CalibrationError
+from arm_ray.errors import CalibrationError, StorageError
+from arm_ray.storage.mirror import present
 
 
 @lru_cache(maxsize=2)
@@ -22,7 +22,18 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not os.path.isdir(path):
+    # The tokenizer of a checkpoint at a URL is copied to each node that needs it.
+    try:
+        is_there = present(path).is_dir()
+    except StorageError as error:
+        raise CalibrationError(
+            f"The tokenizer cannot be copied here: {error.what}",
+            where=error.where,
+            got=error.got,
+            expected=error.expected,
+            hint=error.hint,
+        ) from error
+    if not is_there:
         raise CalibrationError(
             "The tokenizer's directory is not there.",
             where=path,

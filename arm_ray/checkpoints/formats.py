@@ -16,8 +16,11 @@ from arm_ray.checkpoints.huggingface import (
 )
 from arm_ray.checkpoints.naming import FORMATS, Format, FormatOrAuto, split_source
 from arm_ray.checkpoints.peft import CONFIG_NAME, is_adapter, open_adapter, read_stored
+from arm_ray.checkpoints.urls import open_url
 from arm_ray.checkpoints.validation import check_zero_padding
+from arm_ray.config import scratch_path
 from arm_ray.errors import ArmRayError, NotACheckpointError
+from arm_ray.storage.urls import is_url
 
 __all__ = [
     "FORMATS",
@@ -122,13 +125,27 @@ def open_source(
         ) from None
 
 
-def open_given(given: str, base: Checkpoint | None = None, masters: bool = True) -> Checkpoint:
-    """Open what a user named: a directory or hub id, perhaps with `FORMAT:` before it.
+def open_given(
+    given: str,
+    base: Checkpoint | None = None,
+    masters: bool = True,
+    scratch: Path | None = None,
+) -> Checkpoint:
+    """Open what a user named: a directory, hub id or URL, perhaps with `FORMAT:` before it.
+
+    Args:
+        given: What the user wrote.
+        base: As for `open_source`, as is `masters`.
+        masters: Of a trainer's shards.
+        scratch: Directory for local copies of what is at a URL; None: the default one.
 
     Raises:
         CheckpointError: Any of its kinds.
+        StorageError: A URL cannot be read.
     """
     kind, path = split_source(given)
+    if is_url(path):
+        return open_url(path, base, kind, scratch or scratch_path(None))
     return open_source(resolve_path(path), base, kind, masters)
 
 

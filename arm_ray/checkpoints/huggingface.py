@@ -15,6 +15,8 @@ from torch import Tensor
 from arm_ray.checkpoints.naming import Format
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry, read_header, read_tensors
 from arm_ray.errors import CorruptCheckpointError, NotACheckpointError, PickleRefusedError
+from arm_ray.storage.mirror import present
+from arm_ray.storage.urls import is_url, parse_url, plain_path
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -83,9 +85,18 @@ def resolve_path(path_or_id: str) -> Path:
 
     Raises:
         NotACheckpointError: Neither a directory nor a model that the hub can give.
+        StorageError: It is a local copy that this node lacks, and its URL cannot be read.
     """
+    path_or_id = plain_path(path_or_id)
+    if is_url(path_or_id):
+        raise NotACheckpointError(
+            "a URL is not read here",
+            where=parse_url(path_or_id),
+            expected="a directory, or a model on the hub",
+            hint="copy it to a disk that all nodes see; see docs/storage.md",
+        )
     try:
-        path = Path(path_or_id).expanduser()
+        path = present(Path(path_or_id).expanduser())
         if path.exists():
             return path.resolve()
     except (OSError, RuntimeError) as error:  # no such user, too long, or a closed parent

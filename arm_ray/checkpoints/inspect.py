@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,12 @@ from arm_ray.checkpoints.huggingface import Checkpoint, open_tensors, read_json
 from arm_ray.checkpoints.naming import Format, FormatOrAuto
 from arm_ray.checkpoints.peft import CONFIG_NAME, read_stored
 from arm_ray.checkpoints.sharded import ShardedCheckpoint
+from arm_ray.checkpoints.urls import open_url
 from arm_ray.checkpoints.weight_file import TensorEntry
-from arm_ray.errors import ArmRayError, NotACheckpointError
+from arm_ray.errors import ArmRayError, CheckpointError, NotACheckpointError
+from arm_ray.storage.mirror import mirror, with_adapter
+from arm_ray.storage.store import Store
+from arm_ray.storage.urls import parse_url
 
 _STEP = re.compile(r"(?:best_)?(?:checkpoint-|global_step_?|step[-_])(\d+)(?:_hf|_universal)?")
 _ADAPTER_KEYS = ("r", "lora_alpha", "base_model_name_or_path")
@@ -118,6 +122,44 @@ def inspect_checkpoint(path: Path, format: FormatOrAuto = "auto") -> Inspection:
             "dtypes": dict(Counter(entry.code for entry in opened.tensors.values())),
             "file_bytes": sum(file.stat().st_size for file in files if file.exists()),
         }
+    )
+
+
+def inspect_url(given: str, format: FormatOrAuto, scratch: Path) -> Inspection:  # noqa: A002
+    """The same for a safetensors model or an adapter at a URL.
+
+    Args:
+        given: The URL.
+        format: How to read it; auto: as it looks.
+        scratch: Directory for the local copy of its configuration.
+
+    Raises:
+        StorageError: There is nothing at the URL, or it cannot be read.
+    """
+    # An adapter needs no base to be described: only its own files are looked at.
+    store = Store(given)
+    if format == "peft" or (format == "auto" and CONFIG_NAME in store.files()):
+        local = mirror(store, scratch, with_adapter)
+        return replace(inspect_checkpoint(local, "peft"), path=given)
+    url = parse_url(given)
+    found_by = "forced" if format == "hf" else "config.json"
+    step = _step(Path(url.name), None)
+    found = Inspection(given, "hf", found_by, step, complete=True, reason="")
+    try:
+        opened = open_url(given, None, format, scratch)
+    except CheckpointError as error:
+        return replace(found, complete=False, reason=one_line(error))
+    files = store.files()
+    return replace(
+        found,
+        config=f"{given}/config.json",
+        model_type=opened.config.get("model_type"),
+        num_tensors=len(opened.tensors),
+        num_parameters=sum(prod(entry.shape) for entry in opened.tensors.values()),
+        dtypes=dict(Counter(entry.code for entry in opened.tensors.values())),
+        file_bytes=sum(
+            files[name].num_bytes for name in {e.file.name for e in opened.tensors.values()}
+        ),
     )
 
 

@@ -36,6 +36,7 @@ from arm_ray.errors import (
     MismatchError,
     NotACheckpointError,
 )
+from arm_ray.storage.mirror import present
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -293,6 +294,8 @@ def _read_own(stored: Mapping[str, TensorEntry], names: list[str]) -> dict[str, 
     if not names:
         return {}
     file = stored[names[0]].file
+    # An adapter of a URL is copied to each node that reads it.
+    file = present(file.parent) / file.name
     if file.name != _PICKLE_NAME:
         return read_tensors(file, names)
     content = pickles.load_kept(file)

@@ -26,33 +26,16 @@ from arm_ray.checkpoints.weight_file import (
     DTYPES,
     TensorEntry,
     TensorSpec,
-    atomic_file,
     parse_header,
     read_tensors,
     write_weight_file,
 )
 from arm_ray.errors import CorruptCheckpointError, NotACheckpointError
-
-# Larger files beside the weights are not what describes a model.
-_MAX_COMPANION_BYTES = 256 << 20
-_COMPANIONS = (".json", ".jinja", ".model", ".txt")
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a remote directory.
-
-    Attributes:
-        num_bytes: Its size.
-        version: Changes when the file is written anew: a time, or a store's tag.
-    """
-
-    num_bytes: int
-    version: str
+from arm_ray.storage.store import StoredFile
 
 
 class RangeReader(Protocol):
-    """Gives bytes of a directory's files. It is pickled to the layer shards, and used by threads."""
+    """Gives bytes of a directory's files. It is pickled to the layer shards; threads share it."""
 
     def read(self, name: str, begin: int, end: int) -> bytes | bytearray:
         """Bytes of a file, from one position to before another."""
@@ -64,7 +47,7 @@ class RangeReader(Protocol):
 class RemoteDirectory(RangeReader, Protocol):
     """A directory elsewhere."""
 
-    def files(self) -> Mapping[str, RemoteFile]:
+    def files(self) -> Mapping[str, StoredFile]:
         """Its files by their names; those of directories in it are left out."""
 
 
@@ -121,7 +104,7 @@ def open_remote(directory: RemoteDirectory, local: Path) -> RemoteCheckpoint:
 
     Args:
         directory: Where it is.
-        local: Local directory that its configuration and tokenizer are copied to.
+        local: Local directory with copies of its configuration, index and tokenizer.
 
     Raises:
         CheckpointError: Any of its kinds, as `open_checkpoint`.
@@ -136,17 +119,12 @@ def open_remote(directory: RemoteDirectory, local: Path) -> RemoteCheckpoint:
             expected="config.json and .safetensors files",
             hint="name the checkpoint's directory itself; other formats are read from disks only",
         )
-    local.mkdir(parents=True, exist_ok=True)
-    for name, file in files.items():
-        if name.endswith(_COMPANIONS) and file.num_bytes <= _MAX_COMPANION_BYTES:
-            with atomic_file(local / name) as target:
-                target.write(directory.read(name, 0, file.num_bytes))
 
     def header(name: str) -> dict[str, TensorEntry]:
         return parse_header(
             Path(f"{directory}/{name}"),
             files[name].num_bytes,
-            lambda begin, end: directory.read(name, begin, end),
+            lambda begin, end: bytes(directory.read(name, begin, end)),
         )
 
     entries = read_entries(local, files.keys(), header)

@@ -10,6 +10,8 @@ from typing import Any
 
 from arm_ray.calibration.sources import DatasetSource, find_source, load_dataset
 from arm_ray.errors import CalibrationError, EvaluationError
+from arm_ray.storage.store import find_url, open_url
+from arm_ray.storage.urls import is_url, parse_url, plain_path
 
 Row = dict[str, Any]
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -19,14 +21,14 @@ def read_rows(path: str, limit: int | None = None) -> list[Row]:
     """Read the rows of a file or of a hub data set, in order.
 
     Args:
-        path: A file, or a data set id (`owner/name:split`).
+        path: A file or its URL, or a data set id (`owner/name:split`).
         limit: How many of the first rows; None for all.
 
     Raises:
         EvaluationError: Missing, empty or malformed; names the line.
     """
-    file = Path(path).expanduser()
-    rows = _from_file(file) if file.is_file() else _from_dataset(path)
+    file = Path(plain_path(path)).expanduser()
+    rows = _from_file(str(file)) if file.is_file() else _from_dataset(path)
     if not rows:
         raise EvaluationError(
             "the benchmark's data are empty", where=path, got="no rows", expected="at least one"
@@ -34,34 +36,39 @@ def read_rows(path: str, limit: int | None = None) -> list[Row]:
     return rows[:limit]
 
 
-def find_file(data_dir: str | None, names: Sequence[str]) -> Path | None:
+def find_file(data_dir: str | None, names: Sequence[str]) -> str | None:
     """The first of some relative paths that exists below the data directory."""
     if data_dir is None:
         return None
-    root = Path(data_dir).expanduser()
-    return next((root / name for name in names if (root / name).is_file()), None)
+    if is_url(data_dir):
+        urls = [str(parse_url(data_dir) / name) for name in names]
+        return next((url for url in urls if find_url(url) is not None), None)
+    root = Path(plain_path(data_dir)).expanduser()
+    return next((str(root / name) for name in names if (root / name).is_file()), None)
 
 
-def _from_file(file: Path) -> list[Row]:
-    if not file.name.endswith(_SUFFIXES):
+def _from_file(file: str) -> list[Row]:
+    """Rows of a file, by its path or URL."""
+    if not file.endswith(_SUFFIXES):
         raise EvaluationError(
             "the benchmark's file is of a kind that is not read",
             where=file,
-            got=file.name,
+            got=file.rpartition("/")[2],
             expected="a name ending in " + ", ".join(_SUFFIXES),
         )
     try:
-        if file.suffix == ".parquet":
-            import pyarrow.parquet as pq
+        with open_url(file) if is_url(file) else open(file, "rb") as opened:
+            if file.endswith(".parquet"):
+                import pyarrow.parquet as pq
 
-            return list(pq.read_table(file).to_pylist())
-        content = file.read_bytes()
-        text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")
+                return list(pq.read_table(opened).to_pylist())
+            content = opened.read()
+        text = (gzip.decompress(content) if file.endswith(".gz") else content).decode("utf-8")
     except (OSError, EOFError, ValueError) as error:
         raise EvaluationError(
             "the benchmark's file cannot be read", where=file, got=f"{error}"
         ) from None
-    if ".jsonl" not in file.name and text.lstrip().startswith("["):
+    if ".jsonl" not in file.rpartition("/")[2] and text.lstrip().startswith("["):
         return _objects(_parsed(text, file), file)
     # Not splitlines: it also splits at separators that JSON allows within a text.
     numbered = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -93,7 +100,7 @@ def _from_dataset(path: str) -> list[Row]:
     try:
         source = find_source(path)
         if not isinstance(source, DatasetSource):
-            return [row for file in source.paths for row in _from_file(Path(file))]
+            return [row for file in source.paths for row in _from_file(file)]
         return [dict(row) for row in load_dataset(source)]
     except CalibrationError as error:
         raise EvaluationError(

@@ -22,6 +22,7 @@ from arm_ray.evaluation.graders import (
 from arm_ray.evaluation.grading.extraction import gold_answer, keeps_units
 from arm_ray.evaluation.grading.qwen_strings import canonical
 from arm_ray.evaluation.settings import EvaluationSettings, SamplingSettings, TaskSettings
+from arm_ray.storage.urls import is_url
 
 Kind = Literal["math", "code", "questions", "loss"]
 BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -378,8 +379,15 @@ def _rows(given: TaskSettings, known: Benchmark | None, data_dir: str | None) ->
                 hint="set evaluation.data_dir, or the task's `path`; this benchmark's licence or "
                 "format keeps it from being fetched by itself (docs/evaluation.md)",
             )
-        path = str(file) if file is not None else str(known.hub)
+        path = file if file is not None else str(known.hub)
     if known is not None and given.name == "livecodebench":
+        if is_url(path):
+            raise EvaluationError(
+                "LiveCodeBench's files are not read from URLs",
+                where=path,
+                expected="a directory of the benchmark's data set on disk",
+                hint="copy it, and set the task's `path`",
+            )
         return [dict(p.row) for p in livecodebench.load_rows(path, limit=given.limit)]
     if known is None or known.has is None:
         return read_rows(path, given.limit)

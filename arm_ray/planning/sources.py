@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 
-from arm_ray.checkpoints.formats import FormatOrAuto, find_format, open_source, split_source
+from arm_ray.checkpoints.formats import (
+    FormatOrAuto,
+    find_format,
+    open_given,
+    open_source,
+    split_source,
+)
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
 from arm_ray.config import MergeConfig
@@ -16,6 +22,7 @@ from arm_ray.errors import ArmRayError, ConfigError, CorruptCheckpointError, Not
 from arm_ray.model.layout import ModelLayout, base_dtype, check_layout, load_config, model_layout
 from arm_ray.planning.workload import Workload
 from arm_ray.schedule import BASE, INITIAL, candidate_name
+from arm_ray.storage.urls import is_url
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -41,8 +48,8 @@ def open_workload(
     notes: list[str] = []
     masters = config.precision.masters
     kind, place = split_source(config.base)
-    path = _find(place)
-    if path is None:
+    path = None if is_url(place) else _find(place)
+    if path is None and not is_url(place):
         raise NotACheckpointError(
             "base: there is no such directory, and no downloaded model of that name",
             where=config.base,
@@ -50,13 +57,22 @@ def open_workload(
             hint="for a model of the Hugging Face hub, download its config.json alone: "
             f"hf download {place} config.json --local-dir DIR, and set base=DIR",
         )
-    layout, base = _open_base(path, kind, masters, config.runtime.layers_per_group, notes)
+    if path is None:
+        base = _open_url(config.base, BASE, config)
+        layout = model_layout(load_config(base), config.runtime.layers_per_group)
+        check_layout(layout, base, BASE)
+    else:
+        layout, base = _open_base(path, kind, masters, config.runtime.layers_per_group, notes)
     checkpoints = {BASE: base}
     others = {candidate_name(i): given for i, given in enumerate(config.candidates)}
     if config.initial_state is not None:
         others[INITIAL] = config.initial_state
     for label, given in others.items():
         kind, place = split_source(given)
+        if is_url(place):
+            checkpoints[label] = _open_url(given, label, config, base)
+            check_layout(layout, checkpoints[label], label)
+            continue
         found = _find(place)
         if found is None or not _has_weights(found):
             notes.append(f"{label}: no weights at {given} yet; taken to be stored as the base is")
@@ -150,6 +166,15 @@ def _open_base(
         for tensor, shape in layout.shapes.items()
     }
     return layout, Checkpoint(path, content, entries)
+
+
+def _open_url(
+    given: str, label: str, config: MergeConfig, base: Checkpoint | None = None
+) -> Checkpoint:
+    try:
+        return open_given(given, base, config.precision.masters, config.runtime.scratch_path)
+    except ArmRayError as error:
+        raise error.of(label) from None
 
 
 def _open(

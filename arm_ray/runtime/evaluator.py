@@ -24,6 +24,7 @@ from arm_ray.evaluation.engine import (
 from arm_ray.evaluation.graders import Grader
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
 from arm_ray.runtime.placement import cluster_has, format_resources
+from arm_ray.storage.mirror import present
 
 # What Ray raises for a call to a process or a node that is gone. Its memory monitor's is no
 # RayActorError.
@@ -89,6 +90,7 @@ class EngineActor:
 
     def load(self, source: ModelSource, version: str) -> LoadReport:
         """See `Engine.load`."""
+        present(source.path)
         return self._started.load(source, version)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -104,6 +106,9 @@ class EngineActor:
     @property
     def _started(self) -> Engine:
         if self._engine is None:
+            for directory in self._arguments[:2]:
+                # Of a model at a URL, its configuration and tokenizer are copied to this node.
+                present(directory)
             self._engine = Engine(*self._arguments)
         return self._engine
 

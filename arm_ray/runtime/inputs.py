@@ -88,7 +88,12 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
     checkpoints: dict[str, Checkpoint] = {}
     for label, given in sources.items():
         try:
-            opened = open_given(given, checkpoints.get(BASE), config.precision.masters)
+            opened = open_given(
+                given,
+                checkpoints.get(BASE),
+                config.precision.masters,
+                config.runtime.scratch_path,
+            )
             checkpoints[label] = opened
         except ArmRayError as error:
             raise error.of(label) from None

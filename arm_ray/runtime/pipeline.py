@@ -24,6 +24,7 @@ from arm_ray.runtime.evaluate import evaluate
 from arm_ray.runtime.merge import merge
 from arm_ray.runtime.placement import in_submitted_job
 from arm_ray.runtime.progress import duration
+from arm_ray.storage.urls import is_url
 from arm_ray.training.config import GrpoConfig, SftConfig, TrainingConfig
 from arm_ray.training.pipeline import PipelineConfig, Stages
 from arm_ray.training.split import overlaps, split_file, texts_in
@@ -174,7 +175,11 @@ def _other_data(stages: Stages) -> dict[str, str]:
         if given.evaluation is not None:
             found |= _task_files(given.evaluation, f"{name}: ")
     found |= _task_files(stages.config.evaluation, "")
-    return {what: path for what, path in found.items() if Path(path).expanduser().is_file()}
+    return {
+        what: path
+        for what, path in found.items()
+        if is_url(path) or Path(path).expanduser().is_file()
+    }
 
 
 def _task_files(evaluation: EvaluationSettings, label: str) -> dict[str, str]:
@@ -182,7 +187,7 @@ def _task_files(evaluation: EvaluationSettings, label: str) -> dict[str, str]:
     for task in evaluation.task_settings:
         known = BENCHMARKS.get(task.name)
         file = None if known is None else find_file(evaluation.data_dir, known.files)
-        path = task.path or (str(file) if file else None)
+        path = task.path or file
         if path is not None:
             found[f"{label}the task {task.name}"] = path
     return found

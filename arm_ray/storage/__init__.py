@@ -1,1 +1,1 @@
-"""Files behind URLs: object stores and the Hugging Face hub. Knows no Ray, no tensors, no config."""
+"""Files behind URLs: object stores and the Hugging Face hub. Knows no Ray and no tensors."""

@@ -20,11 +20,12 @@ _LEAF = "files"
 # Larger files beside the weights are not what describes a model.
 _MAX_COMPANION_BYTES = 256 << 20
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def mirror_path(url: Url, scratch: Path) -> Path:
     """Where the copy of a directory lies."""
-    return scratch / _ROOT / url.scheme / url.path / _LEAF
+    return scratch.absolute() / _ROOT / url.scheme / url.path / _LEAF
 
 
 def origin(path: Path) -> Url | None:
@@ -103,13 +104,13 @@ def present(path: str | Path) -> Path:
     url = origin(path)
     if url is not None and not path.exists():
         scratch = path.parents[len(url.path.split("/")) + 2]
-        mirror(Store(url), scratch, _any_small)
+        mirror(Store(url), scratch, with_adapter)
     return path
 
 
-def _any_small(name: str, file: StoredFile) -> bool:
+def with_adapter(name: str, file: StoredFile) -> bool:
     """Of an adapter also its weights, and not those of a model."""
-    return is_companion(name, file) or name == "adapter_model.safetensors"
+    return is_companion(name, file) or name in ADAPTER_WEIGHTS
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Failed requests are tried again by the libraries below, a few times and with pau
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
@@ -30,7 +31,7 @@ class StoredFile:
     Attributes:
         num_bytes: Its size.
         version: Changes when it is written anew.
-        time_ns: When it was written, since 1970; 0 where the store does not say.
+        time_ns: When it was written, since 1970; of the hub a number in place of it.
     """
 
     num_bytes: int
@@ -101,7 +102,7 @@ class Store:
             return {}
         start = len(hub._strip_protocol(self.url.path)) + 1
         return {
-            path[start:]: StoredFile(info["size"], _hub_version(info), 0)
+            path[start:]: _hub_file(info)
             for path, info in found.items()
             if info["type"] == "file" and len(path) > start
         }
@@ -137,9 +138,9 @@ class Store:
     def write(self, name: str, data: bytes) -> None:
         """Write a small file; it is there whole or not at all."""
         self._check_writable()
-        with told(self.url / name, "written"):
-            with self._fs.open_output_stream(self._path(name)) as file:
-                file.write(data)
+        place = self.url / name
+        with told(place, "written"), self._output(place) as file:
+            file.write(data)
         self._open.pop(name, None)
 
     def upload(self, local: Path, name: str) -> int:
@@ -150,11 +151,15 @@ class Store:
         """
         self._check_writable()
         size = 0
-        with local.open("rb") as source, told(self.url / name, "written"):
-            with self._fs.open_output_stream(self._path(name)) as target:
-                while piece := source.read(_PIECE_BYTES):
-                    target.write(piece)
-                    size += len(piece)
+        place = self.url / name
+        with (
+            local.open("rb") as source,
+            told(place, "written"),
+            self._output(place) as target,
+        ):
+            while piece := source.read(_PIECE_BYTES):
+                target.write(piece)
+                size += len(piece)
         self._open.pop(name, None)
         return size
 
@@ -176,10 +181,13 @@ class Store:
             )
         partial = local.with_name(f".{local.name}.{uuid.uuid4().hex[:12]}.partial")
         try:
-            with partial.open("wb") as target, told(self.url / name, "read"):
-                with self._fs.open_input_file(self._path(name)) as source:
-                    while piece := source.read(_PIECE_BYTES):
-                        target.write(piece)
+            with (
+                partial.open("wb") as target,
+                told(self.url / name, "read"),
+                self._fs.open_input_file(self._path(name)) as source,
+            ):
+                while piece := source.read(_PIECE_BYTES):
+                    target.write(piece)
             if partial.stat().st_size != file.num_bytes:
                 raise StorageError(
                     "a file was replaced while it was copied",
@@ -188,8 +196,7 @@ class Store:
                     expected=f"{file.num_bytes} bytes",
                     hint="run again once nothing writes it any more",
                 )
-            if file.time_ns:
-                os.utime(partial, ns=(file.time_ns, file.time_ns))
+            os.utime(partial, ns=(file.time_ns, file.time_ns))
             partial.replace(local)
         finally:
             partial.unlink(missing_ok=True)
@@ -224,6 +231,10 @@ class Store:
                 self._open[name] = file
         return file
 
+    def _output(self, place: Url) -> Any:
+        # By default what is named .gz would be packed once more.
+        return self._fs.open_output_stream(place.path, compression=None)
+
     def _path(self, name: str) -> str:
         return (self.url / name).path
 
@@ -236,10 +247,13 @@ class Store:
         return self._fs.handler.fs
 
 
-def _hub_version(info: Any) -> str:
+def _hub_file(info: Any) -> StoredFile:
     lfs = info.get("lfs")
     content = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
-    return str(content or info.get("blob_id") or info.get("mtime") or "")
+    version = str(content or info.get("blob_id") or info.get("mtime") or "")
+    # The hub does not say when, but what: a time made of that, for local copies to be told apart.
+    time_ns = int(hashlib.sha256(version.encode()).hexdigest()[:13], 16)
+    return StoredFile(info["size"], version, time_ns)
 
 
 class _Told(io.RawIOBase):
