@@ -19,17 +19,28 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from arm_ray.errors import ConfigError, StorageError
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
 from arm_ray.presets import PRESETS, merged
-from arm_ray.storage.urls import checked
+from arm_ray.storage.urls import checked, is_url
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 PositiveInt = Annotated[int, Field(ge=1)]
 DTypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _no_url(value: Any) -> Any:
+    if isinstance(value, str) and is_url(value):
+        raise ValueError("a URL is not taken here: name a directory on a disk (docs/storage.md)")
+    return value
+
+
+# Directories that are worked in, and cannot be behind a URL.
+LocalStr = Annotated[str, BeforeValidator(_no_url)]
+LocalPath = Annotated[Path, BeforeValidator(_no_url)]
 
 
 class Section(BaseModel):
@@ -44,7 +55,7 @@ class CalibrationConfig(Section):
     """Where the calibration samples come from and how they become mini-batches."""
 
     path: str
-    """A JSON Lines or Parquet file, a directory of them, or a Hugging Face dataset id."""
+    """A JSON Lines or Parquet file, a directory or URL of them, or a Hugging Face dataset id."""
     format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
     batch_size: PositiveInt = 64
     """Samples in an iteration's mini-batch (N)."""
@@ -132,14 +143,14 @@ class RuntimeConfig(Section):
     """shared: all nodes see the output and the checkpoints under the same paths; per_node: each
     shard copies what its layers need to its own node, and the results are assembled at the output;
     auto: shared where every node turns out to see the output, else per_node."""
-    scratch: str | None = None
+    scratch: LocalStr | None = None
     """Directory on each node's own disk, for copies of what lies elsewhere; null: one below the
     system's temporary directory."""
     resources: dict[str, Annotated[float, Field(gt=0.0)]] = {}
     """Named Ray resources that each shard takes besides CPUs and GPUs, to bind shards to nodes."""
     niceness: Annotated[int, Field(ge=0, le=19)] = 0
-    """Priority of the shards' processes on their CPUs, as of `nice`: 19 yields to everything else
-    on the node, a training job say."""
+    """Added to the niceness that Ray gives its workers (15): 4 has the shards' processes yield
+    their CPUs to everything else on the node, a training job say."""
     max_recoveries: Annotated[int, Field(ge=0)] = 3
     """How often in a row lost shards are placed anew before the merge ends with an error; each
     finished iteration starts the count again."""
@@ -193,10 +204,10 @@ class MergeConfig(Section):
     """Everything `arm-ray merge` needs."""
 
     base: str
-    """A directory or hub id, as all checkpoints: of any format, perhaps as `FORMAT:PATH`."""
+    """A directory, hub id or URL, as all checkpoints: of any format, perhaps as `FORMAT:PATH`."""
     candidates: Annotated[list[str], Field(min_length=1)]
     output: str
-    """The run directory."""
+    """The run directory, or the URL that it is uploaded to: see docs/storage.md."""
     initial_state: str | None = None
     """Directory of the model that `schedule.initial: given` starts from, such as a merged state."""
     keep_states: Literal["all", "last", "none"] = "all"
@@ -234,7 +245,7 @@ class EvaluateConfig(Section):
     models: Annotated[dict[str, str], Field(min_length=1)]
     """Name in the results -> directory of a model, of a LoRA adapter, or of a trainer's shards."""
     output: str
-    """Directory of the results."""
+    """Directory of the results, or their URL."""
     adapter_base: str | None = None
     """The base of models that are adapters, or shards without a configuration."""
     tokenizer: str | None = None

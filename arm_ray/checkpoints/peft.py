@@ -123,7 +123,8 @@ class AdaptedCheckpoint(Checkpoint):
 
     def files(self, names: Iterable[str]) -> set[Path]:
         """The adapter's file, and those of the base that hold the tensors."""
-        own = {self.path / entry.file.name for entry in self.stored.values()}
+        directory = present(self.path)
+        own = {directory / entry.file.name for entry in self.stored.values()}
         return own | self.base.files(name for name in names if name not in self.replaced)
 
     @property

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from arm_ray.config import (
+    LocalStr,
     MergeConfig,
     PositiveInt,
     Section,
@@ -30,7 +31,7 @@ _OWN_KEYS = ("output", "initial_state", "keep_states", "evaluation", "output_for
 class RunConfig(Section):
     """The training run that is followed. Nothing is ever written below its directory."""
 
-    path: str
+    path: LocalStr
     """Directory that the trainer writes its checkpoints to; it may not be there yet."""
     layout: Literal["auto", "hf", "trl", "openrlhf", "verl", "deepspeed", "peft"] = "auto"
     """How the trainer lays its checkpoints out; auto: as the directory looks."""
@@ -79,7 +80,7 @@ class MeetingConfig(Section):
 class PublishConfig(Section):
     """Where merged models go."""
 
-    dir: str
+    dir: LocalStr
     """`step-000120/` and so on, and the links `best` and `latest`."""
     keep: PositiveInt = 3
     """Published models that stay, beside the best one."""
@@ -113,7 +114,7 @@ class AttachConfig(Section):
     """What each new checkpoint and its merge are scored on, with the same prompts and seeds."""
     sharing: SharingConfig = SharingConfig()
     tracking: TrackingConfig = TrackingConfig()
-    output: str | None = None
+    output: LocalStr | None = None
     """Directory of snapshots, merges and records; null: `work/` in `publish.dir`. On the trainer's
     file system snapshots are links, and take no room."""
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field
 
 from arm_ray.config import (
+    LocalPath,
     PositiveInt,
     Section,
     TrackingConfig,
@@ -80,7 +81,7 @@ class TrainingConfig(Section):
 
     model: str
     """Directory of the model to start from, or a model on the hub."""
-    output: Path
+    output: LocalPath
     """Directory of the run: checkpoints, log and resolved configuration."""
     data: DataConfig
     learning_rate: Positive

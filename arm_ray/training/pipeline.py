@@ -20,6 +20,7 @@ from pydantic import Field
 
 from arm_ray.config import (
     EvaluateConfig,
+    LocalPath,
     MergeConfig,
     PositiveInt,
     Section,
@@ -55,7 +56,7 @@ class PipelineConfig(Section):
 
     base: str
     """The model that is trained."""
-    output: Path
+    output: LocalPath
     """Directory of all stages."""
     data: SplitConfig | None = None
     """Split these data first; null: `train.data` and `calibration` name their own."""
