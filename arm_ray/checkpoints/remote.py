@@ -59,7 +59,7 @@ class RemoteCheckpoint(Checkpoint):
 
     Attributes:
         directory: Where it is.
-        digest: Of names, sizes and versions of its weight files.
+        digest: Of where it is, and of names, sizes and versions of its weight files.
     """
 
     directory: RangeReader
@@ -131,6 +131,8 @@ def open_remote(directory: RemoteDirectory, local: Path) -> RemoteCheckpoint:
     check_codes(entries.values())
     used = {entry.file.name for entry in entries.values()}
     digest = hashlib.sha256((local / "config.json").read_bytes())
+    # Checkpoints of one run are alike but for their numbers, and stores tell times to the second.
+    digest.update(f"{directory}\0".encode())
     for name in sorted(used):
         digest.update(f"{name}\0{files[name].num_bytes}\0{files[name].version}\0".encode())
     return RemoteCheckpoint(
@@ -164,7 +166,7 @@ class LocalCopy(Checkpoint):
                 found |= read_tensors(self._copied(index), chosen)
         return found
 
-    def files(self, names: Iterable[str]) -> set[Path]:
+    def files(self, names: Iterable[str]) -> set[Path]:  # noqa: ARG002 -- those of a checkpoint
         """None that must be there: copies are made where they are missing."""
         return set()
 

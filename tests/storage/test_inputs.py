@@ -58,6 +58,9 @@ def test_a_model_is_read_by_range(bucket: str, model: Path, tmp_path: Path) -> N
     assert not list((tmp_path / "scratch").rglob("*.safetensors"))
     again = open_given(f"hf:{url}/", scratch=tmp_path / "other")
     assert again.fingerprint == found.fingerprint
+    # A copy of it elsewhere is another one, as checkpoints of one run differ in no size.
+    other = put(model, f"{bucket}/models/other")
+    assert open_given(other, scratch=tmp_path / "scratch").fingerprint != found.fingerprint
     # Engines are given the configuration here and fetch the weights themselves.
     source = model_source(found)
     assert (source.path, source.weights) == (str(found.path), url)
