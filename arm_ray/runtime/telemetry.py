@@ -26,12 +26,15 @@ from arm_ray.report.trackers import Ending, Tracker, make_trackers
 # How long the end of a run waits for the trackers, together.
 _CLOSE_S = 30.0
 _STOP_S = 5.0
+# Ray drops a gauge that nobody has set for two of its intervals, of 10 s each.
+_REFRESH_S = 5.0
 
 
 class RayMetrics:
     """A run's numbers as metrics of the driver, which Ray exports on the node that it is on.
 
-    Ray has to be up. Values of a histogram's sum are but estimates in Ray, so there is none.
+    Ray has to be up. Gauges are kept until `close`, however long nothing happens. Values of a
+    histogram's sum are but estimates in Ray, so there is none.
 
     Args:
         run: The label `run`.
@@ -41,21 +44,48 @@ class RayMetrics:
     def __init__(self, run: str, history: Sequence[Record]) -> None:
         self._run = run
         self._made: dict[str, Any] = {}
+        self._gauges: dict[tuple[Metric, tuple[str, ...]], float] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
         done = [r["iteration"] for r in history if r.get("event") == IterationFinished.name]
         self._counted = max(done, default=0)
+        threading.Thread(target=self._refresh, name="metrics", daemon=True).start()
+
+    def close(self) -> None:
+        """Let the gauges go; Ray forgets them after a while."""
+        self._closed.set()
+
+    def _refresh(self) -> None:
+        while not self._closed.wait(_REFRESH_S):
+            with self._lock:
+                for (metric, labels), value in self._gauges.items():
+                    self._of(metric).set(value, self._tags(metric, labels))
 
     def write(self, record: Record) -> None:
         """Set and count what an event says."""
         is_repeated = (
             record.get("event") == IterationFinished.name and record["iteration"] <= self._counted
         )
-        for point in points(record):
-            metric = point.metric
-            tags = {"run": self._run, **dict(zip(metric.labels, point.labels, strict=True))}
-            if metric.kind == "gauge":
-                self._of(metric).set(point.value, tags)
-            elif point.value > 0 and not is_repeated:
-                self._of(metric).inc(point.value, tags)
+        given = points(record)
+        with self._lock:
+            for point in given:
+                if "shard" in point.metric.labels:
+                    # There may be fewer shards than before.
+                    self._forget(point.metric)
+            for point in given:
+                metric, tags = point.metric, self._tags(point.metric, point.labels)
+                if metric.kind == "gauge":
+                    self._gauges[metric, point.labels] = point.value
+                    self._of(metric).set(point.value, tags)
+                elif point.value > 0 and not is_repeated:
+                    self._of(metric).inc(point.value, tags)
+
+    def _forget(self, metric: Metric) -> None:
+        for key in [key for key in self._gauges if key[0] == metric]:
+            del self._gauges[key]
+
+    def _tags(self, metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:
+        return {"run": self._run, **dict(zip(metric.labels, labels, strict=True))}
 
     def _of(self, metric: Metric) -> Any:
         if metric.name not in self._made:
@@ -126,6 +156,7 @@ class Telemetry:
         failed: Callable[[str], None],
     ) -> None:
         self._metrics: RayMetrics | None = metrics
+        self._opened = metrics
         self._failed = failed
         self._feeders = [_Feeder(tracker, history, failed) for tracker in trackers]
 
@@ -147,6 +178,7 @@ class Telemetry:
         end = time.monotonic() + (_STOP_S if ending == "stopped" else _CLOSE_S)
         for feeder in self._feeders:
             feeder.wait(end - time.monotonic())
+        self._opened.close()
 
 
 @contextlib.contextmanager
