@@ -20,6 +20,7 @@ def split_source(given: str) -> tuple[FormatOrAuto, str]:
         The format, `auto` where none is named, and the path or hub id.
     """
     for name in FORMATS:
-        if given.startswith(f"{name}:"):
+        # `hf://…` is a URL of the hub, and `hf:` a format.
+        if given.startswith(f"{name}:") and not given.startswith(f"{name}://"):
             return name, given[len(name) + 1 :]
     return "auto", given

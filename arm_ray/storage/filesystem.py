@@ -49,7 +49,8 @@ def _opened(scheme: str, bucket: str, _settled: tuple[str, ...]) -> Any:
         if scheme == "gs":
             return _gcs(fs)
         hub = importlib.import_module("huggingface_hub")
-        return fs.PyFileSystem(fs.FSSpecHandler(hub.HfFileSystem()))
+        files = hub.HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))
+        return fs.PyFileSystem(fs.FSSpecHandler(files))
     except (ImportError, AttributeError) as error:
         raise StorageError(
             f"{scheme}:// needs a package that is missing here",

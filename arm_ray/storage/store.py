@@ -74,13 +74,10 @@ class Store:
     def _listed(self, recursive: bool) -> dict[str, StoredFile]:
         from pyarrow.fs import FileSelector, FileType
 
-        try:
-            entries = self._fs.get_file_info(FileSelector(self.url.path, recursive=recursive))
-        except FileNotFoundError:
-            # Of an empty bucket as well; one that is missing is an error.
-            if self._fs.get_file_info(self.url.bucket).type == FileType.NotFound:
-                raise
-            return {}
+        selector = FileSelector(self.url.path, allow_not_found=True, recursive=recursive)
+        entries = self._fs.get_file_info(selector)
+        if not entries and self._fs.get_file_info(self.url.bucket).type == FileType.NotFound:
+            raise FileNotFoundError(self.url.bucket)
         return {
             entry.path[len(self.url.path) + 1 :]: StoredFile(
                 entry.size, str(entry.mtime_ns), entry.mtime_ns or 0
@@ -100,7 +97,7 @@ class Store:
             if not hub.exists("/".join(self.url.path.split("/")[: self._hub_depth])):
                 raise
             return {}
-        start = len(hub._strip_protocol(self.url.path)) + 1
+        start = len(hub.resolve_path(self.url.path).unresolve()) + 1
         return {
             path[start:]: _hub_file(info)
             for path, info in found.items()
