@@ -56,8 +56,9 @@ class IterationFinished(Event):
     `weight_cosine` is cos(W_t, W_(t-1)); `task_vector_cosine` is
     cos(W_t - W_base, W_(t-1) - W_base), null where one of them is zero. `busy_seconds` are each
     shard's, in forward passes and merging, since the iteration before was done. `sent_bytes` are
-    hidden states that went from shard to shard, `network_bytes` those of them that went to another
-    node, and `fetched_bytes` weights that came from elsewhere than the shard's own node.
+    the iteration's hidden states that went from shard to shard, `network_bytes` those of them that
+    went to another node, and `fetched_bytes` weights that came from elsewhere than the shard's own
+    node.
     """
 
     name: ClassVar[str] = "iteration_finished"

@@ -268,7 +268,7 @@ def merge_in_this_process(base: Path, candidate: Path, run: Path, residency: str
         shard.export(model, file, 1)
     tell("final model", now)
     io = parse_io(Path("/proc/self/io").read_text(encoding="utf-8"))
-    print(json.dumps({"io": io, "forward": shard.take_usage().forward_seconds}), flush=True)
+    print(json.dumps({"io": io, "forward": shard.take_usage(0).forward_seconds}), flush=True)
 
 
 def explain(code: int, errors: str, stages: Mapping[str, float]) -> str:

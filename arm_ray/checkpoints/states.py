@@ -103,6 +103,12 @@ def publish_state(
     write_json(directory / MANIFEST_NAME, asdict(manifest))
 
 
+def publish_manifest(directory: Path, manifest: StateManifest) -> None:
+    """Write down that a state is complete whose weights lie elsewhere, in parts."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / MANIFEST_NAME, asdict(manifest))
+
+
 def read_manifest(directory: Path) -> StateManifest | None:
     """The manifest of a state, or None if the state is not complete."""
     try:

@@ -33,6 +33,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LENGTH_BYTES = 8
+# Writes bytes at a position of a file.
+Put = Callable[[memoryview, int], None]
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -197,7 +199,7 @@ class WeightFileWriter:
         file = self._context.__enter__()
         file.write(_encode_header(self._specs))
         file.flush()
-        self._writer = SharedWriter(file, _places(self._specs))
+        self._writer = SharedWriter(_put_into(file), _places(self._specs))
         return self
 
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
@@ -267,7 +269,11 @@ class SharedWeightFile:
     def open(self) -> Iterator[SharedWriter]:
         """Open it for writing tensors; `sync` puts what was written on disk."""
         with self.path.open("r+b", buffering=0) as file:
-            yield SharedWriter(file, _places(self.specs))
+            yield self.writer(_put_into(file))
+
+    def writer(self, put: Put) -> SharedWriter:
+        """The same for a file that is written by other means, on another node say."""
+        return SharedWriter(put, _places(self.specs))
 
     def sync(self) -> None:
         """Wait until all that was written is on disk; once, after the last has closed the file."""
@@ -278,8 +284,8 @@ class SharedWeightFile:
 class SharedWriter:
     """Writes tensors at their places in an open weight file."""
 
-    def __init__(self, file: IO[bytes], places: Mapping[str, tuple[int, TensorSpec]]) -> None:
-        self._file, self._places = file, places
+    def __init__(self, put: Put, places: Mapping[str, tuple[int, TensorSpec]]) -> None:
+        self._put, self._places = put, places
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -290,11 +296,17 @@ class SharedWriter:
         data = rows.detach().to(device="cpu", dtype=spec.dtype).contiguous()
         view = data.reshape(-1).view(torch.uint8).numpy().data
         row_bytes = spec.num_bytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
-        position = offset + first_row * row_bytes
-        while len(view):
-            written = os.pwrite(self._file.fileno(), view, position)
-            position, view = position + written, view[written:]
+        self._put(view, offset + first_row * row_bytes)
         return data.nbytes
+
+
+def _put_into(file: IO[bytes]) -> Put:
+    def put(view: memoryview, position: int) -> None:
+        while len(view):
+            written = os.pwrite(file.fileno(), view, position)
+            position, view = position + written, view[written:]
+
+    return put
 
 
 def _places(specs: Sequence[TensorSpec]) -> dict[str, tuple[int, TensorSpec]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +22,21 @@ from arm_ray.calibration.stream import CalibrationStream
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig
-from arm_ray.errors import ArmRayError, TransportError, WorkerError
+from arm_ray.errors import ShardLostError, TransportError
 from arm_ray.events import IterationFinished, Warned
 from arm_ray.merging.method import Method
 from arm_ray.merging.similarity import cosines
 from arm_ray.model.layout import LM_HEAD
+from arm_ray.runtime.calls import get_results
 from arm_ray.runtime.captures import forward_states
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.layer_shard import HEAD_RELAXATION, LARGEST_INFORMATION
 from arm_ray.runtime.placement import ShardGang
 from arm_ray.runtime.progress import MergeProgress
-from arm_ray.runtime.run_directory import RunDirectory, is_disk_full
+from arm_ray.runtime.run_directory import RunDirectory
 from arm_ray.runtime.shard_spec import GroupReport, ShardSpec, ShardUsage
 from arm_ray.runtime.state_scoring import StateScoring
+from arm_ray.runtime.state_storage import StateStorage
 from arm_ray.schedule import (
     IterationPlan,
     has_converged,
@@ -56,6 +59,10 @@ class _InFlight:
     started: float
 
 
+# Iteration and layer group -> what merging it gave.
+Merged = dict[tuple[int, int], GroupReport]
+
+
 class StreamingDriver:
     """Runs iterations of the schedule on layer shards that are placed already.
 
@@ -69,6 +76,10 @@ class StreamingDriver:
         stream: The calibration stream; None where no activations are needed.
         console: Where progress goes.
         scoring: Scores the states beside the merge; None where nothing is scored.
+        storage: Where the states lie.
+        merged: What earlier shards of this run have merged of iterations that are not finished;
+            what these merge is added, and what is finished taken out.
+        has_grown: Asked between two iterations: whether there is room for more shards by now.
     """
 
     def __init__(
@@ -81,13 +92,17 @@ class StreamingDriver:
         method: Method,
         stream: CalibrationStream | None,
         console: Console,
-        scoring: StateScoring | None = None,
+        scoring: StateScoring | None,
+        storage: StateStorage,
+        merged: Merged,
+        has_grown: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config, self._inputs, self._run = config, inputs, run
         self._gang, self._specs, self._method = gang, specs, method
         self._actors = gang.actors
         self._stream, self._console = stream, console
-        self._scoring = scoring
+        self._scoring, self._storage = scoring, storage
+        self._merged, self._has_grown = merged, has_grown
         self._last_finished = 0.0
         self._is_exported = False
 
@@ -106,7 +121,8 @@ class StreamingDriver:
             stop_after: Halt after this iteration, although the schedule goes on.
 
         Returns:
-            Why it ended: `max_iterations`, `converged`, `patience` or `stop_after`.
+            Why it ended: `max_iterations`, `converged`, `patience` or `stop_after`; `regroup`
+            where it goes on with more shards.
         """
         schedule, run = self._config.schedule, self._run
         done = run.finished.get(run.last_iteration)
@@ -126,7 +142,9 @@ class StreamingDriver:
                 final = self._iterate_linear_by_iteration(following, last, progress)
             else:
                 final = self._iterate_linear(following, last, progress)
-        return self._reason(final) if final else "stop_after"
+        if final is None:
+            return "stop_after" if run.last_iteration >= last else "regroup"
+        return self._reason(final)
 
     def _iterate_in_wavefront(
         self, following: int, last: int, progress: MergeProgress
@@ -137,11 +155,29 @@ class StreamingDriver:
             while following <= last and len(flights) <= self._config.runtime.lookahead:
                 flights.append(self._submit(following))
                 following += 1
-            manifest = self._finish(flights.popleft(), progress)
+            try:
+                manifest = self._finish(flights[0], progress)
+            except (ShardLostError, TransportError):
+                for flight in flights:
+                    self._keep_merged(flight)
+                raise
+            flights.popleft()
             if self._ends_with(manifest):
                 self._drop(flights, manifest.iteration)
                 return manifest
+            if manifest.iteration < last and self._has_grown():
+                self._abandon(flights, manifest.iteration)
+                return None
         return None
+
+    def _keep_merged(self, flight: _InFlight) -> None:
+        """Take note of the layer groups of an iteration that are merged, whatever became of it."""
+        done, _ = ray.wait(flight.merges, num_returns=len(flight.merges), timeout=0)
+        for ref in done:
+            with contextlib.suppress(ray.exceptions.RayError):
+                report: GroupReport | None = ray.get(ref)
+                if report is not None:
+                    self._merged[flight.plan.iteration, report.group] = report
 
     @property
     def _in_phases(self) -> bool:
@@ -174,6 +210,8 @@ class StreamingDriver:
             manifest = self._finish(_InFlight(plan, [], merges, started), progress)
             if self._ends_with(manifest):
                 return manifest
+            if iteration < last and self._has_grown():
+                break
         return None
 
     def _iterate_linear_by_iteration(
@@ -185,14 +223,16 @@ class StreamingDriver:
             plan = self._plan(iteration)
             known = self._measure(plan, None, {})
             is_end = iteration == self._config.schedule.max_iterations
-            columns = self._run_linear([plan], is_end, known)
+            columns, written = self._run_linear([plan], is_end, known)
             reports = [report for [report] in columns]
             manifest = _manifest(plan, reports)
-            if states.state_directory(self._run.path, iteration).is_dir():
+            if iteration in written:
                 self._publish(manifest)
             self._record(manifest, reports, time.monotonic() - started, progress)
             if self._ends_with(manifest):
                 return manifest
+            if iteration < last and self._has_grown():
+                break
         return None
 
     def _measure(
@@ -218,17 +258,18 @@ class StreamingDriver:
         is_end = last == self._config.schedule.max_iterations
         while True:
             plans = [self._plan(t) for t in range(following, last + 1)]
-            columns = list(zip(*self._run_linear(plans, is_end), strict=True))
+            by_group, written = self._run_linear(plans, is_end)
+            columns = list(zip(*by_group, strict=True))
             manifests = [_manifest(*pair) for pair in zip(plans, columns, strict=True)]
             ending = next((m for m in manifests if self._ends_with(m)), None)
             if ending is None or ending.iteration == last:
                 break
             # It converged earlier: the iterations after that were for nothing. Once more.
             for extra in range(ending.iteration + 1, last + 1):
-                states.discard_state(self._run.path, extra)
+                self._storage.discard(extra)
             last, is_end = ending.iteration, True
         for manifest, column in zip(manifests, columns, strict=True):
-            if states.state_directory(self._run.path, manifest.iteration).is_dir():
+            if manifest.iteration in written:
                 self._publish(manifest)
             self._record(manifest, column, sum(report.seconds for report in column), progress)
         return ending
@@ -238,8 +279,12 @@ class StreamingDriver:
         plans: Sequence[IterationPlan],
         is_end: bool,
         known: Mapping[str, object] | None = None,
-    ) -> list[list[GroupReport]]:
-        """All groups through all iterations, and into the final model if that is the end."""
+    ) -> tuple[list[list[GroupReport]], set[int]]:
+        """All groups through all iterations, and into the final model if that is the end.
+
+        Returns:
+            Of each group the reports, and the iterations whose states are written.
+        """
         last = plans[-1].iteration
         config = self._config
         makes_adapter = config.output_format == "adapter"
@@ -252,6 +297,10 @@ class StreamingDriver:
         if config.keep_states == "all":
             written = {plan.iteration for plan in plans}
         writes_model = is_end and not makes_adapter
+        if not self._storage.is_shared:
+            # The model is put together from what each node has.
+            writes_model = False
+            written.add(last)
         if self._scoring is not None:
             written |= {p.iteration for p in plans if self._scoring.is_due(p.iteration)} | {last}
             # Which state becomes the model is known when all are scored.
@@ -265,7 +314,7 @@ class StreamingDriver:
         reports = self._get(refs)
         for file in files:
             file.sync()
-        return reports
+        return reports, written
 
     def _create_model_files(self) -> list[SharedWeightFile]:
         shutil.rmtree(self._run.partial_model, ignore_errors=True)
@@ -296,13 +345,19 @@ class StreamingDriver:
         """Let go of speculative iterations, and remove what they have written."""
         if not flights:
             return
+        self._abandon(flights, last)
+        for flight in flights:
+            self._storage.discard(flight.plan.iteration)
+
+    def _abandon(self, flights: Sequence[_InFlight], last: int) -> None:
+        """Do nothing more for iterations after `last`, and wait until that is so."""
         self._get(
             [a.abandon.options(concurrency_group="control").remote(last) for a in self._actors]
         )
         for flight in flights:
             # Only that they are over matters, not what they return.
             ray.wait(flight.merges, num_returns=len(flight.merges))
-            states.discard_state(self._run.path, flight.plan.iteration)
+            self._keep_merged(flight)
 
     def export(self, iteration: int) -> int:
         """Complete the final model in its unfinished directory; returns bytes of weights.
@@ -315,22 +370,18 @@ class StreamingDriver:
         """
         partial, files = self._run.partial_model, self._model_files()
         if not self._is_exported:
-            partial.mkdir()
-            actors = self._actors
-            self._get(
-                [
-                    actors[i % len(actors)].export.remote(partial, file, iteration)
-                    for i, file in enumerate(files)
-                ]
-            )
+            self._storage.write_model(files, iteration)
         states.write_export_index(partial, files)
         dtype = self._inputs.storage_dtypes[self._inputs.layout.groups[0].tensors[-1]]
         states.write_companions(partial, self._inputs.model_config(dtype), self._inputs.tokenizer)
         return sum(file.num_bytes for file in files)
 
     def peak_bytes(self) -> tuple[int, ...]:
-        """Largest resident memory of each shard so far."""
-        return tuple(self._get([actor.peak_bytes.remote() for actor in self._actors]))
+        """Largest resident memory of each shard so far; empty where one is lost by now."""
+        try:
+            return tuple(self._get([actor.peak_bytes.remote() for actor in self._actors]))
+        except ShardLostError:
+            return ()
 
     def _reason(self, manifest: states.StateManifest) -> str:
         if has_converged(self._config.schedule, manifest.task_vector_cosine):
@@ -354,13 +405,29 @@ class StreamingDriver:
         return micro, columns
 
     def _submit(self, iteration: int) -> _InFlight:
-        """Submit an iteration, stage by stage; an actor takes its calls in this order."""
+        """Submit an iteration, stage by stage; an actor takes its calls in this order.
+
+        What shards that are gone have merged of it is taken over, and states are run only as far as
+        the last layer group that is still to be merged.
+        """
         plan = self._plan(iteration)
         batches, columns = self._micro_batches(plan)
         flight = _InFlight(plan, [], [], time.monotonic())
-        for actor, chunk, forwards in self._chunks(plan, batches):
+        groups = range(len(self._inputs.layout.groups))
+        kept = {
+            group: self._merged[iteration, group]
+            for group in groups
+            if (iteration, group) in self._merged and self._storage.has_group(iteration, group)
+        }
+        end = max((group for group in groups if group not in kept), default=-1) + 1
+        for actor, chunk, forwards in self._chunks(plan, batches, end):
             flight.forwards += forwards
-            flight.merges += [actor.merge.remote(plan, group, columns) for group in chunk]
+            flight.merges += [
+                actor.adopt.remote(plan, group, kept[group])
+                if group in kept
+                else actor.merge.remote(plan, group, columns)
+                for group in chunk
+            ]
         return flight
 
     def _submit_forwards(self, plan: IterationPlan, batches: Sequence[MicroBatch]) -> list[Any]:
@@ -371,9 +438,17 @@ class StreamingDriver:
         return refs
 
     def _chunks(
-        self, plan: IterationPlan, batches: Sequence[MicroBatch]
+        self, plan: IterationPlan, batches: Sequence[MicroBatch], end: int | None = None
     ) -> Iterator[tuple[Any, range, list[Any]]]:
-        """Submit forward calls by chunk: the actor, its layers, and those that send nothing."""
+        """Submit forward calls by chunk: the actor, its layers, and those that send nothing.
+
+        Args:
+            plan: The iteration.
+            batches: Its micro-batches.
+            end: No forward pass is needed from this layer group on; None: all are.
+        """
+        if end is None:
+            end = len(self._inputs.layout.groups)
         num_samples = sum(len(batch.lengths) for batch in batches)
         micro = [ray.put(batch) for batch in batches]
         hidden: dict[tuple[int, str], Any] = {}
@@ -381,7 +456,10 @@ class StreamingDriver:
         for actor, spec in zip(self._actors, self._specs, strict=True):
             is_last_shard = spec is self._specs[-1]
             for chunk in spec.chunks:
-                sends = chunk == spec.chunks[-1] and not is_last_shard
+                if chunk[0] >= end:
+                    yield actor, chunk, []
+                    continue
+                sends = chunk == spec.chunks[-1] and not is_last_shard and chunk[-1] + 1 < end
                 forward = actor.forward
                 if sends and self._gang.transport != "object_store":
                     forward = forward.options(tensor_transport=self._gang.transport)
@@ -403,6 +481,8 @@ class StreamingDriver:
         reports: list[GroupReport] = self._get(flight.merges)
         manifest = _manifest(flight.plan, reports)
         self._publish(manifest)
+        for group in range(len(self._inputs.layout.groups)):
+            self._merged.pop((manifest.iteration, group), None)
         # Iterations overlap: what counts is the time since the one before was done.
         now = time.monotonic()
         seconds = now - max(flight.started, self._last_finished)
@@ -425,7 +505,32 @@ class StreamingDriver:
                     progress.advance(flight.plan.iteration, layers, layout.num_layers)
 
     def _publish(self, manifest: states.StateManifest) -> None:
+        self._storage.wrote(manifest.iteration)
+        if not self._storage.is_shared and not self._is_wanted_whole(manifest.iteration):
+            # Its weights stay on the nodes.
+            states.publish_manifest(
+                states.state_directory(self._run.path, manifest.iteration), manifest
+            )
+            return
+        self._publish_whole(manifest)
+
+    def _is_wanted_whole(self, iteration: int) -> bool:
+        """Whether a state is wanted in the run directory, not only on the nodes."""
+        if self._config.keep_states == "all" or self._config.output_format == "adapter":
+            return True
+        if self._run.url is not None:
+            return True  # each state is uploaded from there
+        return self._scoring is not None and self._scoring.is_due(iteration)
+
+    def bring_home(self, iterations: Iterable[int]) -> None:
+        """Have whole states in the run directory, so that others can go on from there."""
+        for iteration in iterations:
+            if not self._storage.is_shared and iteration in self._run.finished:
+                self._publish_whole(self._run.finished[iteration])
+
+    def _publish_whole(self, manifest: states.StateManifest) -> None:
         layout = self._inputs.layout
+        self._storage.gather(manifest.iteration)
         states.publish_state(
             states.state_directory(self._run.path, manifest.iteration),
             manifest,
@@ -448,6 +553,7 @@ class StreamingDriver:
             self._scoring.state_finished(manifest.iteration)
             held = self._scoring.held()
         self._run.prune(len(self._config.candidates), manifest.iteration, held)
+        self._storage.forget_pruned()
         progress.finish_iteration(
             manifest.iteration,
             manifest.regime,
@@ -467,7 +573,7 @@ class StreamingDriver:
         # Not behind the iterations that are submitted already.
         control = {"concurrency_group": "control"}
         usage: list[ShardUsage] = self._get(
-            [a.take_usage.options(**control).remote() for a in self._actors]
+            [a.take_usage.options(**control).remote(manifest.iteration) for a in self._actors]
         )
         self._run.events.write(
             IterationFinished(
@@ -514,51 +620,6 @@ def sum_in_order(parts: Iterable[Tensor]) -> Tensor:
     for part in others:
         total += part
     return total
-
-
-def get_results(refs: list[Any]) -> list[Any]:
-    """`ray.get`, with arm_ray's own errors as they were raised, and a plain one for lost actors.
-
-    Raises:
-        ArmRayError: As an actor raised it.
-        OSError: The disk is full.
-        TransportError: A tensor was not delivered.
-        WorkerError: An actor was lost, or failed unexpectedly.
-    """
-    try:
-        return list(ray.get(refs))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ArmRayError):
-            raise error.cause from None
-        if isinstance(error.cause, TimeoutError):
-            raise _not_delivered(error.cause) from None
-        if isinstance(error.cause, OSError):
-            if is_disk_full(error.cause):
-                raise error.cause from None
-            raise WorkerError(
-                "a layer shard cannot read or write a file",
-                got=error.cause,
-                hint="check the disk; run the same command again to go on",
-            ) from error
-        raise
-    except ray.exceptions.RayActorError as error:
-        if "ray.kill" in str(error):
-            # Nobody else does that: Ray ends both sides of a transfer that failed.
-            raise _not_delivered(error) from None
-        raise WorkerError(
-            "a layer shard was lost",
-            got=" ".join(str(error).split())[:500],
-            hint="if it ran out of memory, use more runtime.layer_shards or nodes; "
-            "run the same command again to go on after the last complete iteration",
-        ) from None
-
-
-def _not_delivered(error: Exception) -> TransportError:
-    return TransportError(
-        "hidden states did not reach the next layer shard",
-        got=" ".join(str(error).split())[:300],
-        hint="set runtime.transport to object_store and run the same command again to go on",
-    )
 
 
 def _manifest(plan: IterationPlan, reports: Sequence[GroupReport]) -> states.StateManifest:

@@ -19,6 +19,7 @@ from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.events import EventLog
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.report.trackers import check_installed
+from arm_ray.runtime.output import results_at
 from arm_ray.runtime.placement import in_submitted_job, ray_session
 from arm_ray.runtime.progress import duration
 from arm_ray.runtime.run_directory import locked
@@ -53,6 +54,10 @@ def evaluate(
     Raises:
         ArmRayError: Any of its kinds. What is complete on disk stays and is used again.
     """
+    if is_url(config.output):
+        with results_at(config.output) as local:
+            at_disk = config.model_copy(update={"output": str(local)})
+            return evaluate(at_disk, address=address, console=console)
     console = console or Console(stderr=True)
     started = time.monotonic()
     output = Path(config.output).expanduser()

@@ -7,8 +7,10 @@ its own layers and nothing else.
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,14 +28,18 @@ from torch import Tensor
 
 from arm_ray.calibration.minibatch import MicroBatch
 from arm_ray.checkpoints import states
+from arm_ray.checkpoints.remote import local_copy
 from arm_ray.checkpoints.validation import check_finite
 from arm_ray.checkpoints.weight_file import SharedWeightFile, TensorSpec, WeightFileWriter
+from arm_ray.config import scratch_path
 from arm_ray.merging.operator import MergedTensor, TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
 from arm_ray.model.group import GroupRunner, Templates
 from arm_ray.model.layout import EMBEDDING, LM_HEAD
+from arm_ray.runtime import scratch
 from arm_ray.runtime.captures import Captures, forward_states
 from arm_ray.runtime.linear import merge_linear
+from arm_ray.runtime.node_files import COPIES, send_file
 from arm_ray.runtime.pieces import (
     group_specs,
     group_writer,
@@ -42,6 +48,7 @@ from arm_ray.runtime.pieces import (
     tensor_inputs,
 )
 from arm_ray.runtime.rate import RateLimit
+from arm_ray.runtime.scratch import Elsewhere
 from arm_ray.runtime.shard_spec import GroupReport, ShardSpec, ShardUsage
 from arm_ray.runtime.transport import pack_tensor, unpack_tensor
 from arm_ray.runtime.weights import WeightStore
@@ -67,25 +74,49 @@ class LayerShard:
         # The sums of a matrix product depend on the number of threads: it is part of the result.
         torch.set_num_threads(spec.threads)
         torch.set_float32_matmul_precision("highest")
-        self._spec = spec
+        if spec.niceness:
+            os.nice(spec.niceness)
         self._device = torch.device(spec.device)
         self._disk = RateLimit(spec.disk_bytes_per_s)
-        self._store = WeightStore(
-            spec.layout,
-            spec.checkpoints,
-            spec.run,
-            self._device,
-            spec.compute_dtype,
-            spec.residency,
-            spec.second_moments,
-            self._disk,
-        )
+        self._usage = ShardUsage()
+        self._sent: dict[int, int] = {}
+        self._usage_lock = threading.Lock()
+        self._open(spec)
         self._runners: dict[int, GroupRunner] = {}
         self._templates: Templates = {}
         self._hidden: dict[tuple[int, str, int], Tensor] = {}
         # torch and MKL keep the number of threads for each thread that calls them.
         self._workers = ThreadPoolExecutor(
             spec.threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._flushes: list[Future[None]] = []
+        self._transport = spec.transport
+        self._last_wanted = sys.maxsize
+
+    def _open(self, spec: ShardSpec) -> None:
+        """Take the checkpoints and the run directory of a spec."""
+        # What cannot be read in place is copied: the shard's own groups, each when it is needed.
+        copies = scratch_path(spec.scratch) / COPIES
+        group_tensors = tuple(group.tensors for group in spec.layout.groups)
+        self._spec = replace(
+            spec,
+            checkpoints={
+                label: given
+                if given.is_local
+                else local_copy(given, copies, group_tensors, self._count_fetched)
+                for label, given in spec.checkpoints.items()
+            },
+        )
+        self._store = WeightStore(
+            spec.layout,
+            self._spec.checkpoints,
+            spec.run,
+            self._device,
+            spec.compute_dtype,
+            spec.residency,
+            spec.second_moments,
+            self._disk,
         )
         self._captures = Captures(
             spec.layout,
@@ -95,11 +126,60 @@ class LayerShard:
             self._device,
             spec.compute_dtype,
         )
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
-        self._flushes: list[Future[None]] = []
-        self._usage = ShardUsage()
-        self._transport = spec.transport
-        self._last_wanted = sys.maxsize
+
+    def sees(self, file: Path, content: str) -> bool:
+        """Whether a file that the driver has written is here too."""
+        return scratch.sees(file, content)
+
+    def missing_files(self) -> list[str]:
+        """Files of checkpoints that the shard's layers need and that are not on this node."""
+        given = {**self._spec.second_moments, **self._spec.checkpoints}
+        return scratch.missing_files(given, self._own_tensors())
+
+    def use_scratch(self, name: str, origin: Any, fingerprints: Mapping[str, str]) -> None:
+        """Keep merged states on the node's own disk, and fetch what is not on this node.
+
+        Args:
+            name: The run's directory below `runtime.scratch`.
+            origin: `NodeFiles` of the node where the driver has opened the checkpoints.
+            fingerprints: State name -> fingerprint of its checkpoint, as taken there.
+
+        Raises:
+            NotACheckpointError: A checkpoint is not here, and of a format that is not fetched.
+        """
+        spec = self._spec
+        self._open(
+            replace(
+                spec,
+                run=scratch_path(spec.scratch) / name,
+                checkpoints={
+                    label: scratch.reachable(
+                        label, given, self._own_tensors(), origin, fingerprints[label]
+                    )
+                    for label, given in spec.checkpoints.items()
+                },
+            )
+        )
+
+    def _own_tensors(self) -> list[str]:
+        return [name for g in self._spec.groups for name in self._spec.layout.groups[g].tensors]
+
+    def fetch_groups(self, wanted: Sequence[Elsewhere]) -> None:
+        """Bring layer groups of merged states here, that another node has."""
+        for there in wanted:
+            self._count_fetched(scratch.fetch_group(self._spec.run, there))
+
+    def deliver(self, iteration: int, group: int, files: Any, directory: Path) -> int:
+        """Send a layer group of a merged state to `directory` on another node; returns bytes."""
+        own = states.state_directory(self._spec.run, iteration)
+        return send_file(states.group_file(own, group), files, states.group_file(directory, group))
+
+    def assemble(
+        self, iteration: int, group: int, model: Sequence[SharedWeightFile], files: Any
+    ) -> int:
+        """Send a layer group to its places in the final model (`scratch.assemble`)."""
+        own = states.state_directory(self._spec.run, iteration)
+        return scratch.assemble(own, group, group_specs(self._spec.layout, group), model, files)
 
     def ready(self) -> str:
         """Answer once the actor runs: the device's name."""
@@ -197,7 +277,8 @@ class LayerShard:
             return None
         if chunk[-1] == len(self._spec.layout.groups) - 1:
             return None
-        self._count(sent_bytes=current.nbytes)
+        with self._usage_lock:
+            self._sent[plan.iteration] = self._sent.get(plan.iteration, 0) + current.nbytes
         return pack_tensor(current) if self._transport == "object_store" else current
 
     def merge(
@@ -259,6 +340,20 @@ class LayerShard:
             self._wait_until_durable()
         self._disk.spend(writer.num_bytes)
         self._store.keep(plan.output, group, kept)
+        self._release(plan, group)
+        seconds = time.monotonic() - started
+        self._count(merge_seconds=seconds)
+        return GroupReport(
+            group, tuple(similarity), rotated, tuple(deficient), seconds, writer.num_bytes
+        )
+
+    def adopt(self, plan: IterationPlan, group: int, report: GroupReport) -> GroupReport:
+        """Take over a layer group that is merged and written already, by a shard that is gone."""
+        self._release(plan, group)
+        return report
+
+    def _release(self, plan: IterationPlan, group: int) -> None:
+        """Let go of what no later iteration reads of a group that is merged."""
         read_again = states_read_after(
             self._spec.schedule, self._spec.num_candidates, plan.iteration
         )
@@ -268,11 +363,6 @@ class LayerShard:
         self._captures.drop(plan, self._spec.layout.groups[group].tensors)
         if group == self._spec.groups[-1]:
             self._captures.drop_iteration(plan.iteration)
-        seconds = time.monotonic() - started
-        self._count(merge_seconds=seconds)
-        return GroupReport(
-            group, tuple(similarity), rotated, tuple(deficient), seconds, writer.num_bytes
-        )
 
     def summarise(self, plan: IterationPlan, columns: NDArray[np.int64]) -> dict[str, object]:
         """What other shards need of this one's activations, once all forward passes are over."""
@@ -354,15 +444,20 @@ class LayerShard:
         self._count(merge_seconds=sum(report.seconds for report in reports))
         return reports
 
-    def take_usage(self) -> ShardUsage:
-        """What was done since the last call."""
-        usage, self._usage = self._usage, ShardUsage()
-        return usage
+    def take_usage(self, iteration: int) -> ShardUsage:
+        """What was done since the last call, and sent for an iteration that is finished."""
+        with self._usage_lock:
+            usage, self._usage = self._usage, ShardUsage()
+            return replace(usage, sent_bytes=self._sent.pop(iteration, 0))
 
     def _count(self, **added: float) -> None:
-        # `control` calls come from another thread, but none of them counts or takes.
-        usage = self._usage
-        self._usage = replace(usage, **{k: getattr(usage, k) + v for k, v in added.items()})
+        # Other threads read ahead, and take what was counted.
+        with self._usage_lock:
+            usage = self._usage
+            self._usage = replace(usage, **{k: getattr(usage, k) + v for k, v in added.items()})
+
+    def _count_fetched(self, num_bytes: int) -> None:
+        self._count(fetched_bytes=num_bytes)
 
     def export(self, directory: Path, file: states.ExportFile, iteration: int) -> int:
         """Write one weight file of the final model from the state of `iteration`."""

@@ -27,12 +27,14 @@ from arm_ray.events import EventLog, ModelScored
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.evaluate import CONFIG_NAME, _opened, _subject
 from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators, results
+from arm_ray.runtime.output import results_at
 from arm_ray.runtime.placement import in_submitted_job, ray_session
 from arm_ray.runtime.progress import duration
 from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.scoring import Subject, architecture, vllm_version
 from arm_ray.runtime.state_scoring import local_evaluator_slots
 from arm_ray.runtime.telemetry import telemetry
+from arm_ray.storage.urls import is_url
 
 if TYPE_CHECKING:
     from arm_ray.evaluation.lm_eval_bridge import OpenTasks
@@ -98,6 +100,10 @@ def evaluate_lm_eval(
             then the other models are scored nevertheless.
         ArmRayError: Another of its kinds. What is complete on disk stays and is used again.
     """
+    if is_url(config.output):
+        with results_at(config.output) as local:
+            at_disk = config.model_copy(update={"output": str(local)})
+            return evaluate_lm_eval(at_disk, options, tasks, address=address, console=console)
     console = console or Console(stderr=True)
     started = time.monotonic()
 

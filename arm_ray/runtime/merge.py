@@ -24,7 +24,6 @@ from arm_ray.errors import (
     CalibrationError,
     ConfigError,
     PlacementError,
-    TransportError,
 )
 from arm_ray.evaluation.tasks import Task
 from arm_ray.events import ModelWritten, RunFailed, RunFinished, RunStarted, Warned
@@ -37,17 +36,18 @@ from arm_ray.report.scores import Scores
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.adapter import write_adapter
 from arm_ray.runtime.driver import StreamingDriver
+from arm_ray.runtime.elasticity import Gangs
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
+from arm_ray.runtime.output import open_output
 from arm_ray.runtime.placement import (
     Placement,
     in_submitted_job,
     local_slots,
     placed_shards,
-    plan_placement,
     ray_session,
 )
 from arm_ray.runtime.progress import cosine_text, duration, print_summary
-from arm_ray.runtime.run_directory import Room, RunDirectory, is_disk_full, open_run
+from arm_ray.runtime.run_directory import Room, RunDirectory, is_disk_full
 from arm_ray.runtime.shard_spec import ShardSpec
 from arm_ray.runtime.state_scoring import (
     StateScoring,
@@ -56,8 +56,10 @@ from arm_ray.runtime.state_scoring import (
     reserved_resources,
     state_scoring,
 )
+from arm_ray.runtime.state_storage import storage_of
 from arm_ray.runtime.telemetry import telemetry
-from arm_ray.schedule import merge_sizes
+from arm_ray.schedule import iteration_of, merge_sizes, states_needed_after
+from arm_ray.storage.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,16 @@ def merge(
         *merge_sizes(config.schedule, len(config.candidates)),
         has_window=config.schedule.has_window,
     )
+
+    def say(message: str) -> None:
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
+
     inputs = open_inputs(config)
     tasks = open_evaluation(config, inputs)
-    with open_run(config) as run:
+    with open_output(config, say) as run:
         run.record_inputs(inputs.fingerprints)
         if run.is_complete:
-            console.print(f"This run is complete: {run.model}", highlight=False, soft_wrap=True)
+            say(f"This run is complete: {run.model_name}")
             return MergeOutcome(run.path, run.model, run.last_iteration, "complete")
         room = _room_of(config, inputs)
         run.check_disk_space(room)
@@ -151,8 +157,6 @@ def _merge_on_ray(
     started: float,
     reserved: Mapping[str, float],
 ) -> MergeOutcome:
-    placement = plan_placement(config.runtime, len(inputs.layout.groups), reserved)
-
     def say(message: str) -> None:
         console.print(message, highlight=False, markup=False, soft_wrap=True)
 
@@ -160,15 +164,36 @@ def _merge_on_ray(
         run.events.write(Warned(message))
         console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
-    _check_memory(config, method, inputs, placement)
+    groups = len(inputs.layout.groups)
+    gangs = Gangs(run, config.runtime, groups, reserved, warn, say)
+    first = gangs.plan()
+    _check_memory(config, method, inputs, first)
     # Before the actors: they may take every CPU slot, and Ray Data would wait for one for ever.
     stream = _open_calibration(config, method, inputs, run, warn)
-    specs = shard_specs(config, method, inputs, run.path, placement)
 
-    def attempt(runtime: RuntimeConfig, scoring: StateScoring | None) -> _Ending:
-        with placed_shards(specs, runtime, placement, warn) as gang:
+    def attempt(
+        placement: Placement, runtime: RuntimeConfig, scoring: StateScoring | None
+    ) -> _Ending | None:
+        specs = shard_specs(config, method, inputs, run.path, placement)
+        with (
+            placed_shards(specs, runtime, placement, warn, gangs.has_shrunk) as gang,
+            storage_of(config, run, inputs, gang, specs, gangs.nodes) as storage,
+        ):
+            gangs.nodes |= set(gang.nodes)
+            gangs.settle(storage, len(config.candidates))
             driver = StreamingDriver(
-                config, inputs, run, gang, specs, method, stream, console, scoring
+                config,
+                inputs,
+                run,
+                gang,
+                specs,
+                method,
+                stream,
+                console,
+                scoring,
+                storage,
+                gangs.merged,
+                gangs.has_grown,
             )
             if method.needs_forward:
                 # A linear merge reads every byte once, and looks at it then.
@@ -176,11 +201,17 @@ def _merge_on_ray(
             _announce(config, inputs, run, placement, stream, console)
             reason = driver.iterate(stop_after)
             selected = run.last_iteration
+            if reason == "regroup":
+                return None
             if reason == "stop_after":
+                needed = states_needed_after(config.schedule, len(config.candidates), selected)
+                driver.bring_home(t for t in map(iteration_of, needed) if t)
                 return _Ending(reason, None, selected, driver.peak_bytes())
             if scoring is not None:
                 selected = scoring.select(selected)
             scores = scoring.scores() if scoring is not None else None
+            if config.keep_states == "last" or config.output_format == "adapter":
+                driver.bring_home([selected])
             model = _publish_model(config, inputs, run, driver, selected, scores)
             if scoring is not None:
                 scoring.report(console, selected)
@@ -189,15 +220,7 @@ def _merge_on_ray(
 
     scored = state_scoring(config, inputs, run, tasks, say) if tasks else nullcontext()
     with scored as scoring:
-        try:
-            ending = attempt(config.runtime, scoring)
-        except TransportError as error:
-            # The actors that a failed transfer leaves behind are of no use: a new gang goes on.
-            states.discard_unfinished_states(run.path)
-            shutil.rmtree(run.partial_model, ignore_errors=True)
-            warn(f"the direct transport failed, going on with the object store: {error}")
-            by_store = config.runtime.model_copy(update={"transport": "object_store"})
-            ending = attempt(by_store, scoring)
+        ending = gangs.run_until_over(first, lambda p, runtime: attempt(p, runtime, scoring))
     seconds = time.monotonic() - started
     finished = RunFinished(ending.reason, run.last_iteration, round(seconds, 3), ending.peaks)
     run.events.write(finished)
@@ -211,6 +234,8 @@ def _sum_of(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, 
 
 def _check_output_survives(config: MergeConfig) -> None:
     """Refuse a relative output in a submitted job, whose working directory is a temporary copy."""
+    if is_url(config.output):
+        return
     if in_submitted_job() and not Path(config.output).expanduser().is_absolute():
         raise ConfigError(
             "the output of a submitted job is a relative path",
@@ -315,6 +340,8 @@ def shard_specs(
             config.runtime.residency,
             second_moments=inputs.second_moments,
             disk_bytes_per_s=None if rate is None else rate * 1e6 / len(ranges),
+            scratch=config.runtime.scratch,
+            niceness=config.runtime.niceness,
         )
         for groups in ranges
     ]
@@ -438,7 +465,7 @@ def _summarise(run: RunDirectory, ending: _Ending, seconds: float, console: Cons
         ("cos(W_t, W_t-1)", cosine_text(last.weight_cosine if last else None)),
         ("cos of task vectors", cosine_text(last.task_vector_cosine if last else None)),
         ("time", duration(seconds)),
-        ("peak memory of a shard", f"{max(ending.peaks) / 1e9:.2f} GB"),
+        ("peak memory of a shard", f"{max(ending.peaks, default=0) / 1e9:.2f} GB"),
         ("model", str(ending.model) if ending.model else "not written yet"),
         *(
             [("of iteration", str(ending.selected))]

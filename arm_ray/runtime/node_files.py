@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from arm_ray.config import scratch_path
 
 # Of one message: large enough for the network, small enough for an object store in use.
 CHUNK_BYTES = 64 << 20
+# Directory of the copies of checkpoints, below the scratch directory.
+COPIES = "copies"
 _GROUP_FILE = re.compile(r"group-([0-9]{5,})\.safetensors")
 
 
@@ -42,6 +44,10 @@ class NodeFiles:
         """Answer once the actor runs: the run's scratch directory on this node."""
         return self._run
 
+    def size(self, file: Path) -> int:
+        """Bytes of a file."""
+        return file.stat().st_size
+
     def read(self, file: Path, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes of a file, from one position to before another."""
         with file.open("rb") as opened:
@@ -52,7 +58,7 @@ class NodeFiles:
         """Write at a position of a file, which is made where it is missing."""
         handle = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
-            view = memoryview(data).cast("B")
+            view = data.data
             while len(view):
                 written = os.pwrite(handle, view, position)
                 position, view = position + written, view[written:]
@@ -79,11 +85,21 @@ class NodeFiles:
         for iteration in iterations:
             states.discard_state(self._run, iteration)
 
-    def remove(self) -> None:
-        """Remove all that the run has left on this node."""
-        shutil.rmtree(self._run, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self._run.parent.rmdir()
+    def export(
+        self, directory: Path, file: states.ExportFile, state: Path, group_of: Mapping[str, int]
+    ) -> int:
+        """Write one weight file of the final model from a state on this node; returns bytes."""
+        return states.write_export_file(directory, file, state, group_of)
+
+    def remove(self, fingerprints: list[str]) -> None:
+        """Remove all that the run has left on this node, and copies of these checkpoints."""
+        root = self._run.parent
+        gone = [self._run, *(root / COPIES / own[:32] for own in fingerprints)]
+        for directory in gone:
+            shutil.rmtree(directory, ignore_errors=True)
+        for directory in (root / COPIES, root):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
 
 
 def read_chunks(files: Any, file: Path, begin: int, end: int) -> Iterator[NDArray[np.uint8]]:
@@ -139,7 +155,7 @@ class NodeDirectory:
         """Bytes of a file there."""
         whole = bytearray()
         for part in read_chunks(self.handle, self.path / name, begin, end):
-            whole += memoryview(part)
+            whole += part.data
         return whole
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +22,7 @@ import arm_ray
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError, WorkerError
 from arm_ray.model.partition import choose_num_shards
+from arm_ray.runtime.calls import get_results
 from arm_ray.runtime.layer_shard import LayerShard
 from arm_ray.runtime.shard_spec import ShardSpec
 from arm_ray.runtime.transport import (
@@ -31,6 +33,7 @@ from arm_ray.runtime.transport import (
 )
 
 NAMESPACE = "arm_ray"
+_PLACEMENT_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,11 @@ def local_slots(runtime: RuntimeConfig, num_groups: int) -> int:
 
 
 def plan_placement(
-    runtime: RuntimeConfig, num_groups: int, reserved: Mapping[str, float] | None = None
+    runtime: RuntimeConfig,
+    num_groups: int,
+    reserved: Mapping[str, float] | None = None,
+    *,
+    takes_fewer: bool = False,
 ) -> Placement:
     """Decide on the device, the shards and their resources from what the cluster has.
 
@@ -123,10 +130,11 @@ def plan_placement(
         runtime: The settings.
         num_groups: Most shards that there can be.
         reserved: What others of this run have taken of the cluster.
+        takes_fewer: Whether there may be fewer shards than asked for, where there is no more room.
 
     Raises:
         ConfigError: More shards were asked for than there are layer groups.
-        PlacementError: The cluster has no GPU, but one was asked for.
+        PlacementError: The cluster has no GPU or named resource, but one was asked for.
     """
     resources, reserved = ray.cluster_resources(), reserved or {}
     gpus = resources.get("GPU", 0.0)
@@ -151,8 +159,38 @@ def plan_placement(
         )
     cpus = max(1.0, resources.get("CPU", 1) - reserved.get("CPU", 0.0))
     slots = gpus / share if share else cpus / runtime.threads
+    for name, amount in runtime.resources.items():
+        there = resources.get(name, 0.0)
+        if there < amount:
+            raise PlacementError(
+                f"the cluster has no {name!r} for a layer shard",
+                where="runtime.resources",
+                got=cluster_has(),
+                expected=f"{amount:g} {name} for each shard",
+                hint="start nodes with ray start --resources, or name a resource that they have",
+            )
+        slots = min(slots, there / amount)
+    if runtime.placement_strategy == "STRICT_SPREAD":
+        slots = min(slots, len(alive_nodes()))
     count = choose_num_shards(runtime.layer_shards, int(slots), num_groups)
+    if takes_fewer:
+        count = max(1, min(count, int(slots)))
     return Placement(count, device, share)
+
+
+def alive_nodes() -> frozenset[str]:
+    """Ids of the cluster's nodes."""
+    return frozenset(str(node["NodeID"]) for node in ray.nodes() if node["Alive"])
+
+
+def bundle_of(runtime: RuntimeConfig, placement: Placement) -> dict[str, float]:
+    """Resources of one shard."""
+    bundle = {"CPU": float(runtime.threads), **runtime.resources}
+    if placement.gpus_per_shard:
+        bundle["GPU"] = placement.gpus_per_shard
+    if runtime.memory_gb is not None:
+        bundle["memory"] = runtime.memory_gb * 1e9
+    return bundle
 
 
 @contextlib.contextmanager
@@ -161,6 +199,7 @@ def placed_shards(
     runtime: RuntimeConfig,
     placement: Placement,
     warn: Callable[[str], None],
+    has_shrunk: Callable[[], bool] = lambda: False,
 ) -> Iterator[ShardGang]:
     """Have one actor for each shard, in a placement group; they end with the context.
 
@@ -169,32 +208,32 @@ def placed_shards(
         runtime: Threads, placement strategy, time-out and transport.
         placement: What `plan_placement` decided.
         warn: Called with a sentence if the wanted transport cannot be had.
+        has_shrunk: Asked while the cluster does not place them: whether waiting is of no use,
+            because it is smaller by now.
 
     Raises:
         PlacementError: The cluster does not give the resources in time; says what was asked and
             what there is.
     """
-    bundle = {"CPU": float(runtime.threads)}
-    if placement.gpus_per_shard:
-        bundle["GPU"] = placement.gpus_per_shard
-    if runtime.memory_gb is not None:
-        bundle["memory"] = runtime.memory_gb * 1e9
+    bundle = bundle_of(runtime, placement)
     group = placement_group([bundle] * len(specs), strategy=runtime.placement_strategy)
     actors: list[Any] = []
     transport = choose_transport(runtime.transport, placement.device, len(specs))
     try:
-        if not group.wait(runtime.placement_timeout_s):
-            raise _not_placed(runtime, len(specs), bundle)
+        deadline = time.monotonic() + runtime.placement_timeout_s
+        while not group.wait(min(_PLACEMENT_POLL_S, runtime.placement_timeout_s)):
+            if time.monotonic() >= deadline or has_shrunk():
+                raise _not_placed(runtime, len(specs), bundle)
         actors = _start(specs, runtime, placement, group, transport)
         # The actors import torch; that the group exists does not mean that they run.
-        ray.get([actor.ready.remote() for actor in actors])
-        nodes = ray.get([actor.__ray_call__.remote(_node_id) for actor in actors])
+        get_results([actor.ready.remote() for actor in actors])
+        nodes = get_results([actor.__ray_call__.remote(_node_id) for actor in actors])
         if transport != "object_store":
             problem = join_transport(actors, transport)
             if problem:
                 warn(f"no direct transport, using the object store: {problem}")
                 transport = "object_store"
-                ray.get([actor.use_object_store.remote() for actor in actors])
+                get_results([actor.use_object_store.remote() for actor in actors])
         yield ShardGang(actors, transport, nodes)
     finally:
         leave_transport(actors, transport)
@@ -227,9 +266,11 @@ def _start(
         "num_cpus": runtime.threads,
         "num_gpus": placement.gpus_per_shard,
         "runtime_env": {"env_vars": env},
-        # `abandon` must get through while work is queued.
-        "concurrency_groups": {"control": 1},
+        # `abandon` must get through while work is queued, and `deliver` goes on beside it.
+        "concurrency_groups": {"control": 1, "deliver": 1},
     }
+    if runtime.resources:
+        options["resources"] = dict(runtime.resources)
     if runtime.memory_gb is not None:
         options["memory"] = runtime.memory_gb * 1e9
     if transport != "object_store":
@@ -257,6 +298,15 @@ def _not_placed(runtime: RuntimeConfig, count: int, bundle: dict[str, float]) ->
         hint="use fewer runtime.layer_shards or another runtime.placement_strategy, wait for "
         "other jobs, or add nodes",
     )
+
+
+def node_names(ids: Sequence[str]) -> list[str]:
+    """Addresses and host names of nodes, by Ray's ids."""
+    known = {node["NodeID"]: node for node in ray.nodes()}
+    return [
+        f"{known[i]['NodeManagerHostname']} ({known[i]['NodeManagerAddress']})" if i in known else i
+        for i in ids
+    ]
 
 
 def cluster_has() -> str:

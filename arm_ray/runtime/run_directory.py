@@ -16,6 +16,7 @@ import errno
 import fcntl
 import json
 import shutil
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,9 @@ from arm_ray.schedule import iteration_of, states_needed_after
 
 # Checkpoints that had to be brought into another form to be read.
 CONFIG_NAME = "config.yaml"
-_INPUTS_NAME = "inputs.json"
+INPUTS_NAME = "inputs.json"
 _LOCK_NAME = ".lock"
+_ID_NAME = ".run_id"
 _MAKE_ROOM = "free some, choose another output, or set keep_states: last"
 
 
@@ -50,7 +52,18 @@ class Room:
 
 
 class RunDirectory:
-    """One run's output directory, open and locked."""
+    """One run's output directory, open and locked.
+
+    Attributes:
+        path: The directory.
+        config: The configuration.
+        events: What happened.
+        finished: Iteration -> manifest of each complete state.
+        inputs: What the run reads -> digest.
+        id: Tells the run from another one that was in the same directory before.
+        url: Where the run is uploaded to; None where it lives in the output directory.
+        published_iteration: The last one of a run that is complete at the URL and not here; else 0.
+    """
 
     def __init__(self, path: Path, config: MergeConfig) -> None:
         self.path = path
@@ -58,6 +71,9 @@ class RunDirectory:
         self.events = EventLog(path / "events.jsonl")
         self.finished: dict[int, states.StateManifest] = {}
         self.inputs: dict[str, str] = {}
+        self.id = ""
+        self.url: str | None = None
+        self.published_iteration = 0
 
     @property
     def model(self) -> Path:
@@ -72,12 +88,17 @@ class RunDirectory:
     @property
     def is_complete(self) -> bool:
         """Whether the final model is there."""
-        return self.model.is_dir()
+        return self.model.is_dir() or self.published_iteration > 0
+
+    @property
+    def model_name(self) -> str:
+        """Where the final model is for others."""
+        return str(self.model) if self.url is None else f"{self.url}/model"
 
     @property
     def last_iteration(self) -> int:
         """The last iteration whose state is complete; 0 where none is."""
-        return max(self.finished, default=0)
+        return max(self.finished, default=self.published_iteration)
 
     def record_inputs(self, digests: Mapping[str, str]) -> None:
         """Write down what the run reads, or check that it is still the same.
@@ -95,7 +116,7 @@ class RunDirectory:
                 hint="restore the data, or choose another output directory",
             )
         self.inputs.update(digests)
-        write_json(self.path / _INPUTS_NAME, self.inputs)
+        write_json(self.path / INPUTS_NAME, self.inputs)
 
     def prune(
         self, num_candidates: int, iteration: int, held: Collection[int] = frozenset()
@@ -233,14 +254,18 @@ def locked(path: Path, who: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_run(config: MergeConfig) -> Iterator[RunDirectory]:
+def open_run(config: MergeConfig, path: Path | None = None) -> Iterator[RunDirectory]:
     """Create the run directory, or open it to go on, and hold its lock meanwhile.
+
+    Args:
+        config: The configuration.
+        path: The directory; None: the output.
 
     Raises:
         RunDirectoryError: It holds something else, a run with another configuration, or a run
             that another process is working on.
     """
-    path = Path(config.output).expanduser().resolve()
+    path = path or Path(config.output).expanduser().resolve()
     known = _existing_config(path)
     finished = states.finished_states(path) if known is not None else {}
     published = (path / "model").is_dir()
@@ -260,7 +285,11 @@ def open_run(config: MergeConfig) -> Iterator[RunDirectory]:
         run.finished = states.finished_states(path)
         if run.finished:
             with contextlib.suppress(OSError, ValueError):
-                run.inputs = json.loads((path / _INPUTS_NAME).read_text(encoding="utf-8"))
+                run.inputs = json.loads((path / INPUTS_NAME).read_text(encoding="utf-8"))
+        if not (path / _ID_NAME).is_file():
+            with atomic_file(path / _ID_NAME) as file:
+                file.write(uuid.uuid4().hex.encode())
+        run.id = (path / _ID_NAME).read_text(encoding="utf-8")
         with atomic_file(path / CONFIG_NAME) as file:
             file.write(config.to_yaml().encode())
         yield run
@@ -272,7 +301,7 @@ def _existing_config(path: Path) -> MergeConfig | None:
     if not path.is_dir():
         raise RunDirectoryError("the output is not a directory", where=path)
     try:
-        ours = (_LOCK_NAME, f".{CONFIG_NAME}.partial")
+        ours = (_LOCK_NAME, _ID_NAME, f".{_ID_NAME}.partial", f".{CONFIG_NAME}.partial")
         content = sorted(p.name for p in path.iterdir() if p.name not in ours)
     except OSError as error:
         raise RunDirectoryError(

@@ -37,6 +37,8 @@ class ShardSpec:
         second_moments: Name of a candidate -> where its second moments lie, for an operator that
             wants them.
         disk_bytes_per_s: Most that the shard reads and writes in a second; None: no limit.
+        scratch: `runtime.scratch`.
+        niceness: `runtime.niceness`.
     """
 
     layout: ModelLayout
@@ -52,6 +54,8 @@ class ShardSpec:
     transport: Transport = "object_store"
     second_moments: Mapping[str, Checkpoint] = field(default_factory=dict)
     disk_bytes_per_s: float | None = None
+    scratch: str | None = None
+    niceness: int = 0
 
     @property
     def num_candidates(self) -> int:
@@ -88,7 +92,7 @@ class ShardUsage:
     Attributes:
         forward_seconds: In forward passes.
         merge_seconds: In merging.
-        sent_bytes: Of hidden states that were given to the next shard.
+        sent_bytes: Of hidden states that were given to the next shard, for one iteration.
         fetched_bytes: Of weights that came from elsewhere than the shard's own node.
     """
 
