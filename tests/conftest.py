@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from arm_ray.config import MergeConfig, parse_merge_config
-from tests import stores
+from tests import in_process, stores
 
 ROOT = Path(__file__).parent.parent
 SIZES: dict[str, Any] = {
@@ -200,6 +200,15 @@ def local_ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def shards_in_process(
+    request: pytest.FixtureRequest, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer shards are no actors, unless the test is marked so (see `tests.in_process`)."""
+    if request.node.get_closest_marker("actors") is None:
+        monkeypatch.setattr("arm_ray.runtime.merge.placed_shards", in_process.placed_shards)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from arm_ray.runtime.merge import merge
 from tests.conftest import MergeCase, save, tiny_model
 from tests.test_merge import assert_same_bits, load_all
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = pytest.mark.usefixtures("shards_in_process")
 
 ARM = ("schedule.anchor_iterations=2", "schedule.max_iterations=2")
 DARE = (*ARM, "method.operator=dare", "method.dare.drop_rate=0.5")

@@ -239,7 +239,7 @@ CASES: dict[str, tuple[str, list[str], Callable[[Step], Weights]]] = {
 }
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("shards_in_process")
 @pytest.mark.parametrize("name", CASES)
 def test_a_method_equals_a_plain_program(case: MergeCase, name: str) -> None:
     family, method, step = CASES[name]
@@ -262,7 +262,7 @@ def test_a_method_equals_a_plain_program(case: MergeCase, name: str) -> None:
             assert relative_error(found[tensor], expected) < limit, (iteration, tensor)
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("shards_in_process")
 @pytest.mark.parametrize(
     "method",
     [
@@ -319,7 +319,7 @@ def test_coefficients_have_the_ranges_of_their_shifts() -> None:
     assert acm.coefficient(values, 9.0, AcmSettings(shift="global")) > 0.9
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("shards_in_process")
 def test_a_failed_transfer_is_gone_on_with_by_the_object_store(
     case: MergeCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

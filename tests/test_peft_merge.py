@@ -105,7 +105,7 @@ def test_an_adapter_merges_as_its_dense_model_does(case: MergeCase, operator: st
             assert relative_error(found[name], tensor) < limit, name
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("shards_in_process")
 def test_arm_on_adapters_equals_the_plain_program_on_their_dense_models(case: MergeCase) -> None:
     make(case)
     # The shift of the first layer has the rank of the adapters, which is below the number of
@@ -203,7 +203,7 @@ def test_a_rank_that_is_too_small_and_a_dense_candidate(case: MergeCase) -> None
         write_adapter(case.root / "adapter", config, shard.inputs, state, 1)
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("shards_in_process")
 def test_a_merge_publishes_an_adapter_and_goes_on_after_a_rank_that_was_too_small(
     case: MergeCase,
 ) -> None:

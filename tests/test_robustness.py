@@ -19,7 +19,7 @@ from arm_ray.checkpoints.weight_file import WeightFileWriter
 from arm_ray.errors import DiskSpaceError, WorkerError
 from arm_ray.events import read_events
 from arm_ray.runtime import placement
-from arm_ray.runtime.driver import get_results
+from arm_ray.runtime.calls import get_results
 from arm_ray.runtime.merge import MergeOutcome, merge
 from arm_ray.runtime.run_directory import Room, RunDirectory, open_run
 from tests.conftest import MergeCase

@@ -428,7 +428,7 @@ def write_plain(shards: Path, name: str, path: Path) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("shards_in_process")
 def test_a_merge_of_all_formats_equals_that_of_the_exports(shards: Path, tmp_path: Path) -> None:
     names = ["dcp-tied/checkpoint-3", "zero-3-tied/checkpoint-2", "fsdp-1d-tied/global_step_7",
              "universal-1-tied"]  # fmt: skip

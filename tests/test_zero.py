@@ -151,7 +151,7 @@ def test_padding_between_parameters_is_passed_over(case: MergeCase) -> None:
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("shards_in_process")
 def test_a_merge_of_shards_equals_that_of_the_export(case: MergeCase) -> None:
     case.make("smollm2", dtype=torch.float32)
     target = case.root / "zero"
