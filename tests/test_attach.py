@@ -28,6 +28,7 @@ from arm_ray.following.config import AttachConfig, parse_attach_config
 from arm_ray.following.journal import open_journal
 from arm_ray.runtime import attach as attach_module
 from arm_ray.runtime.attach import AttachOutcome, attach
+from tests.boards import tensorboard
 from tests.conftest import fine_tuned, save, save_tokenizer, tiny_model
 from tests.test_merge import assert_same_bits, load_all
 
@@ -153,6 +154,13 @@ def test_a_run_is_followed_from_its_first_checkpoint_to_its_last(tmp_path: Path)
     assert_close(load_all(published[60]), trainer.anchored(members))
     AutoModelForCausalLM.from_pretrained(outcome.best)
     assert "following" in told
+    # One curve over the arrivals, and none of each merge's own.
+    curves = tensorboard(config.work / "tensorboard")
+    lags, seconds = curves["attach/lag_seconds"], curves["attach/publication_seconds"]
+    assert list(lags) == list(seconds) == [arrival.step for arrival in done]
+    assert all(lags[step] >= seconds[step] - 0.01 > 0.0 for step in lags)
+    assert list(curves["cosine/weights"]) == list(lags)
+    assert not list((config.work / "merges").glob("*/tensorboard"))
 
 
 @pytest.mark.parametrize("streaming", ["anchor", "window", "none"])

@@ -34,10 +34,10 @@ from arm_ray.report.trackers import TensorBoard, check_installed
 from arm_ray.runtime import telemetry as telemetry_module
 from arm_ray.runtime.merge import merge
 from arm_ray.runtime.telemetry import telemetry
+from tests.boards import Curves, tensorboard
 from tests.conftest import MergeCase
 
 RUN = "told everywhere"
-Curves = dict[str, dict[int, float]]
 # Name and labels -> value.
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -155,18 +155,6 @@ def test_prometheus_reads_what_the_events_say(told: Told) -> None:
     assert told.scraped["ray_arm_ray_iterations_total", ()] == 3
     shards = [dict(labels)["shard"] for name, labels in told.scraped if "utilisation" in name]
     assert sorted(shards) == ["0", "1"]
-
-
-def tensorboard(directory: Path) -> Curves:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(directory)).Reload()
-    found: Curves = {}
-    for tag in accumulator.Tags()["scalars"]:
-        events = accumulator.Scalars(tag)
-        found[tag] = {event.step: event.value for event in events}
-        assert len(found[tag]) == len(events), tag
-    return found
 
 
 def assert_same(found: Curves, expected: Curves) -> None:

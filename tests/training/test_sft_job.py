@@ -35,6 +35,7 @@ from arm_ray.events import read_events
 from arm_ray.runtime import train
 from arm_ray.runtime.run_directory import locked
 from arm_ray.training import memory
+from tests.boards import tensorboard
 from tests.conftest import ROOT
 from tests.training.common import content, logged, make_base, make_config, make_rows, plain_losses
 
@@ -128,6 +129,9 @@ def test_one_worker_gives_the_plain_loops_curve(job: Job, plain: Any, local_ray:
     assert not (job.output / ".ray_train").exists()
     events = [event["event"] for event in read_events(job.output / "events.jsonl")]
     assert events == ["training_started", "training_finished"] * 2
+    curves = tensorboard(job.output / "tensorboard")
+    assert curves["training/loss"] == pytest.approx(dict(enumerate(job.losses, start=1)))
+    assert list(curves["training/gradient_norm"]) == [1, 2, 3, 4, 5, 6]
     # And then there is nothing left to do, and no other run may come here.
     assert job.run("save_dtype=bfloat16") == both
     assert "nothing to do" in job.told
