@@ -134,7 +134,7 @@ class Store:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file; it is there whole or not at all."""
-        self._check_writable()
+        self.check_writable()
         place = self.url / name
         with told(place, "written"), self._output(place) as file:
             file.write(data)
@@ -146,7 +146,7 @@ class Store:
         Raises:
             OSError: The local file cannot be read.
         """
-        self._check_writable()
+        self.check_writable()
         size = 0
         place = self.url / name
         with (
@@ -200,7 +200,7 @@ class Store:
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, in this order; those that are not there are passed over."""
-        self._check_writable()
+        self.check_writable()
         for name in names:
             with told(self.url / name, "removed"):
                 try:
@@ -209,7 +209,12 @@ class Store:
                     continue
             self._open.pop(name, None)
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Refuse a store that is only read here.
+
+        Raises:
+            StorageError: It is the hub.
+        """
         if self.url.scheme == "hf":
             raise StorageError(
                 "the Hugging Face hub is read only here",
