@@ -119,7 +119,8 @@ def attach(
         )
         slots = local_slots(sample.runtime, 1) + local_evaluator_slots(config.evaluation)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(ray_session(address, slots))
+            about = {"job": "attach", "output": str(config.work)}
+            stack.enter_context(ray_session(address, slots, about))
             parameters = config.model_dump(mode="json", exclude={"tracking"})
             stack.enter_context(
                 telemetry(events, config.tracking, work, config.name, say, parameters=parameters)

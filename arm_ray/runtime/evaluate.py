@@ -86,7 +86,7 @@ def evaluate(
     slots = 1 + local_evaluator_slots(config.evaluation)
     with (
         locked(output, "evaluation"),
-        ray_session(address, slots),
+        ray_session(address, slots, {"job": "evaluate", "output": str(output)}),
         telemetry(
             events,
             config.tracking,

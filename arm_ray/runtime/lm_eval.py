@@ -133,7 +133,7 @@ def evaluate_lm_eval(
         slots = 1 + local_evaluator_slots(run.settings)
         with (
             locked(output, "evaluation"),
-            ray_session(address, slots),
+            ray_session(address, slots, {"job": "evaluate", "output": str(output)}),
             telemetry(
                 events,
                 config.tracking,

@@ -129,6 +129,7 @@ def merge(
                 address,
                 local_slots(config.runtime, len(inputs.layout.groups))
                 + local_evaluator_slots(config.evaluation),
+                {"job": "merge", "output": config.output},
             ),
             telemetry(
                 run.events,

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -71,12 +72,15 @@ def in_submitted_job() -> bool:
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, cpu_slots: int) -> Iterator[None]:
+def ray_session(
+    address: str | None, cpu_slots: int, about: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """Have Ray available: as it is, by joining a cluster, or by starting one that ends with us.
 
     Args:
         address: Address of a cluster; None takes RAY_ADDRESS, and without that starts a local Ray.
         cpu_slots: CPU slots of a Ray that is started here.
+        about: What runs, for the dashboard's list of jobs: `job`, `output`.
 
     Raises:
         WorkerError: The cluster cannot be joined.
@@ -85,7 +89,12 @@ def ray_session(address: str | None, cpu_slots: int) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False}
+    metadata = {"arm_ray": arm_ray.__version__, **(about or {})}
+    options: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "log_to_driver": False,
+        "job_config": JobConfig(metadata=metadata),
+    }
     if address:
         # Inside a submitted job the workers have the job's working directory; elsewhere they are
         # given the package, so that a cluster needs only our dependencies.
@@ -221,9 +230,17 @@ def placed_shards(
     transport = choose_transport(runtime.transport, placement.device, len(specs))
     try:
         deadline = time.monotonic() + runtime.placement_timeout_s
+        has_told = False
         while not group.wait(min(_PLACEMENT_POLL_S, runtime.placement_timeout_s)):
             if time.monotonic() >= deadline or has_shrunk():
                 raise _not_placed(runtime, len(specs), bundle)
+            if not has_told:
+                has_told = True
+                warn(
+                    f"waiting for room for {len(specs)} layer shards, each "
+                    f"{format_resources(bundle)}, for at most {runtime.placement_timeout_s:g} s; "
+                    f"{cluster_has()}"
+                )
         actors = _start(specs, runtime, placement, group, transport)
         # The actors import torch; that the group exists does not mean that they run.
         get_results([actor.ready.remote() for actor in actors])

@@ -213,7 +213,8 @@ def _run(
         told(f"nothing to do: {len(saves)} checkpoints in {output}")
         return _checkpoints(output, saves)
     try:
-        with locked(output, "training"), ray_session(address, _local_slots(config)):
+        about = {"job": kind, "output": str(output)}
+        with locked(output, "training"), ray_session(address, _local_slots(config), about):
             workers = _plan_workers(config)
             if address is None and "RAY_ADDRESS" not in os.environ and workers.device == "cpu":
                 _check_host(config, model, workers, prepared)
