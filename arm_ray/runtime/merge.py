@@ -41,6 +41,7 @@ from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.output import open_output
 from arm_ray.runtime.placement import (
     Placement,
+    check_object_store,
     in_submitted_job,
     local_slots,
     placed_shards,
@@ -197,6 +198,7 @@ def _merge_on_ray(
                 gangs.has_grown,
             )
             if method.needs_forward:
+                check_object_store(gang, _message_bytes(config, inputs))
                 # A linear merge reads every byte once, and looks at it then.
                 driver.check_weights()
             _announce(config, inputs, run, placement, stream, console)
@@ -227,6 +229,13 @@ def _merge_on_ray(
     run.events.write(finished)
     _summarise(run, ending, seconds, console)
     return MergeOutcome(run.path, ending.model, run.last_iteration, ending.reason)
+
+
+def _message_bytes(config: MergeConfig, inputs: MergeInputs) -> int:
+    """Hidden states of the largest micro-batch; bytes."""
+    longest = config.calibration.max_length if config.calibration is not None else 0
+    tokens = max(config.runtime.micro_batch_tokens, longest)
+    return tokens * int(inputs.layout.config.hidden_size) * inputs.compute_dtype.itemsize
 
 
 def _sum_of(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, float]:

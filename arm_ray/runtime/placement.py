@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,17 +108,61 @@ def ray_session(
     try:
         ray.init(logging_level=logging.ERROR, **options)
     except Exception as error:  # connection, version and authentication errors of many types
-        raise WorkerError(
-            "Ray cannot be joined" if address else "a local Ray cannot be started",
-            where=address or "this machine",
-            got=f"{type(error).__name__}: {error}",
-            hint="check the address, that the cluster runs, and that its Ray and Python versions "
-            "are ours",
-        ) from None
+        raise _not_joined(address, error) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _not_joined(address: str | None, error: Exception) -> WorkerError:
+    got = f"{type(error).__name__}: {error}"
+    ours = f"Ray {ray.__version__}, Python {platform.python_version()}"
+    if address is None:
+        return WorkerError("a local Ray cannot be started", where="this machine", got=got)
+    if "ersion mismatch" in got:
+        # Ray's own text says what the cluster has.
+        return WorkerError(
+            "the cluster runs another version of Ray or Python",
+            where=address,
+            got=" ".join(got.split()),
+            expected=f"what this process runs: {ours}",
+            hint="install the cluster's versions here, or submit a job, which runs with its own",
+        )
+    return WorkerError(
+        "Ray cannot be joined",
+        where=address,
+        got=got,
+        expected=f"a running cluster with {ours}",
+        hint="check the address (of Ray, port 6379 mostly, not of the dashboard), that the cluster "
+        "runs, that this machine reaches it, and its token (RAY_AUTH_TOKEN)",
+    )
+
+
+def check_object_store(gang: ShardGang, message_bytes: int) -> None:
+    """Refuse object stores that cannot hold the hidden states of a micro-batch twice.
+
+    Args:
+        gang: The shards, placed.
+        message_bytes: Hidden states of one micro-batch; bytes.
+
+    Raises:
+        PlacementError: Says which node's, its size, and what is needed.
+    """
+    if gang.transport != "object_store" or len(gang.actors) == 1:
+        return
+    for node in ray.nodes():
+        there = node["Resources"].get("object_store_memory", 0.0)
+        # One is written while the one before is still read.
+        if node["NodeID"] in gang.nodes and there < 2 * message_bytes:
+            raise PlacementError(
+                "a node's object store is too small for hidden states",
+                where=", ".join(node_names([node["NodeID"]])),
+                got=f"{there / 1e6:.1f} MB",
+                expected=f"at least {2 * message_bytes / 1e6:.1f} MB: two micro-batches",
+                hint="start its Ray with a larger --object-store-memory, or use fewer "
+                "runtime.micro_batch_tokens (which is part of the result) or one layer shard",
+            )
 
 
 def local_slots(runtime: RuntimeConfig, num_groups: int) -> int:
