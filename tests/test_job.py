@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import subprocess
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from ray import __version__ as ray_version
 from safetensors.torch import load_file
 
 from tests.cluster.common import (
@@ -20,8 +24,8 @@ from tests.cluster.common import (
     processes_with,
     submit,
 )
-from tests.conftest import MergeCase
-from tests.training.common import content, make_rows
+from tests.conftest import SERVED, MergeCase
+from tests.test_pipeline import content as pipeline_content
 
 pytestmark = pytest.mark.slow
 
@@ -66,41 +70,91 @@ def test_a_local_ray_starts_by_itself_and_is_gone_afterwards(
     assert processes_with(short_directory) == []
 
 
+def jobs_of(env: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What the dashboard lists: id of a submission, or of a driver -> what it knows of it."""
+    token = Path(env["RAY_AUTH_TOKEN_PATH"]).read_text()
+    headers = {"Authorization": f"Bearer {token}"}
+    url = f"{env['RAY_API_SERVER_ADDRESS']}/api/jobs/"
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as got:
+        return {job["submission_id"] or job["job_id"]: job for job in json.load(got)}
+
+
 def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: str) -> None:
-    case.make("qwen3")
+    case.make("qwen3", sizes=SERVED)
     with local_cluster(Path(short_directory) / "c", ARM_RAY_LOCAL_CPUS="2") as env:
 
         def run_job(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
             return submit(env, "python", "-m", f"jobs.{name}", *arguments)
 
-        two = run_job("merge", str(write_config(case, "two")), "runtime.layer_shards=2")
+        about = json.dumps({"arm_ray": "merge", "output": str(case.root / "two")})
+        options = ("--submission-id", "merge-two", "--metadata-json", about)
+        merge = ("python", "-m", "jobs.merge", str(write_config(case, "two")))
+        two = submit(env, *merge, "runtime.layer_shards=2", options=options)
         assert two.returncode == 0, two.stdout + two.stderr
         assert "iteration 4/4" in two.stdout
+        # Lines, and no cursor movements that a log would show as they are.
+        assert "\x1b" not in two.stdout
+        listed = jobs_of(env)["merge-two"]
+        assert listed["status"] == "SUCCEEDED"
+        assert listed["metadata"] == json.loads(about)
         wrong = run_job("merge", str(write_config(case, "two")), "schedule.max_iteration=3")
         assert wrong.returncode != 0
         assert "did you mean 'max_iterations'?" in wrong.stdout
         relative = run_job("merge", str(write_config(case, "two")), "output=somewhere")
         assert "an absolute path" in relative.stdout
-        training = case.root / "training.yaml"
-        data = make_rows(case.root / "rows.jsonl")
-        training.write_text(
-            yaml.safe_dump(content(case.root / "base", data, case.root / "trained"))
+        pipeline = case.root / "pipeline.yaml"
+        given = pipeline_content(case, train_on=False)
+        del given["merges"]["mean of two"]
+        pipeline.write_text(yaml.safe_dump(given))
+        whole = run_job("pipeline", str(pipeline))
+        assert whole.returncode == 0, whole.stdout + whole.stderr
+        assert "step 6/6" in whole.stdout
+        assert (case.root / "out" / "merges").is_dir()
+        evaluation = case.root / "evaluate.yaml"
+        models = {name: str(case.root / name) for name in ("base", "two/model")}
+        evaluation.write_text(
+            yaml.safe_dump(
+                {
+                    "models": models,
+                    "output": str(case.root / "scores"),
+                    "evaluation": given["evaluation"],
+                }
+            )
         )
-        trained = run_job("sft", str(training), "runtime.workers=2")
-        assert trained.returncode == 0, trained.stdout + trained.stderr
-        assert "step 6/6" in trained.stdout
+        scored = run_job("evaluate", str(evaluation))
+        assert scored.returncode == 0, scored.stdout + scored.stderr
+        assert all(name in scored.stdout for name in models)
+        # A driver that joins the cluster says by itself what it is.
         one = subprocess.run(
-            ["arm-ray", "merge", str(write_config(case, "one"))],
-            env=environment(short_directory),
+            [str(BIN / "arm-ray"), "merge", str(write_config(case, "one"))],
+            env=env,
+            cwd=case.root,
             capture_output=True,
             text=True,
             timeout=300,
         )
         assert one.returncode == 0, one.stderr
+        told = [job["metadata"] or {} for job in jobs_of(env).values()]
+        assert str(case.root / "one") in [metadata.get("output") for metadata in told]
+        other = subprocess.run(
+            [
+                str(BIN / "python"),
+                "-c",
+                "import sys, ray; ray.__version__ = '2.0.1'; from arm_ray.cli import main; "
+                f"sys.exit(main(['merge', {str(write_config(case, 'other'))!r}]))",
+            ],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert other.returncode != 0
+        assert "another version of Ray or Python" in other.stderr
+        assert "2.0.1" in other.stderr
+        assert ray_version in other.stderr
     assert processes_with(short_directory) == []
     left, right = [
         load_file(case.root / name / "model" / "model.safetensors") for name in ("one", "two")
     ]
-    assert (case.root / "trained" / "checkpoint-6" / "model.safetensors").exists()
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)

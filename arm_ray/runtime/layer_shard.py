@@ -91,7 +91,6 @@ class LayerShard:
         )
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flushes: list[Future[None]] = []
-        self._transport = spec.transport
         self._last_wanted = sys.maxsize
 
     def _open(self, spec: ShardSpec) -> None:
@@ -187,10 +186,6 @@ class LayerShard:
             return str(torch.cuda.get_device_name(self._device))
         return self._device.type
 
-    def use_object_store(self) -> None:
-        """Send hidden states through the object store, whatever the spec says."""
-        self._transport = "object_store"
-
     def abandon(self, iteration: int) -> None:
         """Do nothing more for iterations after this one: calls that wait return at once."""
         self._last_wanted = iteration
@@ -279,7 +274,7 @@ class LayerShard:
             return None
         with self._usage_lock:
             self._sent[plan.iteration] = self._sent.get(plan.iteration, 0) + current.nbytes
-        return pack_tensor(current) if self._transport == "object_store" else current
+        return pack_tensor(current) if self._spec.transport == "object_store" else current
 
     def merge(
         self,

@@ -287,23 +287,27 @@ def placed_shards(
                     f"{cluster_has()}"
                 )
         actors = _start(specs, runtime, placement, group, transport)
-        # The actors import torch; that the group exists does not mean that they run.
-        get_results([actor.ready.remote() for actor in actors])
-        nodes = get_results([actor.__ray_call__.remote(_node_id) for actor in actors])
         if transport != "object_store":
             problem = join_transport(actors, transport)
             if problem:
                 warn(f"no direct transport, using the object store: {problem}")
+                # Some may wait for the others in there, for long: they are of no more use.
+                _end(actors)
                 transport = "object_store"
-                get_results([actor.use_object_store.remote() for actor in actors])
+                actors = _start(specs, runtime, placement, group, transport)
+        nodes = get_results([actor.__ray_call__.remote(_node_id) for actor in actors])
         yield ShardGang(actors, transport, nodes)
     finally:
         leave_transport(actors, transport)
-        for actor in actors:
-            with contextlib.suppress(RayError):
-                ray.kill(actor)
+        _end(actors)
         with contextlib.suppress(RayError):
             remove_placement_group(group)
+
+
+def _end(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        with contextlib.suppress(RayError):
+            ray.kill(actor)
 
 
 def _node_id(_actor: object) -> str:
@@ -338,7 +342,7 @@ def _start(
     if transport != "object_store":
         options["enable_tensor_transport"] = True
     actor_class: Any = ray.remote(**options)(LayerShard)
-    return [
+    actors = [
         actor_class.options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=index
@@ -346,6 +350,9 @@ def _start(
         ).remote(dataclasses.replace(spec, transport=transport))
         for index, spec in enumerate(specs)
     ]
+    # The actors import torch; that their group is placed does not mean that they run.
+    get_results([actor.ready.remote() for actor in actors])
+    return actors
 
 
 def _not_placed(runtime: RuntimeConfig, count: int, bundle: dict[str, float]) -> PlacementError:
