@@ -72,10 +72,6 @@ class Remote:
         if "state.json" in files:
             found = json.loads(store.read_all("state.json"))
             expected = json.loads((local / "state.json").read_text())
-            # Sums over numbers that lie elsewhere in memory end a little differently.
-            for cosine in ("weight_cosine", "task_vector_cosine"):
-                value = expected.pop(cosine)
-                assert found.pop(cosine) == (value and pytest.approx(value, rel=1e-9))
             assert found == expected
 
 
