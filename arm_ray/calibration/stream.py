@@ -93,16 +93,19 @@ def open_stream(
     tokenizer_path: str | os.PathLike[str],
     *,
     needed_batches: int | None = None,
+    here: bool = False,
 ) -> CalibrationStream:
     """Reads, checks and tokenises calibration data.
 
     Rows are counted and checked for damage first; only those that the needed mini-batches use
-    are then tokenised and brought here, at 4 bytes a token. Needs a free CPU slot in Ray.
+    are then tokenised and brought here, at 4 bytes a token. Needs a free CPU slot in Ray, unless
+    ``here``.
 
     Args:
         settings: What to read and how.
         tokenizer_path: Directory with the tokenizer, seen by every node under this path.
         needed_batches: How many mini-batches will be asked for; None for every row.
+        here: Whether all is done in this process, because other nodes may not see the data.
 
     Raises:
         CalibrationError: If the data are missing, empty or malformed, or do not fit the
@@ -116,9 +119,9 @@ def open_stream(
     source = find_source(settings.path)
     with _quiet_ray_data():
         data = (
-            _Files(source.paths)
+            _Files(source.paths, here)
             if isinstance(source, FileSource)
-            else _Dataset(settings.path, load_dataset(source))
+            else _Dataset(settings.path, load_dataset(source), here)
         )
         if data.num_rows == 0:
             raise CalibrationError(
@@ -139,12 +142,12 @@ def open_stream(
 class _Files:
     """Rows in files."""
 
-    def __init__(self, paths: tuple[str, ...]) -> None:
-        self.num_rows = 0
+    def __init__(self, paths: tuple[str, ...], here: bool) -> None:
+        self.num_rows, self._here = 0, here
         self.columns: dict[str, bool] = {}
         self._chunks: list[tuple[str, int, Chunk]] = []  # path, first row of the file, chunk
         items = [json.dumps({"number": n, "path": path}) for n, path in enumerate(paths)]
-        results = sorted(_run(index_task, items, {}), key=lambda result: result["number"])
+        results = sorted(_run(index_task, items, {}, here), key=lambda result: result["number"])
         _raise_first(results, "number")
         for path, result in zip(paths, results, strict=True):
             index = json.loads(result["index"])
@@ -170,19 +173,19 @@ class _Files:
                     "positions": by_row[low:high].tolist(),
                 }
                 items.append(json.dumps(item))
-        return _run(files_task, items, {"job": job})
+        return _run(files_task, items, {"job": job}, self._here)
 
 
 class _Dataset:
     """Rows of a ``datasets.Dataset``, which this machine maps into memory."""
 
-    def __init__(self, name: str, dataset: Any) -> None:
+    def __init__(self, name: str, dataset: Any, here: bool) -> None:
         import pyarrow as pa
 
         self.num_rows = len(dataset)
         schema = dataset.features.arrow_schema
         self.columns = {column.name: not pa.types.is_null(column.type) for column in schema}
-        self._name = name
+        self._name, self._here = name, here
         self._dataset = dataset
 
     def tokenize(self, order: NDArray[np.int64], job: Job) -> Iterator[dict[str, Any]]:
@@ -203,6 +206,12 @@ class _Dataset:
             tables.append(
                 pa.table({"position": positions, "row": order[positions], "values": values})
             )
+        if self._here:
+            return (
+                row
+                for table in tables
+                for row in dataset_task(table, name=self._name, job=job).to_pylist()
+            )
         work = ray.data.from_arrow(tables)
         task: Any = dataset_task  # Ray's annotation knows no further arguments
         return _results(
@@ -216,10 +225,15 @@ class _Dataset:
 
 
 def _run(
-    task: Callable[..., Any], items: list[str], kwargs: dict[str, Any]
+    task: Callable[..., Any], items: list[str], kwargs: dict[str, Any], here: bool
 ) -> Iterator[dict[str, Any]]:
     """Runs a task function over items, each a text of JSON, and yields the rows it returns."""
+    import pyarrow as pa
     import ray.data
+
+    if here:
+        tables = (pa.table({"item": [item]}) for item in items)
+        return (row for table in tables for row in task(table, **kwargs).to_pylist())
 
     # The items are JSON text because Ray Data would otherwise turn lists into tensors.
     work = ray.data.from_items(

@@ -41,6 +41,7 @@ from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.output import open_output
 from arm_ray.runtime.placement import (
     Placement,
+    alive_nodes,
     check_object_store,
     in_submitted_job,
     local_slots,
@@ -301,7 +302,13 @@ def _open_calibration(
         )
     settings = CalibrationSettings(**config.calibration.model_dump())
     needed = config.schedule.offset + config.schedule.max_iterations
-    stream = open_stream(settings, inputs.tokenizer, needed_batches=needed)
+    stream = open_stream(
+        settings,
+        inputs.tokenizer,
+        needed_batches=needed,
+        # Whether nodes share storage is known for certain only once shards are placed.
+        here=config.runtime.storage != "shared" and len(alive_nodes()) > 1,
+    )
     vocabulary = int(inputs.layout.config.vocab_size)
     if stream.max_token_id >= vocabulary:
         raise CalibrationError(

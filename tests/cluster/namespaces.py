@@ -177,7 +177,7 @@ class Hosts:
             pids = self._processes()
             if pids:
                 subprocess.run(["kill", signal, *pids], check=False, timeout=30)
-            deadline = time.monotonic() + 15
+            deadline = time.monotonic() + 5
             while self._processes() and time.monotonic() < deadline:
                 time.sleep(0.2)
         for process in self._nodes:
