@@ -1,0 +1,250 @@
+"""When shards are lost, when there is room for more, and what a node must have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from arm_ray.calibration.minibatch import MiniBatch, micro_batches
+from arm_ray.checkpoints import states
+from arm_ray.config import RuntimeConfig
+from arm_ray.errors import PlacementError, ShardLostError, TransportError
+from arm_ray.runtime import placement
+from arm_ray.runtime.elasticity import Gangs
+from arm_ray.runtime.layer_shard import LayerShard
+from arm_ray.runtime.placement import Placement, ShardGang
+from arm_ray.runtime.run_directory import open_run
+from arm_ray.schedule import plan_iteration
+from tests.conftest import MergeCase
+from tests.shards import DirectShard
+from tests.test_merge import assert_same_bits
+
+
+class Cluster:
+    """A cluster in numbers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *cpus: int) -> None:
+        self.cpus, self.free = dict(enumerate(cpus)), float(sum(cpus))
+        monkeypatch.setattr(ray, "cluster_resources", self.resources)
+        monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": self.free})
+        monkeypatch.setattr(ray, "nodes", self.nodes)
+
+    def resources(self) -> dict[str, float]:
+        return {"CPU": float(sum(self.cpus.values())), "object_store_memory": 1e9}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "NodeID": str(number),
+                "Alive": True,
+                "NodeManagerHostname": f"host{number}",
+                "NodeManagerAddress": f"10.0.0.{number}",
+                "Resources": {"object_store_memory": 1e6},
+            }
+            for number in self.cpus
+        ]
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def gangs(case: MergeCase, said: list[str], **runtime: Any) -> Gangs:
+    config = case.make().config()
+    with open_run(config) as run:
+        return Gangs(run, RuntimeConfig(**runtime), 6, {}, said.append, said.append)
+
+
+def finish(of: Gangs, iteration: int) -> None:
+    of.run.finished[iteration] = states.StateManifest(iteration, "anchoring", "", (), None, None)
+
+
+def test_lost_shards_are_replaced_as_long_as_there_is_progress(
+    case: MergeCase, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(monkeypatch, 1, 1, 1)
+    of = gangs(case, said, layer_shards=3, max_recoveries=2)
+    counts = []
+
+    def attempt(placed: Placement, _runtime: RuntimeConfig) -> str:
+        counts.append(placed.num_shards)
+        if len(counts) == 2:
+            cluster.cpus.pop(2)
+        if len(counts) == 3:
+            finish(of, 1)
+        if len(counts) < 6:
+            raise ShardLostError("lost", got="node 2")
+        return "over"
+
+    with pytest.raises(ShardLostError):
+        of.run_until_over(of.plan(), attempt)
+    # Two before iteration 1 was finished, then three in a row: one more than allowed.
+    assert counts == [3, 3, 2, 2, 2]
+    assert [text[-8:] for text in said] == ["(1 of 2)", "(2 of 2)", "(1 of 2)", "(2 of 2)"]
+
+
+def test_a_broken_transfer_is_tried_again_before_the_object_store(
+    case: MergeCase, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cluster(monkeypatch, 2)
+    of = gangs(case, said, layer_shards=2)
+    transports = []
+
+    def attempt(_placed: Placement, runtime: RuntimeConfig) -> str:
+        transports.append(runtime.transport)
+        if len(transports) < 3:
+            raise TransportError("hidden states did not reach the next layer shard")
+        return "over"
+
+    assert of.run_until_over(of.plan(), attempt) == "over"
+    assert transports == ["auto", "auto", "object_store"]
+
+
+@pytest.mark.parametrize(
+    ("joined", "free", "elastic", "grown"),
+    [(1, 1.0, True, True), (0, 1.0, True, False), (1, 0.0, True, False), (1, 1.0, False, False)],
+)
+def test_more_shards_where_nodes_joined_and_have_room(
+    case: MergeCase,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    joined: int,
+    free: float,
+    elastic: bool,
+    grown: bool,
+) -> None:
+    cluster = Cluster(monkeypatch, 1, 1)
+    of = gangs(case, said, layer_shards="auto", elastic=elastic)
+    assert of.plan().num_shards == 2
+    assert not of.has_grown()
+    if joined:
+        cluster.cpus[7] = 1
+    cluster.free = free
+    assert of.has_grown() is grown
+
+
+def test_no_more_shards_than_asked_for(
+    case: MergeCase, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(monkeypatch, 1, 1)
+    of = gangs(case, said, layer_shards=2)
+    assert of.plan().num_shards == 2
+    cluster.cpus[7], cluster.free = 1, 1.0
+    assert not of.has_grown()
+
+
+def test_a_named_resource_that_no_node_has(
+    case: MergeCase, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cluster(monkeypatch, 2)
+    of = gangs(case, said, layer_shards=1, resources={"merger": 1.0})
+    with pytest.raises(PlacementError, match="has no 'merger'") as caught:
+        of.plan()
+    assert "2 CPU on 1 node(s)" in str(caught.value)
+
+
+def test_an_object_store_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cluster(monkeypatch, 1, 1)
+    gang = ShardGang([object(), object()], "object_store", ["0", "1"])
+    placement.check_object_store(gang, 500_000)
+    with pytest.raises(PlacementError, match="object store is too small") as caught:
+        placement.check_object_store(gang, 500_001)
+    assert "host0 (10.0.0.0)" in str(caught.value)
+    placement.check_object_store(replace(gang, transport="gloo"), 500_001)
+
+
+def test_what_is_merged_already_is_taken_over(case: MergeCase) -> None:
+    case.make()
+    whole = DirectShard(case.config(output="whole"))
+    expected = whole.with_forward(1)
+    config = case.config(output="parts")
+    first = DirectShard(config)
+    assert_same_bits(expected, first.with_forward(1))
+    # Another shard finds the first two groups on disk, and merges the last one.
+    directory = states.state_directory(first.run, 1)
+    states.group_file(directory, 2).unlink()
+    second = DirectShard(config)
+    plan = plan_iteration(config.schedule, 2, 1)
+    ids = [np.arange(1 + i, 9 + i, dtype=np.int32) for i in range(8)]
+    [micro] = micro_batches(MiniBatch(1, list(range(8)), ids), max_tokens=64, max_samples=64)
+    for state in plan.inputs:
+        second.shard.forward(plan, second.spec.chunks[0], 8, state, 0, micro, None)
+    report = second.shard.merge(plan, 2, np.arange(8))
+    assert report is not None
+    for group in (0, 1):
+        assert second.shard.adopt(plan, group, replace(report, group=group)).group == group
+    second.shard._wait_until_durable()
+    assert_same_bits(expected, second.state(1))
+    # And the next iteration reads them from there.
+    assert_same_bits(whole.with_forward(2), second.with_forward(2))
+
+
+def test_a_node_needs_the_weight_files_of_its_own_layers_only(case: MergeCase) -> None:
+    case.make("mistral", num_layers=4, max_shard_size="60KB")
+    linear = "method.operator=task_arithmetic"
+    expected = DirectShard(case.config(linear, output="whole")).linear(1)
+    shard = DirectShard(case.config(linear, output="part"))
+    spec = replace(shard.spec, groups=range(2, 4))
+    own = [n for g in spec.groups for n in spec.layout.groups[g].tensors]
+    needed = {f for c in spec.checkpoints.values() for f in c.files(own)}
+    everything = {
+        f for d in (case.root / "base", *case.candidates) for f in d.glob("*.safetensors")
+    }
+    assert needed < everything
+    part = LayerShard(spec)
+    for file in everything - needed:
+        file.unlink()
+    assert part.missing_files() == []
+    plan = plan_iteration(shard.config.schedule, 2, 1)
+    for group in spec.groups:
+        part.merge_linear([plan], group, frozenset({1}), [])
+        found = states.read_group(
+            states.state_directory(shard.run, 1), group, spec.layout.groups[group].tensors
+        )
+        assert_same_bits(found, {name: expected[name] for name in found})
+    gone = sorted(needed)[0]
+    gone.rename(gone.with_suffix(".away"))
+    [told, *_] = part.missing_files()
+    assert told.endswith(str(gone))
+
+
+def test_states_that_are_gone_are_made_again(
+    case: MergeCase, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cluster(monkeypatch, 1)
+    of = gangs(case, said, layer_shards=1)
+
+    class Storage:
+        """Of three states the second has lost a group."""
+
+        discarded: list[int] = []  # noqa: RUF012
+        brought: Any = None
+
+        def has_state(self, iteration: int) -> bool:
+            return iteration != 2
+
+        def has_group(self, iteration: int, group: int) -> bool:
+            return (iteration, group) != (2, 5)
+
+        def discard(self, iteration: int) -> None:
+            self.discarded.append(iteration)
+
+        def bring(self, iterations: list[int], merged: set[tuple[int, int]]) -> None:
+            self.brought = (iterations, merged)
+
+    for iteration in (1, 2, 3):
+        finish(of, iteration)
+    report: Any = object()
+    of.merged |= {(2, 5): report, (2, 4): report, (1, 0): report}
+    storage: Any = Storage()
+    of.settle(storage, 2)
+    assert sorted(of.run.finished) == [1]
+    assert sorted(storage.discarded) == [2, 3]
+    assert storage.brought == ([1], {(2, 4)})
+    assert [*of.merged] == [(2, 4)]
+    assert "going on after iteration 1" in said[0]
