@@ -93,7 +93,7 @@ def test_a_new_directory_is_made_with_the_resolved_configuration(
         assert run.path == output
         assert (run.finished, run.last_iteration, run.is_complete) == ({}, 0, False)
         assert load_merge_config(output / "config.yaml") == config
-    assert sorted(p.name for p in output.iterdir()) == [".lock", "config.yaml"]
+    assert sorted(p.name for p in output.iterdir()) == [".lock", ".run_id", "config.yaml"]
 
 
 def test_an_empty_directory_is_as_good_as_a_new_one(configure: Configure, output: Path) -> None:

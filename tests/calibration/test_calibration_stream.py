@@ -243,7 +243,6 @@ def test_paths_that_hold_nothing(tmp_path, tokenizer_path, monkeypatch):
     for path, message in {
         str(tmp_path / "trian.jsonl"): r"Did you mean 'train\.jsonl'",
         str(tmp_path / "*.parquet"): "matches no file",
-        "s3://bucket/a.jsonl": "remote address",
     }.items():
         with pytest.raises(CalibrationError, match=message):
             opened(path, tokenizer_path)
