@@ -32,7 +32,7 @@ from tests.boards import tensorboard
 from tests.conftest import fine_tuned, save, save_tokenizer, tiny_model
 from tests.test_merge import assert_same_bits, load_all
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = pytest.mark.usefixtures("shards_in_process")
 
 Weights = dict[str, torch.Tensor]
 COEFFICIENT = 0.7

@@ -70,13 +70,18 @@ def test_a_local_ray_starts_by_itself_and_is_gone_afterwards(
     assert processes_with(short_directory) == []
 
 
-def jobs_of(env: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """What the dashboard lists: id of a submission, or of a driver -> what it knows of it."""
+def ask(env: dict[str, str], path: str) -> Any:
+    """What the dashboard answers."""
     token = Path(env["RAY_AUTH_TOKEN_PATH"]).read_text()
     headers = {"Authorization": f"Bearer {token}"}
-    url = f"{env['RAY_API_SERVER_ADDRESS']}/api/jobs/"
+    url = f"{env['RAY_API_SERVER_ADDRESS']}/api/jobs/{path}"
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as got:
-        return {job["submission_id"] or job["job_id"]: job for job in json.load(got)}
+        return json.load(got)
+
+
+def jobs_of(env: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The dashboard's list: id of a submission, or of a driver -> what it knows of it."""
+    return {job["submission_id"] or job["job_id"]: job for job in ask(env, "")}
 
 
 def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: str) -> None:
@@ -93,7 +98,9 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
         assert two.returncode == 0, two.stdout + two.stderr
         assert "iteration 4/4" in two.stdout
         # Lines, and no cursor movements that a log would show as they are.
-        assert "\x1b" not in two.stdout
+        logs = ask(env, "merge-two/logs")["logs"]
+        assert "iteration 4/4" in logs
+        assert "\x1b" not in logs
         listed = jobs_of(env)["merge-two"]
         assert listed["status"] == "SUCCEEDED"
         assert listed["metadata"] == json.loads(about)

@@ -99,9 +99,11 @@ def test_a_halted_merge_goes_on_from_nothing_to_the_same_bits(remote: Remote) ->
     assert not any(name.startswith((lease.NAME, "model")) for name in files)
     # No weights of the inputs on the driver's side: only what its shards copied.
     assert not list((remote.scratch / "urls").rglob("*.safetensors"))
+    assert list((remote.scratch / "copies").rglob("*.safetensors"))
     shutil.rmtree(remote.scratch)
     outcome = remote.merge("keep_states=last")
     assert outcome.iterations == 4
+    assert not list((remote.scratch / "copies").rglob("*.safetensors"))
     assert kept(remote.url) == {"0004"}
     for name in ("states/0004", "model"):
         remote.assert_same(name)
