@@ -163,8 +163,18 @@ class LocalCopy(Checkpoint):
         for index, members in enumerate(self.group_tensors):
             chosen = [name for name in members if name in wanted]
             if chosen:
-                found |= read_tensors(self._copied(index), chosen)
+                found |= self._read_copy(index, chosen)
         return found
+
+    def _read_copy(self, group: int, names: list[str]) -> dict[str, Tensor]:
+        file = self._copied(group)
+        try:
+            return read_tensors(file, names)
+        except CorruptCheckpointError:
+            if file.exists():
+                raise
+        # Another merge that used the same copies has just ended.
+        return read_tensors(self._copied(group), names)
 
     def files(self, names: Iterable[str]) -> set[Path]:  # noqa: ARG002 -- those of a checkpoint
         """None that must be there: copies are made where they are missing."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from arm_ray.calibration.minibatch import MicroBatch
 from arm_ray.checkpoints import states
-from arm_ray.checkpoints.remote import local_copy
+from arm_ray.checkpoints.remote import LocalCopy, local_copy
 from arm_ray.checkpoints.validation import check_finite
 from arm_ray.checkpoints.weight_file import SharedWeightFile, TensorSpec, WeightFileWriter
 from arm_ray.config import scratch_path
@@ -129,6 +130,12 @@ class LayerShard:
     def sees(self, file: Path, content: str) -> bool:
         """Whether a file that the driver has written is here too."""
         return scratch.sees(file, content)
+
+    def remove_copies(self) -> None:
+        """Remove the copies of what lies elsewhere from this node's disk."""
+        for given in self._spec.checkpoints.values():
+            if isinstance(given, LocalCopy):
+                shutil.rmtree(given.copies, ignore_errors=True)
 
     def missing_files(self) -> list[str]:
         """Files of checkpoints that the shard's layers need and that are not on this node."""

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig, state_settings
-from arm_ray.errors import PlacementError
+from arm_ray.errors import PlacementError, ShardLostError
 from arm_ray.runtime.calls import get_results
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.node_files import NodeFiles
@@ -329,6 +329,9 @@ def storage_of(
                 "what a node lacks",
             )
     yield StateStorage(run, inputs, gang, specs)
+    if run.is_complete and not all(given.is_local for given in inputs.checkpoints.values()):
+        with contextlib.suppress(ShardLostError):
+            get_results([actor.remove_copies.remote() for actor in gang.actors])
 
 
 def _blind(run: RunDirectory, gang: ShardGang) -> list[str]:
