@@ -47,7 +47,9 @@ def why_not() -> str | None:
         ip("netns", "add", name)
         ip("link", "add", f"{name}0", "type", "veth", "peer", "name", f"{name}1")
         ip("link", "delete", f"{name}0")
-        subprocess.run(["unshare", "--mount", "true"], check=True, timeout=30)
+        mounts = "mount --make-rprivate / && mount --bind /tmp /tmp"
+        enter = ["ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c", mounts]
+        subprocess.run(enter, check=True, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", None) or error
         return f"this machine lets no namespaces be made: {str(told).strip()}"
