@@ -85,7 +85,7 @@ def jobs_of(env: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: str) -> None:
-    case.make("qwen3", sizes=SERVED)
+    case.make("smollm2", sizes=SERVED)
     with local_cluster(Path(short_directory) / "c", ARM_RAY_LOCAL_CPUS="2") as env:
 
         def run_job(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
