@@ -74,9 +74,8 @@ class Gangs:
         if not self.runtime.elastic or self._placement is None or not now - self._known:
             return False
         could = plan_placement(self.runtime, self.num_groups, self.reserved, takes_fewer=True)
-        more = could.num_shards - self._placement.num_shards
-        if more <= 0:
-            self._known = now
+        # A node may be there a moment before its resources are: it is asked about again.
+        if could.num_shards <= self._placement.num_shards:
             return False
         free = ray.available_resources()
         bundle = bundle_of(self.runtime, self._placement)

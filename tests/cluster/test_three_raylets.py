@@ -50,7 +50,7 @@ def warnings(root: Path, run: str) -> list[str]:
     return [text for text in told if "calibration rows" not in text]
 
 
-@pytest.mark.parametrize("run", ["shared", "apart", "halted", "left", "twin-1", "twin-2"])
+@pytest.mark.parametrize("run", ["shared", "apart", "halted", "left"])
 def test_the_model_has_the_same_bits(root: Path, run: str) -> None:
     assert_same_bits(load_all(root / "one" / "model"), load_all(root / run / "model"))
 
@@ -99,8 +99,7 @@ def test_weights_kept_on_the_nodes_go_when_the_run_is_over(root: Path) -> None:
 
 
 def test_a_node_that_leaves_costs_its_work_only(root: Path) -> None:
-    [told] = warnings(root, "left")
-    assert "a layer shard was lost" in told
+    [told] = [text for text in warnings(root, "left") if "a layer shard was lost" in text]
     assert "(1 of 3)" in told
     starts = events(root, "left", "run_started")
     assert [start["num_shards"] for start in starts] == [3, 2]
@@ -115,12 +114,13 @@ def test_a_node_that_joins_is_used_from_the_next_iteration(root: Path) -> None:
     finished = [event["iteration"] for event in events(root, "joined", "iteration_finished")]
     assert finished == list(range(1, 21))
     assert_same_bits(load_all(root / "long" / "model"), load_all(root / "joined" / "model"))
-    assert warnings(root, "joined") == []
+    assert not [text for text in warnings(root, "joined") if "waiting for room" not in text]
 
 
 def test_merges_side_by_side_leave_nothing_behind(root: Path) -> None:
     for run in ("twin-1", "twin-2"):
-        assert warnings(root, run) == []
+        assert not [text for text in warnings(root, run) if "waiting for room" not in text]
+        assert_same_bits(load_all(root / "long" / "model"), load_all(root / run / "model"))
     overlap = [
         (events(root, run, "run_started")[0]["time"], events(root, run, "run_finished")[0]["time"])
         for run in ("twin-1", "twin-2")

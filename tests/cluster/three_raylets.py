@@ -112,7 +112,7 @@ def main() -> None:
         nodes.run("joined", *long, "runtime.layer_shards=auto", "runtime.storage=shared", SLOW)
         watched.join()
         both = [
-            threading.Thread(target=nodes.run, args=(name, "runtime.layer_shards=1"))
+            threading.Thread(target=nodes.run, args=(name, *long, "runtime.layer_shards=1", SLOW))
             for name in ("twin-1", "twin-2")
         ]
         for thread in both:
