@@ -66,18 +66,16 @@ class Nodes:
         config = self.case.config("runtime.placement_timeout_s=90", *overrides, output=output)
         return merge(config, console=Console(quiet=True), **options)
 
-    def after_first_iteration(self, output: str, do: Callable[[], Any]) -> threading.Thread:
-        """Do something once a run has finished its first iteration."""
+    def run_and(self, output: str, do: Callable[[], Any], *overrides: str) -> None:
+        """Merge, and do something once the first iteration is finished."""
+        merging = threading.Thread(target=self.run, args=(output, *overrides))
+        merging.start()
         events = self.root / output / "events.jsonl"
-
-        def watch() -> None:
-            while not events.exists() or "iteration_finished" not in events.read_text():
-                time.sleep(0.02)
-            do()
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        return thread
+        while not events.exists() or "iteration_finished" not in events.read_text():
+            time.sleep(0.02)
+        # Here, because Ray starts nodes in a main thread only.
+        do()
+        merging.join()
 
 
 def main() -> None:
@@ -102,15 +100,12 @@ def main() -> None:
         def leave() -> None:
             nodes.cluster.remove_node(last, allow_graceful=False)
 
-        watched = nodes.after_first_iteration("left", leave)
-        nodes.run("left", *apart, SLOW, "keep_states=last")
-        watched.join()
+        nodes.run_and("left", leave, *apart, SLOW, "keep_states=last")
         steps = "{anchor_iterations: 2, max_iterations: 20, tolerance: 0}"
         long = (f"schedule={steps}", "keep_states=last")
         nodes.run("long", *long, "runtime.layer_shards=1")
-        watched = nodes.after_first_iteration("joined", nodes.add)
-        nodes.run("joined", *long, "runtime.layer_shards=auto", "runtime.storage=shared", SLOW)
-        watched.join()
+        joined = (*long, "runtime.layer_shards=auto", "runtime.storage=shared", SLOW)
+        nodes.run_and("joined", nodes.add, *joined)
         both = [
             threading.Thread(target=nodes.run, args=(name, *long, "runtime.layer_shards=1", SLOW))
             for name in ("twin-1", "twin-2")
