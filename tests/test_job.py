@@ -118,7 +118,7 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
         assert "step 6/6" in whole.stdout
         assert (case.root / "out" / "merges").is_dir()
         evaluation = case.root / "evaluate.yaml"
-        models = {name: str(case.root / name) for name in ("base", "two/model")}
+        models = {"base": str(case.root / "base"), "two": str(case.root / "two" / "model")}
         evaluation.write_text(
             yaml.safe_dump(
                 {
