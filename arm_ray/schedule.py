@@ -138,6 +138,14 @@ def states_needed_after(schedule: ScheduleConfig, num_candidates: int, iteration
     return (read & made) | {state_name(iteration)}
 
 
+def iterations_needed_after(
+    schedule: ScheduleConfig, num_candidates: int, iteration: int
+) -> set[int]:
+    """The iterations that made the states of `states_needed_after`; none where none is made yet."""
+    names = states_needed_after(schedule, num_candidates, iteration)
+    return {made for made in map(iteration_of, names) if made}
+
+
 def iteration_of(name: str) -> int | None:
     """The iteration that made a state, or None for the base and the candidates."""
     return int(name.removeprefix("state-")) if name.startswith("state-") else None

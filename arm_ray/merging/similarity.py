@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arm_ray.merging.alignment import aligned
+
 # Elements per inner product; the products add up in float64. On a CPU few enough that operands stay
 # in cache; elsewhere, where each call costs a launch, many. A float32 sum is accurate for both.
 _BLOCK = {"cpu": 1 << 16}
 _BLOCK_ELSEWHERE = 1 << 24
-_ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def similarity_sums(new: Tensor, previous: Tensor, base: Tensor) -> SimilaritySu
     flat = [t.reshape(-1) for t in (new, previous, base)]
     block = _BLOCK.get(new.device.type, _BLOCK_ELSEWHERE)
     for start in range(0, new.numel(), block):
-        w, p, b = (_aligned(t[start : start + block]) for t in flat)
+        w, p, b = (aligned(t[start : start + block]) for t in flat)
         change = w - p
         squares = [torch.dot(x, x) for x in (w, p, change)]
         if from_base:
@@ -61,16 +62,6 @@ def similarity_sums(new: Tensor, previous: Tensor, base: Tensor) -> SimilaritySu
             squares += [torch.dot(x, x) for x in (w - b, p - b)]
         sums += torch.stack(squares)
     return SimilaritySums(*sums.tolist())
-
-
-def _aligned(block: Tensor) -> Tensor:
-    """The block, or a copy where it lies askew in host memory.
-
-    The bits of a dot product depend on that, and so on whether a tensor was mapped from one file or
-    another; those of the sums must not.
-    """
-    askew = block.device.type == "cpu" and block.data_ptr() % _ALIGNMENT_BYTES != 0
-    return block.clone() if askew else block
 
 
 def cosines(parts: Iterable[SimilaritySums]) -> tuple[float | None, float | None]:

@@ -22,7 +22,7 @@ from arm_ray.runtime.driver import Merged
 from arm_ray.runtime.placement import Placement, alive_nodes, bundle_of, plan_placement
 from arm_ray.runtime.run_directory import RunDirectory
 from arm_ray.runtime.state_storage import StateStorage
-from arm_ray.schedule import iteration_of, states_needed_after
+from arm_ray.schedule import iterations_needed_after
 
 _T = TypeVar("_T")
 
@@ -155,9 +155,8 @@ class Gangs:
         run, schedule = self.run, self.run.config.schedule
         last = run.last_iteration
 
-        def needed(iteration: int) -> list[int]:
-            names = states_needed_after(schedule, num_candidates, iteration)
-            return sorted(t for t in map(iteration_of, names) if t)
+        def needed(iteration: int) -> set[int]:
+            return iterations_needed_after(schedule, num_candidates, iteration)
 
         while last and not all(storage.has_state(t) for t in needed(last)):
             last -= 1
@@ -175,4 +174,4 @@ class Gangs:
         for iteration in states.state_directories(run.path):
             if iteration > last and not any(t == iteration for t, _ in kept):
                 storage.discard(iteration)
-        storage.bring(needed(last) if last else [], kept)
+        storage.bring(sorted(needed(last)), kept)

@@ -60,7 +60,7 @@ from arm_ray.runtime.state_scoring import (
 )
 from arm_ray.runtime.state_storage import storage_of
 from arm_ray.runtime.telemetry import telemetry
-from arm_ray.schedule import iteration_of, merge_sizes, states_needed_after
+from arm_ray.schedule import iterations_needed_after, merge_sizes
 from arm_ray.storage.urls import is_url
 
 
@@ -208,8 +208,8 @@ def _merge_on_ray(
             if reason == "regroup":
                 return None
             if reason == "stop_after":
-                needed = states_needed_after(config.schedule, len(config.candidates), selected)
-                driver.bring_home(t for t in map(iteration_of, needed) if t)
+                needed = iterations_needed_after(config.schedule, len(config.candidates), selected)
+                driver.bring_home(sorted(needed))
                 return _Ending(reason, None, selected, driver.peak_bytes())
             if scoring is not None:
                 selected = scoring.select(selected)

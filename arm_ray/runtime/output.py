@@ -25,7 +25,7 @@ from arm_ray.runtime.upload import (
     directories,
     is_complete,
 )
-from arm_ray.schedule import iteration_of, states_needed_after
+from arm_ray.schedule import iterations_needed_after
 from arm_ray.storage import lease
 from arm_ray.storage.store import Store, StoredFile
 from arm_ray.storage.urls import Url, is_url, parse_url
@@ -191,8 +191,8 @@ def _pull(config: MergeConfig, store: Store, files: Mapping[str, StoredFile], lo
         # Any of them may still have to be scored, or become the model.
         wanted_states = finished - here
     else:
-        needed = states_needed_after(config.schedule, len(config.candidates), last)
-        wanted_states = ({iteration_of(name) or 0 for name in needed} & finished) - here
+        needed = iterations_needed_after(config.schedule, len(config.candidates), last)
+        wanted_states = (needed & finished) - here
     for iteration in sorted(wanted_states):
         name = states.state_directory(Path(), iteration).as_posix()
         inside = sorted(n for n in files if n.startswith(f"{name}/"))

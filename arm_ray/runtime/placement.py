@@ -295,7 +295,9 @@ def placed_shards(
                 _end(actors)
                 transport = "object_store"
                 actors = _start(specs, runtime, placement, group, transport)
-        nodes = get_results([actor.__ray_call__.remote(_node_id) for actor in actors])
+        nodes = get_results(
+            [actor.__ray_call__.remote(lambda _shard: this_node()) for actor in actors]
+        )
         yield ShardGang(actors, transport, nodes)
     finally:
         leave_transport(actors, transport)
@@ -310,7 +312,8 @@ def _end(actors: Sequence[Any]) -> None:
             ray.kill(actor)
 
 
-def _node_id(_actor: object) -> str:
+def this_node() -> str:
+    """Ray's id of the node that this process is on."""
     return str(ray.get_runtime_context().get_node_id())
 
 

@@ -29,7 +29,7 @@ from arm_ray.errors import PlacementError, ShardLostError
 from arm_ray.runtime.calls import get_results
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.node_files import NodeFiles
-from arm_ray.runtime.placement import ShardGang, node_names
+from arm_ray.runtime.placement import ShardGang, node_names, this_node
 from arm_ray.runtime.run_directory import RunDirectory
 from arm_ray.runtime.scratch import Elsewhere
 from arm_ray.runtime.shard_spec import ShardSpec
@@ -121,7 +121,7 @@ class NodeStorage(StateStorage):
         known_nodes: Iterable[str],
     ) -> None:
         super().__init__(run, inputs, gang, specs)
-        self._home = str(ray.get_runtime_context().get_node_id())
+        self._home = this_node()
         self._settings, self._name = config.runtime, _scratch_name(run, inputs, config)
         self._known_nodes = tuple(known_nodes)
         self._files: dict[str, Any] = {}
@@ -216,26 +216,25 @@ class NodeStorage(StateStorage):
     def discard(self, iteration: int) -> None:
         """Remove a merged state everywhere."""
         super().discard(iteration)
-        for found in self._on_nodes.values():
-            found -= {key for key in found if key[0] == iteration}
-        self._ask("discard", [iteration])
+        self._forget([iteration])
 
     def forget_pruned(self) -> None:
         """Remove from the nodes what is no longer in the run directory."""
         kept = states.state_directories(self._run.path).keys()
-        gone = [t for t in self._known() if t not in kept and t <= self._run.last_iteration]
+        known = sorted({t for found in self._on_nodes.values() for t, _ in found})
+        gone = [t for t in known if t not in kept and t <= self._run.last_iteration]
         if gone:
-            self._ask("discard", gone)
-            for found in self._on_nodes.values():
-                found -= {key for key in found if key[0] in gone}
+            self._forget(gone)
+
+    def _forget(self, iterations: list[int]) -> None:
+        self._ask("discard", iterations)
+        for found in self._on_nodes.values():
+            found -= {key for key in found if key[0] in iterations}
 
     def wrote(self, iteration: int) -> None:
         """Take note that all shards have written their groups of a state."""
         for node, spec in zip(self._gang.nodes, self._specs, strict=True):
             self._on_nodes[node] |= {(iteration, group) for group in spec.groups}
-
-    def _known(self) -> list[int]:
-        return sorted({t for found in self._on_nodes.values() for t, _ in found})
 
     def write_model(self, files: Sequence[states.ExportFile], iteration: int) -> None:
         """Write the final model's weight files from a merged state."""
@@ -336,7 +335,7 @@ def storage_of(
 
 def _blind(run: RunDirectory, gang: ShardGang) -> list[str]:
     """Nodes with shards that do not see the run directory."""
-    home = str(ray.get_runtime_context().get_node_id())
+    home = this_node()
     asked = {node: a for node, a in zip(gang.nodes, gang.actors, strict=True) if node != home}
     if not asked:
         return []

@@ -23,16 +23,12 @@ from torch import Tensor, nn
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.validation import check_second_moments
+from arm_ray.merging.alignment import aligned
 from arm_ray.model.layout import EMBEDDING, ModelLayout, is_layer_tensor
 from arm_ray.runtime.rate import RateLimit
 from arm_ray.schedule import iteration_of
 
 Residency = Literal["device", "host", "disk"]
-
-
-# MKL's products depend on how their operands lie in memory: on whether a tensor was mapped from a
-# file, or kept since it was made. The bits of the result must not.
-_ALIGNMENT_BYTES = 64
 
 
 class WeightStore:
@@ -216,6 +212,5 @@ class WeightStore:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it lies askew in host memory and MKL will multiply by it."""
-    askew = tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT_BYTES != 0
-    return tensor.clone() if askew and tensor.dtype != torch.bfloat16 else tensor
+    """As `aligned`, of what MKL multiplies by: it does not multiply in bfloat16."""
+    return tensor if tensor.dtype == torch.bfloat16 else aligned(tensor)
