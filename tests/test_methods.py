@@ -319,7 +319,7 @@ def test_coefficients_have_the_ranges_of_their_shifts() -> None:
     assert acm.coefficient(values, 9.0, AcmSettings(shift="global")) > 0.9
 
 
-@pytest.mark.usefixtures("shards_in_process")
+@pytest.mark.actors
 def test_a_failed_transfer_is_gone_on_with_by_the_object_store(
     case: MergeCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,17 +331,19 @@ def test_a_failed_transfer_is_gone_on_with_by_the_object_store(
 
     def failing(driver: StreamingDriver, *args: Any) -> Any:
         calls.append(driver._gang.transport)
-        if len(calls) == 3:
+        if len(calls) in (3, 4):
             raise TransportError("hidden states did not reach the next layer shard")
         return finish(driver, *args)
 
     monkeypatch.setattr(StreamingDriver, "_finish", failing)
     config = case.config("runtime.layer_shards=2")
     run(config)
-    assert calls == ["gloo"] * 3 + ["object_store"] * 2
+    # The direct transport is tried once more: perhaps one end of the transfer was lost.
+    assert calls == ["gloo"] * 4 + ["object_store"] * 2
     events = read_events(Path(config.output) / "events.jsonl")
     messages = [e["message"] for e in events if e["event"] == "warning"]
-    [warning] = [message for message in messages if "transport" in message]
+    [lost, warning] = [message for message in messages if "did not reach" in message]
+    assert lost.startswith("a transfer failed (hidden states did not reach the next layer shard)")
     assert warning.startswith("the direct transport failed, going on with the object store")
     for iteration in range(1, 5):
         assert_same_bits(state(config, iteration), state(untroubled, iteration))

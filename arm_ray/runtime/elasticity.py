@@ -140,8 +140,10 @@ class Gangs:
         self._lost_at = self.run.last_iteration
         if self._losses > self.runtime.max_recoveries:
             raise error
+        is_transfer = isinstance(error, TransportError)
+        what = "a transfer failed" if is_transfer else "a layer shard was lost"
         self.warn(
-            f"a layer shard was lost ({error.got}); going on with a new set after iteration "
+            f"{what} ({error.got or error.what}); going on with a new set after iteration "
             f"{self._lost_at} ({self._losses} of {self.runtime.max_recoveries})"
         )
 
