@@ -88,6 +88,7 @@ class ModelScored(Event):
     `canary` empty where all of it was known from before. `canary` are the token ids that the
     weights make of a fixed prompt. `samples` are completions, or held-out samples, that were scored
     in these seconds, and `tokens` those drawn, or of held-out samples those that count.
+    `fetched_bytes` were copied to an engine's node, which did not have the model.
     """
 
     name: ClassVar[str] = "model_scored"
@@ -99,6 +100,7 @@ class ModelScored(Event):
     canary: tuple[int, ...]
     samples: int = 0
     tokens: int = 0
+    fetched_bytes: int = 0
 
 
 @dataclass(frozen=True)

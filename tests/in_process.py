@@ -31,7 +31,7 @@ class _Method:
         return ray.put(self._call(*given))
 
 
-class _Actor:
+class Actor:
     def __init__(self, shard: LayerShard) -> None:
         self._shard = shard
 
@@ -49,5 +49,5 @@ def placed_shards(
 ) -> Iterator[ShardGang]:
     """Stands for `arm_ray.runtime.placement.placed_shards`."""
     home = str(ray.get_runtime_context().get_node_id())
-    actors = [_Actor(LayerShard(spec)) for spec in specs]
+    actors = [Actor(LayerShard(spec)) for spec in specs]
     yield ShardGang(actors, "object_store", [home for _ in specs])

@@ -16,8 +16,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from arm_ray.checkpoints.naming import split_source
 from arm_ray.errors import EvaluationError
 from arm_ray.evaluation.settings import EngineSettings
+from arm_ray.storage.urls import is_url
 
 # Long contexts cost memory for caches that short benchmarks never use.
 _LONGEST_DEFAULT = 8192
@@ -66,6 +68,12 @@ class ModelSource:
     def given(self) -> str:
         """What the weights are of, for people."""
         return self.weights or self.path
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """Where anything of it is; URLs are left out."""
+        given = [split_source(g)[1] for g in (self.weights, self.base) if g and not is_url(g)]
+        return tuple(Path(place) for place in dict.fromkeys([self.path, *given]))
 
 
 @dataclass(frozen=True)
@@ -117,11 +125,19 @@ class Canary:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How a model was taken in."""
+    """How a model was taken in.
+
+    Attributes:
+        version: Of the weights.
+        seconds: That it took.
+        canary: Of the weights.
+        fetched_bytes: What was copied to the engine's node for it.
+    """
 
     version: str
     seconds: float
     canary: Canary
+    fetched_bytes: int = 0
 
 
 class Engine:

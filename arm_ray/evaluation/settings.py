@@ -124,6 +124,8 @@ class GradingSettings:
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
     workers: Annotated[int, Ge(1)] = 1
     """CPU actors that grade, or run code in the sandbox."""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Custom Ray resources, to place the graders on nodes of your choice."""
     limit_s: Annotated[float, Gt(0.0)] = 10.0
     """Longest time for one answer of a math problem; what takes longer is wrong."""
     timeout_s: Annotated[float, Gt(0.0)] = 3600.0

@@ -13,6 +13,7 @@ from arm_ray.config import (
     LocalStr,
     MergeConfig,
     PositiveInt,
+    RuntimeConfig,
     Section,
     TrackingConfig,
     parse_merge_config,
@@ -117,6 +118,11 @@ class AttachConfig(Section):
     output: LocalStr | None = None
     """Directory of snapshots, merges and records; null: `work/` in `publish.dir`. On the trainer's
     file system snapshots are links, and take no room."""
+
+    @property
+    def merge_runtime(self) -> RuntimeConfig:
+        """Where and how the merges run."""
+        return RuntimeConfig.model_validate((self.merge.model_extra or {}).get("runtime") or {})
 
     @property
     def work(self) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.selection import Criterion
@@ -16,6 +17,7 @@ from arm_ray.evaluation.tasks import Task
 from arm_ray.events import EventLog
 from arm_ray.following.config import SharingConfig
 from arm_ray.report.scores import paired_results, scores_as_json
+from arm_ray.runtime.model_copies import copies_of
 from arm_ray.runtime.scoring import ScoringService, ScoringWork, Subject, scoring_service
 from arm_ray.runtime.state_scoring import flat_means, scored_event, scored_line
 
@@ -29,6 +31,7 @@ class ArrivalScoring:
         tasks: What models are scored on.
         criterion: What they are compared by; None: nothing.
         directory: Where results go and are found again.
+        runtime: Of the merges.
         events: Where scored models are written down.
         say: Called with a line for people.
     """
@@ -40,11 +43,12 @@ class ArrivalScoring:
         tasks: Sequence[Task],
         criterion: Criterion | None,
         directory: Path,
+        runtime: RuntimeConfig,
         events: EventLog,
         say: Callable[[str], None],
     ) -> None:
         self._settings, self._sharing, self._tasks = settings, sharing, tasks
-        self._criterion, self._directory = criterion, directory
+        self._criterion, self._directory, self._runtime = criterion, directory, runtime
         self._events, self._say = events, say
         self._service: ScoringService | None = None
         self._stack = contextlib.ExitStack()
@@ -126,7 +130,15 @@ class ArrivalScoring:
             self._say(scored_line(subject.name, scores, work.seconds))
 
         settings = dataclasses.replace(self._settings, engine=engine)
-        service = scoring_service(settings, self._tasks, self._directory, first, self._say, wrote)
+        service = scoring_service(
+            settings,
+            self._tasks,
+            self._directory,
+            first,
+            self._say,
+            wrote,
+            copies_of(self._runtime, self._directory),
+        )
         self._service = self._stack.enter_context(service)
 
 

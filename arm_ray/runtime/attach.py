@@ -133,6 +133,7 @@ def attach(
                     tasks,
                     criterion,
                     work / "scores",
+                    config.merge_runtime,
                     events,
                     say,
                 )

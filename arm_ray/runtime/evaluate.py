@@ -19,6 +19,7 @@ from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.events import EventLog
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.report.trackers import check_installed
+from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.output import results_at
 from arm_ray.runtime.placement import in_submitted_job, ray_session
 from arm_ray.runtime.progress import duration
@@ -96,8 +97,10 @@ def evaluate(
             parameters=config.model_dump(mode="json", exclude={"tracking"}),
         ),
     ):
-        first = subjects[0]
-        with scoring_service(config.evaluation, tasks, output, first, told, wrote) as service:
+        first, copies = subjects[0], CopiesOnNodes(None, output)
+        with scoring_service(
+            config.evaluation, tasks, output, first, told, wrote, copies
+        ) as service:
             for subject in subjects:
                 service.submit(subject)
             try:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from arm_ray.errors import ArmRayError, PlacementError, WorkerError
@@ -23,6 +28,7 @@ from arm_ray.evaluation.engine import (
 )
 from arm_ray.evaluation.graders import Grader
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
+from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.placement import cluster_has, format_resources
 from arm_ray.storage.mirror import present
 
@@ -68,7 +74,8 @@ def evaluator_resources(settings: EvaluationSettings, gpus_in_cluster: float) ->
     wanted = {"CPU": float(engine.cpus_per_engine), **engine.resources}
     if gpus:
         wanted["GPU"] = float(gpus)
-    return EvaluatorResources(wanted, engine.replicas, {"CPU": 1.0}, settings.grading.workers)
+    grader = {"CPU": 1.0, **settings.grading.resources}
+    return EvaluatorResources(wanted, engine.replicas, grader, settings.grading.workers)
 
 
 class EngineActor:
@@ -78,10 +85,14 @@ class EngineActor:
         model: Directory that it is started with.
         tokenizer: Directory of the tokenizer.
         settings: Of the engine.
+        copies: `ModelCopies` of its node; None where it sees the driver's files.
     """
 
-    def __init__(self, model: str, tokenizer: str, settings: EngineSettings) -> None:
+    def __init__(
+        self, model: str, tokenizer: str, settings: EngineSettings, copies: Any = None
+    ) -> None:
         self._arguments = (model, tokenizer, settings)
+        self._copies = copies
         self._engine: Engine | None = None
 
     def ready(self) -> float:
@@ -89,9 +100,17 @@ class EngineActor:
         return self._started.start_seconds
 
     def load(self, source: ModelSource, version: str) -> LoadReport:
-        """See `Engine.load`."""
-        present(source.path)
-        return self._started.load(source, version)
+        """See `Engine.load`. A model that is not on this node is copied first."""
+        started = time.monotonic()
+        for place in source.directories:
+            # Of a model at a URL, what describes it is copied to this node.
+            present(place)
+        fetched_bytes = 0
+        if self._copies is not None:
+            [placed] = results([self._copies.place.remote(source)])
+            source, fetched_bytes = placed.source, placed.fetched_bytes
+        report = self._started.load(source, version)
+        return replace(report, seconds=time.monotonic() - started, fetched_bytes=fetched_bytes)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.generate`."""
@@ -106,10 +125,13 @@ class EngineActor:
     @property
     def _started(self) -> Engine:
         if self._engine is None:
-            for directory in self._arguments[:2]:
-                # Of a model at a URL, its configuration and tokenizer are copied to this node.
-                present(directory)
-            self._engine = Engine(*self._arguments)
+            model, tokenizer, settings = self._arguments
+            present(model)
+            present(tokenizer)
+            if self._copies is not None:
+                [placed] = results([self._copies.describe.remote(model, tokenizer)])
+                model, tokenizer = placed.source.path, placed.tokenizer
+            self._engine = Engine(model, tokenizer, settings)
         return self._engine
 
 
@@ -117,9 +139,14 @@ class EvaluatorGang:
     """Engines and graders, placed; a lost one is replaced in its own place."""
 
     def __init__(
-        self, settings: EvaluationSettings, resources: EvaluatorResources, group: Any
+        self,
+        settings: EvaluationSettings,
+        resources: EvaluatorResources,
+        group: Any,
+        copies: CopiesOnNodes,
     ) -> None:
         self._settings, self._resources, self._group = settings, resources, group
+        self._copies = copies
         self.engines: list[Any] = [None] * resources.replicas
         self.graders: list[Any] = [None] * resources.graders
         self._is_closed = False
@@ -128,6 +155,10 @@ class EvaluatorGang:
         """Place an engine, instead of the one that may be in this place; `ready` starts it."""
         self._check_open()
         self._kill(self.engines[index])
+        # A place that was lost with its node comes up again on another one.
+        if not self._group.wait(self._settings.engine.placement_timeout_s):
+            raise _not_placed(self._settings, self._resources)
+        node = placement_group_table(self._group)["bundles_to_node_id"][index]
         threads = str(self._settings.engine.cpus_per_engine)
         env = {
             **ENVIRONMENT,
@@ -146,7 +177,7 @@ class EvaluatorGang:
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=index
             ),
-        ).remote(model, tokenizer, self._settings.engine)
+        ).remote(model, tokenizer, self._settings.engine, self._copies.on(node))
         return self.engines[index]
 
     def start_grader(self, index: int) -> Any:
@@ -171,6 +202,7 @@ class EvaluatorGang:
                     ray.get(grader.close.remote(), timeout=10)
         for actor in [*self.engines, *self.graders]:
             self._kill(actor)
+        self._copies.close()
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -185,7 +217,11 @@ class EvaluatorGang:
 
 @contextlib.contextmanager
 def placed_evaluators(
-    settings: EvaluationSettings, model: str, tokenizer: str, runs_code: bool
+    settings: EvaluationSettings,
+    model: str,
+    tokenizer: str,
+    runs_code: bool,
+    copies: CopiesOnNodes,
 ) -> Iterator[EvaluatorGang]:
     """Have the engines and graders run; they end with the context.
 
@@ -194,6 +230,7 @@ def placed_evaluators(
         model: Directory that the engines are started with.
         tokenizer: Directory of the tokenizer.
         runs_code: Whether graders must be able to isolate code.
+        copies: For engines on nodes that do not see the models; closed at the end.
 
     Raises:
         PlacementError: The cluster does not give the resources in time; says what was asked and
@@ -203,7 +240,7 @@ def placed_evaluators(
     resources = evaluator_resources(settings, ray.cluster_resources().get("GPU", 0.0))
     bundles = [resources.engine] * resources.replicas + [resources.grader] * resources.graders
     group = placement_group(bundles, strategy="PACK")
-    gang = EvaluatorGang(settings, resources, group)
+    gang = EvaluatorGang(settings, resources, group, copies)
     try:
         if not group.wait(settings.engine.placement_timeout_s):
             raise _not_placed(settings, resources)
@@ -264,5 +301,5 @@ def _not_placed(settings: EvaluationSettings, resources: EvaluatorResources) -> 
         f"engines, {resources.graders} times {format_resources(resources.grader)} for the graders",
         hint="use fewer evaluation.engine.replicas, a fraction of a GPU "
         "(evaluation.engine.gpus_per_engine), or nodes of their own "
-        "(evaluation.engine.resources)",
+        "(evaluation.engine.resources, evaluation.grading.resources)",
     )

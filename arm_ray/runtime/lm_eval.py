@@ -27,6 +27,7 @@ from arm_ray.events import EventLog, ModelScored
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.evaluate import CONFIG_NAME, _opened, _subject
 from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators, results
+from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.output import results_at
 from arm_ray.runtime.placement import in_submitted_job, ray_session
 from arm_ray.runtime.progress import duration
@@ -145,7 +146,11 @@ def evaluate_lm_eval(
         ):
             first = missing[0]
             with placed_evaluators(
-                run.settings, first.source.path, first.tokenizer, runs_code=False
+                run.settings,
+                first.source.path,
+                first.tokenizer,
+                runs_code=False,
+                copies=CopiesOnNodes(None, output),
             ) as gang:
                 engine = _OneEngine(gang, first, told)
                 for subject in missing:

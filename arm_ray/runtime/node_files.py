@@ -1,4 +1,4 @@
-"""One node's files, for the shards and the driver on other nodes.
+"""One node's files, for the shards, the engines and the driver on other nodes.
 
 Only where nodes do not share storage. There is one such actor on each node that takes part, without
 CPUs of its own: what it hands out travels through Ray's object store.
@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from arm_ray.checkpoints import states
 from arm_ray.config import scratch_path
+from arm_ray.storage.store import StoredFile
 
 # Of one message: large enough for the network, small enough for an object store in use.
 CHUNK_BYTES = 64 << 20
@@ -43,6 +45,19 @@ class NodeFiles:
     def ready(self) -> Path:
         """Answer once the actor runs: the run's scratch directory on this node."""
         return self._run
+
+    def listing(self, directory: Path, recursive: bool) -> dict[str, StoredFile]:
+        """Name -> file, of a directory; empty where there is none."""
+        found = {}
+        for file in sorted(directory.rglob("*") if recursive else directory.glob("*")):
+            # A trainer may just be removing it.
+            with contextlib.suppress(OSError):
+                status = file.stat()
+                if S_ISREG(status.st_mode):
+                    name = file.relative_to(directory).as_posix()
+                    time_ns = status.st_mtime_ns
+                    found[name] = StoredFile(status.st_size, str(time_ns), time_ns)
+        return found
 
     def size(self, file: Path) -> int:
         """Bytes of a file."""

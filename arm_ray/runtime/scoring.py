@@ -50,6 +50,7 @@ from arm_ray.evaluation.records import Record, TaskScores
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import Task
 from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators, results
+from arm_ray.runtime.model_copies import CopiesOnNodes
 
 _ATTEMPTS = 3
 _POLL_S = 0.5
@@ -414,6 +415,9 @@ class ScoringService:
                     raise
                 self._told(f"{subject.name}: reloading failed, starting the engine anew")
                 self._restart(index, subject)
+        if report.fetched_bytes:
+            size = f"{report.fetched_bytes / 1e6:,.1f} MB"
+            self._told(f"{subject.name}: {size} copied to the node of an engine")
         self._reports[subject.name] = report
         self._loaded[index] = subject.name
 
@@ -594,10 +598,12 @@ def scoring_service(
     first: Subject,
     told: Callable[[str], None],
     wrote: Callable[[Subject, Mapping[str, TaskScores], ScoringWork], None],
+    copies: CopiesOnNodes,
 ) -> Iterator[ScoringService]:
     """Place the evaluators and have the service run; all of it ends with the context.
 
-    The engines are started with the model `first`; it is not submitted.
+    The engines are started with the model `first`; it is not submitted. `copies` is for engines on
+    nodes that do not see the models.
 
     Raises:
         PlacementError: The cluster has no room for the evaluators.
@@ -608,7 +614,7 @@ def scoring_service(
     # Decided once: an engine that is started anew, with another model, computes in the same dtype.
     engine = replace(settings.engine, dtype=compute_dtype(model, settings.engine))
     settings = replace(settings, engine=engine)
-    with placed_evaluators(settings, model, first.tokenizer, runs_code) as gang:
+    with placed_evaluators(settings, model, first.tokenizer, runs_code, copies) as gang:
         service = ScoringService(
             settings, tasks, directory, gang, model, first.tokenizer, told, wrote
         )

@@ -9,7 +9,7 @@ import contextlib
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,21 @@ class Elsewhere:
 
 def sees(file: Path, content: str) -> bool:
     """Whether a file that another node has written is here too."""
+
+    def is_here() -> bool:
+        with contextlib.suppress(OSError):
+            return file.read_text(encoding="utf-8") == content
+        return False
+
+    return sighted(is_here)
+
+
+def sighted(is_here: Callable[[], bool]) -> bool:
+    """Whether something is here, or becomes visible in a moment."""
     # Network file systems show a new file to other nodes a little later.
     for _ in range(_SIGHTINGS):
-        with contextlib.suppress(OSError):
-            if file.read_text(encoding="utf-8") == content:
-                return True
+        if is_here():
+            return True
         time.sleep(_SIGHTING_S)
     return False
 

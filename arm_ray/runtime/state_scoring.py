@@ -28,6 +28,7 @@ from arm_ray.events import ModelScored, Warned
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.runtime.evaluator import evaluator_resources
 from arm_ray.runtime.inputs import MergeInputs
+from arm_ray.runtime.model_copies import copies_of
 from arm_ray.runtime.run_directory import RunDirectory
 from arm_ray.runtime.scoring import (
     ScoringService,
@@ -278,7 +279,9 @@ def state_scoring(
         told(scored_line(subject.name, scores, work.seconds))
 
     base = checkpoint_subject(inputs, BASE)
-    with scoring_service(settings, tasks, run.path / DIRECTORY, base, told, wrote) as service:
+    directory = run.path / DIRECTORY
+    copies = copies_of(config.runtime, directory)
+    with scoring_service(settings, tasks, directory, base, told, wrote, copies) as service:
         scoring = StateScoring(config, inputs, run, service, criterion, told)
         scoring.start()
         yield scoring
@@ -337,6 +340,7 @@ def scored_event(
         () if report is None else report.canary.token_ids,
         work.samples,
         work.tokens,
+        0 if report is None else report.fetched_bytes,
     )
 
 

@@ -1,7 +1,8 @@
 """Three hosts on this machine: network namespaces with addresses and directories of their own.
 
-Each is a Ray node of one CPU. `Hosts.own` is another directory on each of them, under one path, and
-so is `/tmp/ray`; everything else they share, as containers of one machine do.
+Each is a Ray node of one CPU, the last of two and of a resource `engine`. `Hosts.own` is another
+directory on each of them, under one path, and so is `/tmp/ray`; everything else they share, as
+containers of one machine do.
 """
 
 from __future__ import annotations
@@ -119,7 +120,11 @@ class Hosts:
             where += ["--disable-usage-stats"]
             if host:
                 where = [f"--address={self.ray_address}"]
-            options = [f"--node-ip-address={self.address(host)}", "--num-cpus=1", "--block"]
+            is_last = host == COUNT - 1
+            options = [f"--node-ip-address={self.address(host)}", "--block"]
+            options += (
+                ["--num-cpus=2", '--resources={"engine": 2}'] if is_last else ["--num-cpus=1"]
+            )
             options += ["--object-store-memory=200000000"]
             with self.log(host).open("w") as log:
                 self._nodes.append(self.start(host, ["ray", "start", *where, *options], log))

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ import pytest
 import yaml
 from rich.console import Console
 
-from arm_ray.config import parse_merge_config
+from arm_ray.checkpoints.huggingface import open_checkpoint
+from arm_ray.config import EvaluateConfig, parse_merge_config, validate
 from arm_ray.events import read_events
 from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.plan import make_plan
+from arm_ray.runtime.evaluate import evaluate
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge import merge
+from arm_ray.schedule import state_name
 from tests.cluster.namespaces import COUNT, Hosts, three_hosts, why_not
-from tests.conftest import WORDS, MergeCase
+from tests.conftest import SERVED, WORDS, MergeCase
 from tests.test_merge import assert_same_bits, load_all
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256}
@@ -121,6 +125,61 @@ def test_the_bytes_that_cross_are_those_of_the_plan(merges: Merges, alone: Path)
     assert after - before >= sum(counted)
     # Weights stay where they are.
     assert [event["fetched_bytes"] for event in done] == [0] * len(done)
+
+
+def test_engines_on_a_host_that_has_no_models(merges: Merges, local_ray: None) -> None:
+    hosts = merges.hosts
+    case = MergeCase(hosts.roots[0] / "served")
+    case.root.mkdir()
+    case.make("smollm2", sizes=SERVED)
+    rows = [{"question": f"{i} red apples and", "answer": str(i)} for i in range(4)]
+    questions = case.root / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation: dict[str, Any] = {
+        "tasks": [
+            {"name": "held", "type": "loss", "path": str(case.root / "calibration.jsonl")},
+            {
+                "name": "boxed",
+                "type": "questions",
+                "path": str(questions),
+                "temperature": 0.0,
+                "max_tokens": 6,
+            },
+        ],
+        "engine": {"kv_cache_gb": 0.05, "max_model_len": 64, "dtype": "float32"},
+        "resamples": 200,
+    }
+    on_the_last = {"resources": {"engine": 1}}
+    there = {"engine": {**evaluation["engine"], **on_the_last}, "grading": on_the_last}
+    content = case.content("scored")
+    content["evaluation"] = {**evaluation, **there, "base": True}
+    content["runtime"] |= {"layer_shards": 2, "scratch": str(hosts.own / "scratch")}
+    as_seen = json.dumps(content).replace(str(hosts.roots[0]), str(hosts.own))
+    told = ended_well(merges.start(json.loads(as_seen)))
+    run = case.root / "scored"
+    scored = [e for e in read_events(run / "events.jsonl") if e["event"] == "model_scored"]
+    assert [event["model"] for event in scored] == ["base", *map(state_name, range(1, 5))]
+    # The engine's host has none of them: each came to it once, and nothing is left there.
+    weights = sum(t.num_bytes for t in open_checkpoint(case.root / "base").tensors.values())
+    assert all(weights < event["fetched_bytes"] < 2 * weights for event in scored)
+    assert "state-0004: " in told
+    assert "copied to the node of an engine" in told
+    assert not any(root.joinpath("scratch").exists() for root in hosts.roots)
+
+    # The same numbers as where the engine has the files.
+    config = {
+        "models": {"base": str(case.root / "base"), "last": str(run / "model")},
+        "output": str(case.root / "again"),
+        "evaluation": evaluation,
+    }
+    again = evaluate(validate(EvaluateConfig, config, source="test"), console=Console(quiet=True))
+    events = read_events(case.root / "again" / "events.jsonl")
+    assert [e["fetched_bytes"] for e in events if e["event"] == "model_scored"] == [0, 0]
+    table = json.loads((run / "evaluation" / "scores.json").read_text())["models"]
+    for ours, theirs in (("base", "base"), ("last", "state-0004")):
+        for task, found in again[ours].items():
+            metrics = table[theirs]["tasks"][task]["metrics"]
+            assert {n: asdict(value) for n, value in found.metrics.items()} == metrics
 
 
 def test_without_common_storage_and_with_a_node_cut_off(merges: Merges, alone: Path) -> None:
