@@ -476,11 +476,11 @@ def test_shards_are_scored_over_a_base_that_is_named(shards: Path) -> None:
     base, bare = str(shards / "base-tied"), str(shards / "dcp-tied" / "checkpoint-3")
     given = {"models": {"dcp": bare}, "output": "x", "evaluation": {"tasks": ["gsm8k"]}}
     config = validate(EvaluateConfig, {**given, "adapter_base": base}, source="x")
-    subject = evaluate._subject("dcp", bare, config)
+    subject = evaluate.subject_of("dcp", bare, config)
     assert (subject.source.path, subject.source.weights) == (base, f"dcp:{bare}")
     assert subject.tokenizer == base
     with pytest.raises(NotACheckpointError, match="dcp: the checkpoint has no configuration"):
-        evaluate._subject("dcp", bare, validate(EvaluateConfig, given, source="x"))
+        evaluate.subject_of("dcp", bare, validate(EvaluateConfig, given, source="x"))
 
 
 def inspected(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.config import EvaluateConfig
 from arm_ray.errors import ArmRayError, ConfigError, EvaluationError
 from arm_ray.evaluation.records import TaskScores
+from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.events import EventLog
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
@@ -61,18 +63,11 @@ def evaluate(
             return evaluate(at_disk, address=address, console=console)
     console = console or Console(stderr=True)
     started = time.monotonic()
-    output = Path(config.output).expanduser()
-    if in_submitted_job() and not output.is_absolute():
-        raise ConfigError(
-            "the output of a submitted job is a relative path",
-            where="output",
-            got=config.output,
-            expected="an absolute path, on storage that outlives the job",
-        )
+    output = output_of(config)
     check_installed(config.tracking)
     tasks = load_tasks(config.evaluation)
-    subjects = [_subject(name, given, config) for name, given in config.models.items()]
-    output = _opened(output, config)
+    subjects = [subject_of(name, given, config) for name, given in config.models.items()]
+    output = open_output(output, config)
     events = EventLog(output / "events.jsonl")
 
     def told(line: str) -> None:
@@ -84,19 +79,7 @@ def evaluate(
 
     sizes = ", ".join(f"{t.name} ({len(t.problems)} x {t.repeats})" for t in tasks)
     told(f"scoring {len(subjects)} model(s) on {sizes}")
-    slots = 1 + local_evaluator_slots(config.evaluation)
-    with (
-        locked(output, "evaluation"),
-        ray_session(address, slots, {"job": "evaluate", "output": str(output)}),
-        telemetry(
-            events,
-            config.tracking,
-            output,
-            config.tracking.run or output.name,
-            told,
-            parameters=config.model_dump(mode="json", exclude={"tracking"}),
-        ),
-    ):
+    with evaluation_session(config, config.evaluation, output, events, address, told):
         first, copies = subjects[0], CopiesOnNodes(None, output)
         with scoring_service(
             config.evaluation, tasks, output, first, told, wrote, copies
@@ -116,8 +99,52 @@ def evaluate(
     return scores
 
 
-def _subject(name: str, given: str, config: EvaluateConfig) -> Subject:
-    """Check a model and say where its weights and tokenizer are."""
+@contextlib.contextmanager
+def evaluation_session(
+    config: EvaluateConfig,
+    settings: EvaluationSettings,
+    output: Path,
+    events: EventLog,
+    address: str | None,
+    told: Callable[[str], None],
+) -> Iterator[None]:
+    """Have the output to oneself, Ray at hand, and the run's numbers told to who wants them.
+
+    Args:
+        config: Of the evaluation.
+        settings: What is reserved in a Ray that is started here.
+        output: The output directory.
+        events: The run's events.
+        address: As for `evaluate`.
+        told: Called with a line for people.
+    """
+    slots = 1 + local_evaluator_slots(settings)
+    with (
+        locked(output, "evaluation"),
+        ray_session(address, slots, {"job": "evaluate", "output": str(output)}),
+        telemetry(
+            events,
+            config.tracking,
+            output,
+            config.tracking.run or output.name,
+            told,
+            parameters=config.model_dump(mode="json", exclude={"tracking"}),
+        ),
+    ):
+        yield
+
+
+def subject_of(name: str, given: str, config: EvaluateConfig) -> Subject:
+    """Check a model and say where its weights and tokenizer are.
+
+    Args:
+        name: Of the model in results.
+        given: Its path, hub id or URL.
+        config: Of the evaluation.
+
+    Raises:
+        ArmRayError: The name or the model cannot be used.
+    """
     if not name or "/" in name or name.startswith("."):
         raise ConfigError(
             "a model's name is used for a directory",
@@ -169,8 +196,29 @@ def _tokenizer(name: str, base: Path, path: Path, config: EvaluateConfig) -> Pat
     )
 
 
-def _opened(output: Path, config: EvaluateConfig) -> Path:
-    """Make the directory of the results, unless it holds something else."""
+def output_of(config: EvaluateConfig) -> Path:
+    """Where the results go.
+
+    Raises:
+        ConfigError: The output of a submitted job is a relative path.
+    """
+    output = Path(config.output).expanduser()
+    if in_submitted_job() and not output.is_absolute():
+        raise ConfigError(
+            "the output of a submitted job is a relative path",
+            where="output",
+            got=config.output,
+            expected="an absolute path, on storage that outlives the job",
+        )
+    return output
+
+
+def open_output(output: Path, config: EvaluateConfig) -> Path:
+    """Make the directory of the results, unless it holds something else.
+
+    Raises:
+        ConfigError: It does, or cannot be written.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
         if any(output.iterdir()) and not (output / CONFIG_NAME).is_file():

@@ -19,22 +19,24 @@ from rich.table import Table
 from arm_ray.calibration.tokens import load_tokenizer
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.config import EvaluateConfig
-from arm_ray.errors import ArmRayError, ConfigError, EvaluationError, WorkerError
+from arm_ray.errors import ArmRayError, EvaluationError, WorkerError
 from arm_ray.evaluation.encode import uses_chat
 from arm_ray.evaluation.engine import _LONGEST_DEFAULT, Completion, LoadReport, Request
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.events import EventLog, ModelScored
 from arm_ray.report.trackers import check_installed
-from arm_ray.runtime.evaluate import CONFIG_NAME, _opened, _subject
+from arm_ray.runtime.evaluate import (
+    CONFIG_NAME,
+    evaluation_session,
+    open_output,
+    output_of,
+    subject_of,
+)
 from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators, results
 from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.output import results_at
-from arm_ray.runtime.placement import in_submitted_job, ray_session
 from arm_ray.runtime.progress import duration
-from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.scoring import Subject, architecture, vllm_version
-from arm_ray.runtime.state_scoring import local_evaluator_slots
-from arm_ray.runtime.telemetry import telemetry
 from arm_ray.storage.urls import is_url
 
 if TYPE_CHECKING:
@@ -114,11 +116,14 @@ def evaluate_lm_eval(
     tasks = tasks or open_lm_eval(options)
     for note in tasks.notes:
         told(note)
-    subjects = [_subject(name, given, config) for name, given in config.models.items()]
+    subjects = [subject_of(name, given, config) for name, given in config.models.items()]
     if options.apply_chat_template:
         for subject in subjects:
             uses_chat(load_tokenizer(subject.tokenizer), "on", subject.name)
-    output = _output(config)
+    output = output_of(config)
+    # What an evaluation on our own tasks has written there says more than we know here.
+    has_config = (output / CONFIG_NAME).is_file()
+    output = output.resolve() if has_config else open_output(output, config)
     check_installed(config.tracking)
     events = EventLog(output / "events.jsonl")
     run = _Run(config.evaluation, options, tasks, output, events, told)
@@ -131,19 +136,7 @@ def evaluate_lm_eval(
     missing = [subject for subject in subjects if subject.name not in scored]
     failures: list[ArmRayError] = []
     if missing:
-        slots = 1 + local_evaluator_slots(run.settings)
-        with (
-            locked(output, "evaluation"),
-            ray_session(address, slots, {"job": "evaluate", "output": str(output)}),
-            telemetry(
-                events,
-                config.tracking,
-                output,
-                config.tracking.run or output.name,
-                told,
-                parameters=config.model_dump(mode="json", exclude={"tracking"}),
-            ),
-        ):
+        with evaluation_session(config, run.settings, output, events, address, told):
             first = missing[0]
             with placed_evaluators(
                 run.settings,
@@ -478,19 +471,6 @@ def open_lm_eval(options: LmEvalOptions) -> OpenTasks:
             hint="pip install arm-ray[lm-eval]",
         ) from None
     return open_tasks(options.tasks, options.include_path, options.num_fewshot)
-
-
-def _output(config: EvaluateConfig) -> Path:
-    output = Path(config.output).expanduser()
-    if in_submitted_job() and not output.is_absolute():
-        raise ConfigError(
-            "the output of a submitted job is a relative path",
-            where="output",
-            got=config.output,
-            expected="an absolute path, on storage that outlives the job",
-        )
-    # What an evaluation on our own tasks has written there says more than we know here.
-    return output.resolve() if (output / CONFIG_NAME).is_file() else _opened(output, config)
 
 
 def _kind(subject: Subject) -> str:
