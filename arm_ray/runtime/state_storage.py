@@ -14,7 +14,7 @@ import hashlib
 import json
 import socket
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,10 @@ class NodeStorage(StateStorage):
     ) -> None:
         super().__init__(run, inputs, gang, specs)
         self._home = this_node()
-        self._settings, self._name = config.runtime, _scratch_name(run, inputs, config)
+        # Taken once: at the end an input may be gone.
+        self._fingerprints = inputs.fingerprints
+        self._settings = config.runtime
+        self._name = _scratch_name(run, self._fingerprints, config)
         self._known_nodes = tuple(known_nodes)
         self._files: dict[str, Any] = {}
         self._roots: dict[str, Path] = {}
@@ -144,9 +147,9 @@ class NodeStorage(StateStorage):
             }
             actor_class: Any = ray.remote(**options)(NodeFiles)
             self._files[node] = actor_class.remote(self._settings.scratch, self._name)
-        origin, digests = self._files[self._home], self._inputs.fingerprints
+        origin, known = self._files[self._home], self._fingerprints
         self._roots = self._ask("ready")
-        get_results([a.use_scratch.remote(self._name, origin, digests) for a in self._gang.actors])
+        get_results([a.use_scratch.remote(self._name, origin, known) for a in self._gang.actors])
         self._on_nodes = self._ask("groups")
 
     def _ask(self, method: str, *arguments: object) -> dict[str, Any]:
@@ -262,15 +265,15 @@ class NodeStorage(StateStorage):
         """Let go of what belongs to the gang; of a complete run, of all that is on the nodes."""
         with contextlib.suppress(RayError):
             if is_complete:
-                self._ask("remove", list(self._inputs.fingerprints.values()))
+                self._ask("remove", list(self._fingerprints.values()))
         for files in self._files.values():
             with contextlib.suppress(RayError):
                 ray.kill(files)
 
 
-def _scratch_name(run: RunDirectory, inputs: MergeInputs, config: MergeConfig) -> str:
+def _scratch_name(run: RunDirectory, fingerprints: Mapping[str, str], config: MergeConfig) -> str:
     """The run's directory on each node: of this run, its settings and its inputs alone."""
-    content = [run.id, state_settings(config), config.runtime.layers_per_group, inputs.fingerprints]
+    content = [run.id, state_settings(config), config.runtime.layers_per_group, fingerprints]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 
 
