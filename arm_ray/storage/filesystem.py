@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +13,8 @@ from arm_ray.errors import StorageError
 from arm_ray.storage.urls import Url
 
 _PACKAGES = {"s3": "pyarrow", "gs": "pyarrow", "hf": "huggingface_hub"}
+# By itself the client tries for a quarter of an hour, also where there are no credentials.
+_GCS_RETRIES = timedelta(minutes=2)
 # What settles the file system of a URL beside the URL: a process may change it.
 _VARIABLES = (
     "AWS_ENDPOINT_URL_S3",
@@ -80,8 +83,8 @@ def _s3(fs: Any, bucket: str) -> Any:
 def _gcs(fs: Any) -> Any:
     endpoint = os.environ.get("STORAGE_EMULATOR_HOST")
     if not endpoint:
-        return fs.GcsFileSystem()
-    return fs.GcsFileSystem(anonymous=True, **_endpoint(endpoint))
+        return fs.GcsFileSystem(retry_time_limit=_GCS_RETRIES)
+    return fs.GcsFileSystem(anonymous=True, retry_time_limit=_GCS_RETRIES, **_endpoint(endpoint))
 
 
 def _endpoint(given: str) -> dict[str, Any]:

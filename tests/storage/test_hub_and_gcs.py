@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,33 +86,6 @@ def test_a_model_of_the_hub_is_read_by_range(hub: type[_Hub], tmp_path: Path) ->
     assert not list((tmp_path / "scratch").rglob("*.safetensors"))
     with pytest.raises(NoSuchObjectError, match="repository not found"):
         Store("hf://owner/none").files()
-
-
-@pytest.fixture
-def gcs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    program = shutil.which("gcp-storage-emulator", path=os.path.dirname(sys.executable))
-    if program is None:
-        pytest.skip("needs gcp-storage-emulator")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [program, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory"]
-    with subprocess.Popen(
-        [*arguments, "--default-bucket=bucket"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=tmp_path,
-    ) as process:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-        try:
-            for _ in range(300):
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.1)
-            yield "gs://bucket"
-        finally:
-            process.kill()
 
 
 def test_files_of_google_cloud_storage(gcs: str, tmp_path: Path) -> None:

@@ -186,3 +186,18 @@ def test_bad_places_are_told_before_anything_starts(remote: Remote) -> None:
     with pytest.raises(StorageError, match="read only"):
         remote.merge("output=hf://owner/name")
     assert not states.state_directories(remote.scratch / "runs")
+
+
+def test_a_merge_at_google_cloud_storage(
+    on_disk: MergeCase, gcs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arm_ray.runtime.upload.PAUSES_S", (0.0, 0.0))
+    remote = Remote(on_disk, gcs, tmp_path)
+    # Ray's workers, which read the calibration data, do not know the emulator.
+    given = ("keep_states=last", f"calibration.path={on_disk.root / 'calibration.jsonl'}")
+    remote.merge(*given, stop_after=3)
+    assert kept(remote.url) == {"0002", "0003"}
+    shutil.rmtree(remote.scratch)
+    assert remote.merge(*given).iterations == 4
+    for name in ("states/0004", "model"):
+        remote.assert_same(name)
