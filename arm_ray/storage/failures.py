@@ -22,7 +22,9 @@ _DENIED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_SIGNATURE|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT"
     r"|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION|EXPIRED_TOKEN|INVALID_TOKEN|TOKEN_REFRESH"
     r"|PermissionDenied|PERMISSION_DENIED|Unauthenticated|UNAUTHENTICATED"
-    r"|HTTP status 40[13]|\b40[13] (Client Error|Forbidden|Unauthorized)|Gated|credentials",
+    r"|HTTP status 40[13]|\b40[13] (Client Error|Forbidden|Unauthorized)|Gated|credentials"
+    # What Google's client says on a machine without any.
+    r"|OAuth2 access token",
     re.I,
 )
 _HOW = {

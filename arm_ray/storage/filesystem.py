@@ -14,7 +14,7 @@ from arm_ray.storage.urls import Url
 
 _PACKAGES = {"s3": "pyarrow", "gs": "pyarrow", "hf": "huggingface_hub"}
 # By itself the client tries for a quarter of an hour, also where there are no credentials.
-_GCS_RETRIES = timedelta(minutes=2)
+_GCS_RETRIES = timedelta(seconds=30)
 # What settles the file system of a URL beside the URL: a process may change it.
 _VARIABLES = (
     "AWS_ENDPOINT_URL_S3",

@@ -6,13 +6,15 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from arm_ray.checkpoints.formats import open_given
-from arm_ray.errors import NoSuchObjectError
+from arm_ray.errors import NoSuchObjectError, StorageAccessError
+from arm_ray.storage import filesystem
 from arm_ray.storage.store import Store
 from tests.conftest import save, tiny_model
 
@@ -108,3 +110,17 @@ def test_files_of_google_cloud_storage(gcs: str, tmp_path: Path) -> None:
         Store("gs://none-of-that-name/x").files()
     store.remove(["a.txt", "deep/b.txt.gz", "none"])
     assert store.files(recursive=True) == {}
+
+
+def test_a_machine_without_credentials_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # No service account of the machine answers.
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
+    monkeypatch.setattr(filesystem, "_GCS_RETRIES", timedelta(seconds=1))
+    with pytest.raises(StorageAccessError, match="no credentials were found") as caught:
+        Store("gs://bucket-of-nobody/x").files()
+    assert "gcloud auth application-default login" in str(caught.value)
