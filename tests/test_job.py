@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
+import shutil
 import subprocess
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
@@ -24,7 +27,7 @@ from tests.cluster.common import (
     processes_with,
     submit,
 )
-from tests.conftest import SERVED, MergeCase
+from tests.conftest import ROOT, SERVED, MergeCase
 from tests.test_pipeline import content as pipeline_content
 
 pytestmark = pytest.mark.slow
@@ -70,6 +73,21 @@ def test_a_local_ray_starts_by_itself_and_is_gone_afterwards(
     assert processes_with(short_directory) == []
 
 
+def wheel_as_working_directory(directory: Path) -> Path:
+    """The package's wheel, which is a zip file, under a name that Ray takes for a directory."""
+    source = directory / "source"
+    for name in ("arm_ray", "jobs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    command = [sys.executable, *build, "--wheel-dir", str(directory), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [wheel] = directory.glob("*.whl")
+    return wheel.rename(directory / "arm_ray.zip")
+
+
 def ask(env: dict[str, str], path: str) -> Any:
     """What the dashboard answers."""
     token = Path(env["RAY_AUTH_TOKEN_PATH"]).read_text()
@@ -93,10 +111,16 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
 
         about = json.dumps({"arm_ray": "merge", "output": str(case.root / "two")})
         options = ("--submission-id", "merge-two", "--metadata-json", about)
-        merge = ("python", "-m", "jobs.merge", str(write_config(case, "two")))
-        two = submit(env, *merge, "runtime.layer_shards=2", options=options)
+        # Of a wheel, and the other jobs of this checkout.
+        wheel = wheel_as_working_directory(case.root / "wheel")
+        merge = f"python -m jobs.merge {write_config(case, 'two')} runtime.layer_shards=2"
+        where = "python -c 'import arm_ray; print(arm_ray.__file__)'"
+        two = submit(env, "sh", "-c", f"{where} && {merge}", options=options, working_dir=wheel)
         assert two.returncode == 0, two.stdout + two.stderr
         assert "iteration 4/4" in two.stdout
+        assert re.search(
+            r"/runtime_resources/working_dir_files/\S+/arm_ray/__init__.py", two.stdout
+        )
         # Lines, and no cursor movements that a log would show as they are.
         logs = ask(env, "merge-two/logs")["logs"]
         assert "iteration 4/4" in logs

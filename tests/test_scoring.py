@@ -170,6 +170,10 @@ def test_what_cannot_be_placed_or_used_is_told_at_once(case: MergeCase) -> None:
     labelled = {**ENGINE, "resources": {"eval_node": 1.0}, "placement_timeout_s": 1.0}
     with pytest.raises(PlacementError, match="1 eval_node"):
         evaluate(evaluation(case, "b", engine=labelled), console=quiet())
+    graders = {"resources": {"grade_node": 0.5}, "workers": 2}
+    engine = {**ENGINE, "placement_timeout_s": 1.0}
+    with pytest.raises(PlacementError, match=r"2 times 0\.5 grade_node, 1 CPU for the graders"):
+        evaluate(evaluation(case, "b", engine=engine, grading=graders), console=quiet())
     (case.root / "c").mkdir()
     (case.root / "c" / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match="something else than an evaluation"):

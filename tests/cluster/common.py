@@ -44,12 +44,24 @@ def local_cluster(directory: Path, **settings: str) -> Iterator[dict[str, str]]:
 
 
 def submit(
-    env: dict[str, str], *entrypoint: str, options: tuple[str, ...] = ()
+    env: dict[str, str],
+    *entrypoint: str,
+    options: tuple[str, ...] = (),
+    working_dir: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
     """Submit a job to the cluster of this environment and wait for its end."""
     for _ in range(20):
         done = subprocess.run(
-            ["ray", "job", "submit", *options, "--working-dir", str(ROOT), "--", *entrypoint],
+            [
+                "ray",
+                "job",
+                "submit",
+                *options,
+                "--working-dir",
+                str(working_dir),
+                "--",
+                *entrypoint,
+            ],
             env=env,
             capture_output=True,
             text=True,
