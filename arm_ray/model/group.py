@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
 
 from arm_ray.model.layout import EMBEDDING, LayerGroup, ModelLayout, is_layer_tensor
 
@@ -304,6 +303,9 @@ def _meta_decoder(
     layout: ModelLayout, group: LayerGroup, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, nn.Module]:
     """The decoder for the group's layers, and the norm after the model's last one."""
+    # Seconds of imports, which merges without forward passes do not need.
+    from transformers import AutoModel
+
     config = copy.deepcopy(layout.config)
     config.num_hidden_layers = group.end_layer - group.first_layer
     if _layer_types(layout, group):

@@ -7,15 +7,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.weight_file import DTYPES
 from arm_ray.errors import CorruptCheckpointError, MismatchError, NotACheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Families whose decoder gives the same bits run group by group as run whole (tests/test_group.py).
 # Others scale embeddings or share weights between layers, and are refused until they are tested.
@@ -106,6 +108,8 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
             expected="weights in float32, bfloat16 or float16",
             hint="merge the full-precision checkpoints, and quantise the result",
         )
+    from transformers import AutoConfig
+
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             checkpoint.config_directory, trust_remote_code=False
@@ -126,6 +130,9 @@ def _bad_config(checkpoint: Checkpoint, error: Exception) -> CorruptCheckpointEr
 
 def model_layout(config: PretrainedConfig, layers_per_group: int = 1) -> ModelLayout:
     """List a model's tensors by building it on the `meta` device, which holds no data."""
+    # Seconds of imports, which only the driver needs.
+    from transformers import AutoModelForCausalLM
+
     config = copy.deepcopy(config)
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)

@@ -93,6 +93,9 @@ class LayerShard:
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flushes: list[Future[None]] = []
         self._last_wanted = sys.maxsize
+        if spec.method.needs_forward:
+            # Here the imports of the model's code take no time of an iteration.
+            self._runner(spec.groups[0])
 
     def _open(self, spec: ShardSpec) -> None:
         """Take the checkpoints and the run directory of a spec."""
