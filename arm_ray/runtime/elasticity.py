@@ -163,9 +163,10 @@ class Gangs:
         while last and not all(storage.has_state(t) for t in needed(last)):
             last -= 1
         if last < run.last_iteration:
+            goes_on = f"going on after iteration {last}" if last else "beginning again"
             self.warn(
-                f"what later iterations read of the states after iteration {last} is gone; "
-                f"going on after iteration {last}"
+                f"states that iterations after {run.last_iteration} read are gone with their "
+                f"node; {goes_on}"
             )
         for iteration in [t for t in run.finished if t > last]:
             storage.discard(iteration)
