@@ -65,7 +65,7 @@ def parsed(given: dict[str, Any]) -> PipelineConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("shards_in_process")
 def test_a_series_is_trained_merged_and_scored(case: MergeCase) -> None:
     case.make("smollm2", count=0, sizes=SERVED)
     given = content(case)

@@ -33,7 +33,7 @@ from tests.conftest import SERVED, MergeCase
 from tests.test_merge import load_all
 from tests.test_peft_merge import write_adapters, write_dense
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shards_in_process")]
 ENGINE = {"kv_cache_gb": 0.05, "max_model_len": 64, "dtype": "float32", "chunk_size": 16}
 
 
@@ -246,6 +246,7 @@ def test_the_best_state_is_published(case: MergeCase, operator: str) -> None:
     assert f"| **{best}** | {of_states[best]:.4f} ±" in card
 
 
+@pytest.mark.actors
 def test_scores_and_selection_are_the_same_after_a_stop(case: MergeCase) -> None:
     make(case, "llama3.2")
     whole = merged(case, output="whole", select={"by": "held"})

@@ -20,7 +20,9 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
+from arm_ray.runtime import merge as merging
 from arm_ray.runtime.merge import MergeOutcome, merge
+from tests import in_process
 from tests.conftest import ROOT, MergeCase
 
 SLOW = "runtime.disk_mb_per_s=0.5"
@@ -66,6 +68,15 @@ class Nodes:
         config = self.case.config("runtime.placement_timeout_s=90", *overrides, output=output)
         return merge(config, console=Console(quiet=True), **options)
 
+    def compute(self, output: str, *overrides: str) -> None:
+        """Merge without actors, to compare with."""
+        placed = merging.placed_shards
+        merging.placed_shards = in_process.placed_shards
+        try:
+            self.run(output, *overrides)
+        finally:
+            merging.placed_shards = placed
+
     def run_and(self, output: str, do: Callable[[], Any], *overrides: str) -> None:
         """Merge, and do something once the first iteration is finished."""
         merging = threading.Thread(target=self.run, args=(output, *overrides))
@@ -82,7 +93,7 @@ def main() -> None:
     nodes = Nodes(Path(sys.argv[1]))
     try:
         nodes.run("one")
-        nodes.run("linear-one", "method.operator=task_arithmetic")
+        nodes.compute("linear-one", "method.operator=task_arithmetic")
         nodes.add()
         last = nodes.add()
         three = "runtime.layer_shards=3"
@@ -103,7 +114,7 @@ def main() -> None:
         nodes.run_and("left", leave, *apart, SLOW, "keep_states=last")
         steps = "{anchor_iterations: 2, max_iterations: 20, tolerance: 0}"
         long = (f"schedule={steps}", "keep_states=last")
-        nodes.run("long", *long, "runtime.layer_shards=1")
+        nodes.compute("long", *long, "runtime.layer_shards=1")
         joined = (*long, "runtime.layer_shards=auto", "runtime.storage=shared", SLOW)
         nodes.run_and("joined", nodes.add, *joined)
         both = [
