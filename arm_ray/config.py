@@ -250,6 +250,9 @@ class EvaluateConfig(Section):
     """The base of models that are adapters, or shards without a configuration."""
     tokenizer: str | None = None
     """Directory of the tokenizer for all models; null: each model's own."""
+    scratch: LocalStr | None = None
+    """Directory on the nodes of engines for copies of models that are not there, as
+    `runtime.scratch` of a merge; null: below the system's directory for temporary files."""
     evaluation: EvaluationSettings
     tracking: TrackingConfig = TrackingConfig()
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from numpy.typing import NDArray
 
 from arm_ray.checkpoints.formats import open_given
 from arm_ray.checkpoints.huggingface import open_checkpoint
-from arm_ray.errors import DiskSpaceError, EvaluationError
+from arm_ray.errors import DiskSpaceError, EvaluationError, WorkerError
 from arm_ray.evaluation.engine import ModelSource
 from arm_ray.runtime import model_copies
-from arm_ray.runtime.model_copies import ModelCopies
+from arm_ray.runtime.evaluator import results
+from arm_ray.runtime.model_copies import ModelCopies, start_on
 from arm_ray.runtime.node_files import NodeFiles
+from arm_ray.runtime.placement import this_node
 from arm_ray.runtime.scoring import model_source
 from arm_ray.storage.store import StoredFile
 from tests.conftest import MergeCase
@@ -58,16 +63,29 @@ class Nodes:
             shutil.move(path, self.disk / path.name)
         self.home = OtherNode(self.disk)
         self.scratch = root / "scratch"
-        self.copies = ModelCopies(Actor(self.home), str(self.scratch), "evaluation")
+        self._made: list[ModelCopies] = []
+        self.copies = self.engines_node(self.home)
+
+    def engines_node(self, home: NodeFiles, scratch: Path | None = None) -> ModelCopies:
+        made = ModelCopies(Actor(home), str(scratch or self.scratch))
+        self._made.append(made)
+        return made
+
+    def close(self) -> None:
+        for made in self._made:
+            made.remove()
 
     def left(self) -> list[str]:
-        return sorted(p.name for p in self.scratch.rglob("*") if p.is_file())
+        found = (p for p in self.scratch.rglob("*") if p.is_file() and p.name != ".lock")
+        return sorted(p.name for p in found)
 
 
 @pytest.fixture
-def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nodes:
+def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     monkeypatch.setattr("arm_ray.runtime.scratch._SIGHTING_S", 0.0)
-    return Nodes(tmp_path)
+    made = Nodes(tmp_path)
+    yield made
+    made.close()
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -104,7 +122,7 @@ def test_a_model_is_copied_once_and_removed_when_the_next_one_comes(nodes: Nodes
 
 def test_what_the_node_has_is_read_in_place(nodes: Nodes, tmp_path: Path) -> None:
     home = NodeFiles(None, "none")
-    copies = ModelCopies(Actor(home), str(nodes.scratch), "evaluation")
+    copies = nodes.engines_node(home)
     placed = copies.place(ModelSource(str(nodes.disk / "base")))
     assert (placed.source.path, placed.fetched_bytes) == (str(nodes.disk / "base"), 0)
     assert nodes.left() == []
@@ -118,7 +136,7 @@ def test_what_the_node_has_is_read_in_place(nodes: Nodes, tmp_path: Path) -> Non
             time_ns = changed.time_ns + 1
             return {**found, "model.safetensors": StoredFile(changed.num_bytes, "new", time_ns)}
 
-    copies = ModelCopies(Actor(OldCopies(None, "none")), str(nodes.scratch), "evaluation")
+    copies = nodes.engines_node(OldCopies(None, "none"))
     placed = copies.place(ModelSource(str(nodes.disk / "base")))
     assert placed.source.path.startswith(str(nodes.scratch))
     assert placed.fetched_bytes == size(nodes.disk / "base")
@@ -143,7 +161,8 @@ def test_a_model_written_anew_is_copied_anew(nodes: Nodes) -> None:
     shutil.copyfile(nodes.disk / "checkpoint-10" / "model.safetensors", file)
     os.utime(file, ns=(time.time_ns(), time.time_ns() + 10**9))
     placed = nodes.copies.place(ModelSource("/far/base"))
-    assert placed.fetched_bytes == file.stat().st_size
+    # All of it: nothing of the old model is taken for one of the new.
+    assert placed.fetched_bytes == size(nodes.disk / "base")
     found, expected = weights(Path(placed.source.path)), weights(nodes.disk / "checkpoint-10")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -195,20 +214,127 @@ def test_what_can_go_wrong_is_said(nodes: Nodes, monkeypatch: pytest.MonkeyPatch
         def read(self, file: Path, begin: int, end: int) -> NDArray[Any]:
             return super().read(file, begin, end)[:-1]
 
-    copies = ModelCopies(Actor(Shrinking(nodes.disk)), str(nodes.scratch), "evaluation")
+    copies = nodes.engines_node(Shrinking(nodes.disk))
     with pytest.raises(EvaluationError, match="written anew while it was copied"):
         copies.place(ModelSource("/far/base"))
+    assert nodes.left() == []
     # What failed is not taken for a copy.
     assert nodes.copies.place(ModelSource("/far/base")).fetched_bytes == size(nodes.disk / "base")
     blocked = nodes.scratch.with_name("file")
     blocked.write_text("")
-    copies = ModelCopies(Actor(nodes.home), str(blocked), "evaluation")
+    copies = nodes.engines_node(nodes.home, blocked)
     with pytest.raises(EvaluationError, match="cannot be written on an engine's node"):
         copies.place(ModelSource("/far/base"))
 
 
-def test_what_a_killed_evaluation_left_is_removed(nodes: Nodes) -> None:
-    nodes.copies.place(ModelSource("/far/base"))
-    assert nodes.left()
-    ModelCopies(Actor(nodes.home), str(nodes.scratch), "evaluation")
+def test_a_model_that_changes_while_it_is_copied_is_not_taken(nodes: Nodes) -> None:
+    class Rewritten(OtherNode):
+        def read(self, file: Path, begin: int, end: int) -> NDArray[Any]:
+            found = super().read(file, begin, end)
+            there = self._here(file)
+            os.utime(there, ns=(0, there.stat().st_mtime_ns + 10**9))
+            return found
+
+    copies = nodes.engines_node(Rewritten(nodes.disk))
+    with pytest.raises(EvaluationError, match="written anew while it was copied"):
+        copies.place(ModelSource("/far/base"))
     assert nodes.left() == []
+
+
+def test_the_other_steps_and_the_optimizer_stay_where_they_are(nodes: Nodes) -> None:
+    def write(*names: str) -> None:
+        for name in names:
+            file = nodes.disk / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"x")
+
+    write("zero/global_step1/a.pt", "zero/global_step2/b.pt", "zero/config.json")
+    (nodes.disk / "zero" / "latest").write_text("global_step2")
+    nodes.copies.place(ModelSource("/far/base", "zero:/far/zero"))
+    assert {"b.pt", "latest", "config.json"} <= set(nodes.left())
+    assert "a.pt" not in nodes.left()
+    write("elsewhere/model_world_size_1_rank_0.pt", "elsewhere/optim_world_size_1_rank_0.pt")
+    (nodes.disk / "step").mkdir()
+    (nodes.disk / "step" / "actor").symlink_to(nodes.disk / "elsewhere")
+    nodes.copies.place(ModelSource("/far/base", "fsdp:/far/step"))
+    assert "model_world_size_1_rank_0.pt" in nodes.left()
+    assert not [name for name in nodes.left() if name.startswith("optim") or name == "b.pt"]
+
+
+def test_the_hub_s_cache_is_read_in_place(nodes: Nodes) -> None:
+    snapshot = nodes.disk / "hub" / "models--a--b" / "snapshots" / ("0" * 40)
+    shutil.copytree(nodes.disk / "base", snapshot)
+
+    class OtherTimes(NodeFiles):
+        def listing(self, directory: Path, recursive: bool) -> dict[str, StoredFile]:
+            found = super().listing(directory, recursive)
+            return {n: StoredFile(f.num_bytes, "", f.time_ns + 1) for n, f in found.items()}
+
+    copies = nodes.engines_node(OtherTimes(None, "none"))
+    assert copies.place(ModelSource(str(snapshot))).fetched_bytes == 0
+    assert copies.place(ModelSource(str(nodes.disk / "base"))).fetched_bytes > 0
+
+
+def test_copies_of_the_dead_are_removed_and_those_of_others_are_not(nodes: Nodes) -> None:
+    other = nodes.engines_node(nodes.home)
+    others = other.place(ModelSource("/far/base")).source.path
+    nodes.copies.place(ModelSource("/far/base"))
+    dead = nodes.scratch / "models" / "dead"
+    dead.mkdir()
+    for name in (".lock", "model.safetensors"):
+        (dead / name).write_text("")
+    nodes.engines_node(nodes.home).place(ModelSource("/far/checkpoint-10"))
+    assert not dead.exists()
+    assert Path(others, "model.safetensors").exists()
+    nodes.copies.remove()
+    assert Path(others, "model.safetensors").exists()
+
+
+def test_a_copy_that_is_being_made_is_given_up(nodes: Nodes) -> None:
+    class Removing(OtherNode):
+        def read(self, file: Path, begin: int, end: int) -> NDArray[Any]:
+            removing.start()
+            while not copies._is_removed:
+                time.sleep(0.01)
+            return super().read(file, begin, end)
+
+    copies = nodes.engines_node(Removing(nodes.disk))
+    removing = threading.Thread(target=copies.remove)
+    with pytest.raises(WorkerError, match="given up"):
+        copies.place(ModelSource("/far/base"))
+    removing.join()
+    assert not nodes.scratch.exists()
+
+
+class Failing(OtherNode):
+    """A node that does not let its files be read."""
+
+    def read(self, file: Path, begin: int, end: int) -> NDArray[Any]:
+        raise PermissionError(13, "Permission denied", str(file))
+
+
+def test_actors_come_again_and_errors_keep_their_meaning(nodes: Nodes) -> None:
+    node = this_node()
+    home = start_on(node, OtherNode, nodes.disk)
+    copies = start_on(node, ModelCopies, home, str(nodes.scratch))
+    try:
+        whole = size(nodes.disk / "base")
+        assert ray.get(copies.place.remote(ModelSource("/far/base"))).fetched_bytes == whole
+        for actor in (copies, home):
+            ray.kill(actor, no_restart=False)
+        # What it held is not known any more: it is copied once more, and the old copy is gone.
+        assert ray.get(copies.place.remote(ModelSource("/far/base"))).fetched_bytes == whole
+        assert nodes.left().count("model.safetensors") == 1
+        failing = start_on(node, Failing, nodes.disk)
+        of_failing = start_on(node, ModelCopies, failing, str(nodes.scratch))
+        with pytest.raises(EvaluationError, match="cannot be read, to copy it") as caught:
+            results([of_failing.place.remote(ModelSource("/far/base"))])
+        assert "PermissionError" in str(caught.value)
+        ray.kill(failing)
+        with pytest.raises(WorkerError, match="what serves the driver's files was lost"):
+            results([of_failing.place.remote(ModelSource("/far/base"))])
+        ray.kill(of_failing)
+    finally:
+        ray.get(copies.remove.remote())
+        for actor in (copies, home):
+            ray.kill(actor)

@@ -137,7 +137,7 @@ class ArrivalScoring:
             first,
             self._say,
             wrote,
-            copies_of(self._runtime, self._directory),
+            copies_of(self._runtime),
         )
         self._service = self._stack.enter_context(service)
 

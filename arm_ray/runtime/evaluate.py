@@ -80,7 +80,7 @@ def evaluate(
     sizes = ", ".join(f"{t.name} ({len(t.problems)} x {t.repeats})" for t in tasks)
     told(f"scoring {len(subjects)} model(s) on {sizes}")
     with evaluation_session(config, config.evaluation, output, events, address, told):
-        first, copies = subjects[0], CopiesOnNodes(None, output)
+        first, copies = subjects[0], CopiesOnNodes(config.scratch)
         with scoring_service(
             config.evaluation, tasks, output, first, told, wrote, copies
         ) as service:
@@ -184,7 +184,7 @@ def _subject_at_url(name: str, given: str, config: EvaluateConfig) -> Subject:
 
 
 def _tokenizer(name: str, base: Path, path: Path, config: EvaluateConfig) -> Path:
-    given = [Path(config.tokenizer).expanduser()] if config.tokenizer else [path, base]
+    given = [Path(config.tokenizer).expanduser().resolve()] if config.tokenizer else [path, base]
     for directory in given:
         if states.has_tokenizer(directory):
             return directory

@@ -32,6 +32,7 @@ from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.placement import cluster_has, format_resources
 from arm_ray.storage.mirror import present
 
+_POLL_S = 1.0
 # What Ray raises for a call to a process or a node that is gone. Its memory monitor's is no
 # RayActorError.
 _LOST = (
@@ -155,9 +156,7 @@ class EvaluatorGang:
         """Place an engine, instead of the one that may be in this place; `ready` starts it."""
         self._check_open()
         self._kill(self.engines[index])
-        # A place that was lost with its node comes up again on another one.
-        if not self._group.wait(self._settings.engine.placement_timeout_s):
-            raise _not_placed(self._settings, self._resources)
+        self._wait_for_places()
         node = placement_group_table(self._group)["bundles_to_node_id"][index]
         threads = str(self._settings.engine.cpus_per_engine)
         env = {
@@ -179,6 +178,21 @@ class EvaluatorGang:
             ),
         ).remote(model, tokenizer, self._settings.engine, self._copies.on(node))
         return self.engines[index]
+
+    def _wait_for_places(self) -> None:
+        """Those that were lost with their node come up again on another one."""
+        end = time.monotonic() + self._settings.engine.placement_timeout_s
+        while not self._group.wait(_POLL_S):
+            self._check_open()
+            if time.monotonic() > end:
+                error = _not_placed(self._settings, self._resources)
+                raise WorkerError(
+                    "an evaluator's node was lost, and there is no other room",
+                    got=error.got,
+                    expected=error.expected,
+                    hint=error.hint,
+                )
+        self._check_open()
 
     def start_grader(self, index: int) -> Any:
         """Start a grader, instead of the one that may be in this place."""

@@ -143,7 +143,7 @@ def evaluate_lm_eval(
                 first.source.path,
                 first.tokenizer,
                 runs_code=False,
-                copies=CopiesOnNodes(None, output),
+                copies=CopiesOnNodes(config.scratch),
             ) as gang:
                 engine = _OneEngine(gang, first, told)
                 for subject in missing:
@@ -185,8 +185,8 @@ class _OneEngine:
         self._kind = None
         try:
             report = self._load()
-        except (EvaluationError, WorkerError):
-            self._told(f"{subject.name}: reloading failed, starting the engine anew")
+        except (EvaluationError, WorkerError) as error:
+            self._told(f"{subject.name}: reloading failed, starting the engine anew: {error}")
             self._restart()
             self._kind = None
             report = self._load()
@@ -331,6 +331,7 @@ class _Run:
                 round(report.seconds, 3),
                 report.canary.token_ids,
                 sum(count.requests for count in lm.counts.values()),
+                fetched_bytes=report.fetched_bytes,
             )
         )
         parts = [f"{task} {metric} {v:.4f}" for task, (metric, v, _) in shown.items()]

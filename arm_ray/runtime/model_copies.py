@@ -9,21 +9,26 @@ comes.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import os
+import re
 import shutil
+import threading
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arm_ray.checkpoints.formats import find_format, split_source
 from arm_ray.config import RuntimeConfig, scratch_path
-from arm_ray.errors import ArmRayError, DiskSpaceError, EvaluationError
+from arm_ray.errors import ArmRayError, DiskSpaceError, EvaluationError, WorkerError
 from arm_ray.evaluation.engine import ModelSource
 from arm_ray.runtime.node_files import NodeFiles, read_chunks
 from arm_ray.runtime.placement import this_node
@@ -33,9 +38,14 @@ from arm_ray.storage.store import StoredFile
 from arm_ray.storage.urls import is_url
 
 _ROOT = "models"
-# Whether a file of a directory is wanted. None: all of them, those of its directories too.
+_LOCK = ".lock"
 _Rule = Callable[[str, StoredFile], bool]
-_Rules = list[_Rule] | None
+# Which files of a directory are wanted: those that one of the rules takes, or a trainer's shards
+# of a format, which are also in directories below.
+_Rules = list[_Rule] | str
+# The hub's cache names a revision by its digest: what is below does not change.
+_SNAPSHOT = re.compile(r"/snapshots/[0-9a-f]{40}(/|$)")
+_GONE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -59,15 +69,16 @@ class ModelCopies:
     Args:
         home: `NodeFiles` of the driver's node.
         scratch: Directory for copies; None: as `runtime.scratch`.
-        name: Of the evaluation, which no other one has.
     """
 
-    def __init__(self, home: Any, scratch: str | None, name: str) -> None:
+    def __init__(self, home: Any, scratch: str | None) -> None:
         self._home = home
-        self._root = scratch_path(scratch) / _ROOT / name
-        # What an evaluation that was killed has left.
-        shutil.rmtree(self._root, ignore_errors=True)
+        self._root = scratch_path(scratch) / _ROOT / uuid.uuid4().hex
+        self._lock: IO[bytes] | None = None
         self._held: dict[Path, dict[str, StoredFile]] = {}
+        # One at a time; `remove` interrupts.
+        self._busy = threading.Lock()
+        self._is_removed = False
 
     def describe(self, model: str, tokenizer: str) -> Placed:
         """Have a model's configuration and a tokenizer here, to start an engine with.
@@ -78,7 +89,8 @@ class ModelCopies:
         """
         source = ModelSource(model)
         directories = {Path(model), Path(tokenizer)}
-        return self._place(source, tokenizer, {path: [is_companion] for path in directories})
+        with self._busy:
+            return self._place(source, tokenizer, {path: [is_companion] for path in directories})
 
     def place(self, source: ModelSource) -> Placed:
         """Have a model's weights here; copies of others are removed.
@@ -88,10 +100,10 @@ class ModelCopies:
             DiskSpaceError: There is no room.
         """
         wanted = directories_of(source)
-        for other in self._held.keys() - wanted.keys():
-            shutil.rmtree(self._copy_of(other), ignore_errors=True)
-            del self._held[other]
-        return self._place(source, None, wanted)
+        with self._busy:
+            for other in self._held.keys() - wanted.keys():
+                self._drop(other)
+            return self._place(source, None, wanted)
 
     def _place(
         self,
@@ -108,7 +120,13 @@ class ModelCopies:
             files = self._listing(directory, rules)
             if directory not in self._held and sighted(partial(_is_here, directory, files)):
                 continue
-            fetched += self._copy(directory, files)
+            try:
+                fetched += self._copy(directory, files)
+                self._check_unchanged(directory, rules, files)
+            except BaseException:
+                # An engine would take the rest for a model.
+                self._drop(directory)
+                raise
             places[str(directory)] = str(self._copy_of(directory))
 
         def moved(given: str | None) -> str | None:
@@ -116,7 +134,8 @@ class ModelCopies:
                 return given
             kind, place = split_source(given)
             place = str(Path(place))
-            return f"{kind}:{places[place]}" if place in places else given
+            prefix = "" if kind == "auto" else f"{kind}:"
+            return f"{prefix}{places[place]}" if place in places else given
 
         return Placed(
             replace(
@@ -130,9 +149,11 @@ class ModelCopies:
         )
 
     def _listing(self, directory: Path, rules: _Rules) -> dict[str, StoredFile]:
-        files: dict[str, StoredFile] = ray.get(self._home.listing.remote(directory, rules is None))
-        if rules is not None:
-            files = {n: file for n, file in files.items() if any(rule(n, file) for rule in rules)}
+        if isinstance(rules, str):
+            files = self._shards(directory, rules)
+        else:
+            listed = self._from_home("listing", directory, False)
+            files = {n: file for n, file in listed.items() if any(rule(n, file) for rule in rules)}
         if not files:
             raise EvaluationError(
                 "a model is gone",
@@ -141,6 +162,40 @@ class ModelCopies:
             )
         return files
 
+    def _shards(self, directory: Path, kind: str) -> dict[str, StoredFile]:
+        """A trainer's checkpoint without its other steps and what only its optimizer reads."""
+        files: dict[str, StoredFile] = self._from_home("listing", directory, True)
+        if kind in ("zero", "universal") and "latest" in files:
+            data = self._from_home("read", directory / "latest", 0, files["latest"].num_bytes)
+            step = bytes(data).decode("utf-8", "replace").strip() + "/"
+            if any(name.startswith(step) for name in files):
+                files = {n: f for n, f in files.items() if "/" not in n or n.startswith(step)}
+        if kind in ("fsdp", "dcp"):
+            files = {
+                name: file
+                for name, file in files.items()
+                if not any(part.startswith("optim") for part in name.split("/"))
+            }
+        return files
+
+    def _from_home(self, method: str, path: Path, *arguments: object) -> Any:
+        try:
+            return ray.get(getattr(self._home, method).remote(path, *arguments))
+        except RayError as error:
+            raise _unreachable(path, error) from None
+
+    def _check_unchanged(
+        self, directory: Path, rules: _Rules, files: Mapping[str, StoredFile]
+    ) -> None:
+        now = self._listing(directory, rules)
+        changed = [name for name, file in files.items() if now.get(name) != file]
+        if changed:
+            raise _changed(directory / changed[0])
+
+    def _drop(self, directory: Path) -> None:
+        shutil.rmtree(self._copy_of(directory), ignore_errors=True)
+        self._held.pop(directory, None)
+
     def _copy_of(self, directory: Path) -> Path:
         # The last part stays: some formats tell a step by it.
         digest = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
@@ -148,8 +203,15 @@ class ModelCopies:
 
     def _copy(self, directory: Path, files: Mapping[str, StoredFile]) -> int:
         """Bring the files that are missing, or were written anew; returns bytes."""
-        target, held = self._copy_of(directory), self._held.setdefault(directory, {})
-        missing = {n: file for n, file in files.items() if held.get(n) != file}
+        target = self._copy_of(directory)
+        if self._lock is None:
+            self._lock = _claim(self._root)
+        held = self._held.setdefault(directory, {})
+        if any(name in held and held[name] != file for name, file in files.items()):
+            # Written anew: of the old one nothing stays, whatever its files are called.
+            self._drop(directory)
+            held = self._held.setdefault(directory, {})
+        missing = {n: file for n, file in files.items() if n not in held}
         total = sum(file.num_bytes for file in missing.values())
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -162,40 +224,68 @@ class ModelCopies:
                 where=f"{directory}, to {target}",
                 got=f"{free} bytes free",
                 expected=f"{total} bytes",
-                hint="free some, set runtime.scratch (TMPDIR for arm-ray evaluate) to a larger "
+                hint="free some, set runtime.scratch (`scratch` of arm-ray evaluate) to a larger "
                 "disk, or put the models on storage that all nodes see",
             )
         for name, file in missing.items():
-            try:
-                self._fetch(directory / name, target / name, file.num_bytes)
-            except OSError as error:
-                raise _unwritable(target / name, error) from None
+            self._fetch(directory / name, target / name, file.num_bytes)
             held[name] = file
         return total
 
     def _fetch(self, source: Path, target: Path, num_bytes: int) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        length = 0
-        with target.open("wb") as copy:
-            for part in read_chunks(self._home, source, 0, num_bytes):
-                copy.write(part.data)
-                length += len(part)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as copy:
+                length = 0
+                for part in read_chunks(self._home, source, 0, num_bytes):
+                    length += copy.write(part.data)
+                    if self._is_removed:
+                        raise WorkerError("the copy of a model was given up", where=source)
+        # One that the driver's node has met as well, which Ray makes an OSError of this type too.
+        except RayError as error:
+            raise _unreachable(source, error) from None
+        except OSError as error:
+            raise _unwritable(target, error) from None
         if length != num_bytes:
-            raise EvaluationError(
-                "a model was written anew while it was copied to an engine's node",
-                where=source,
-                got=f"{length} bytes",
-                expected=f"{num_bytes} bytes",
-                hint="run again once nothing writes it any more",
-            )
+            raise _changed(source)
 
     def remove(self) -> None:
-        """Remove all copies."""
-        self._held.clear()
-        shutil.rmtree(self._root, ignore_errors=True)
-        for directory in (self._root.parent, self._root.parent.parent):
+        """Remove all copies; one that is being made is given up."""
+        self._is_removed = True
+        with self._busy:
+            self._held.clear()
+            shutil.rmtree(self._root, ignore_errors=True)
+            if self._lock is not None:
+                self._lock.close()
+            for directory in (self._root.parent, self._root.parent.parent):
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+
+
+def _claim(root: Path) -> IO[bytes]:
+    """Make a directory that is ours while the file is open, and remove those of the dead.
+
+    Raises:
+        EvaluationError: It cannot be made.
+    """
+    try:
+        while True:
+            root.mkdir(parents=True, exist_ok=True)
+            lock = (root / _LOCK).open("wb")
+            fcntl.flock(lock, fcntl.LOCK_EX)
             with contextlib.suppress(OSError):
-                directory.rmdir()
+                if os.path.samestat(os.fstat(lock.fileno()), (root / _LOCK).stat()):
+                    break
+            # Another one took it for a dead one's, before it was locked.
+            lock.close()
+    except OSError as error:
+        raise _unwritable(root, error) from None
+    for other in root.parent.iterdir():
+        if other != root:
+            with contextlib.suppress(OSError), (other / _LOCK).open("rb+") as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(other, ignore_errors=True)
+    return lock
 
 
 def directories_of(source: ModelSource) -> dict[Path, _Rules]:
@@ -215,8 +305,7 @@ def directories_of(source: ModelSource) -> dict[Path, _Rules]:
             if source.base is None:
                 of_path.append(_is_weights)
         else:
-            # Shards and what tells of them are in files of many names.
-            found[Path(place)] = [is_companion, _is_weights] if kind == "hf" else None
+            found[Path(place)] = [is_companion, _is_weights] if kind == "hf" else kind
     found.setdefault(Path(source.path), of_path)
     return found
 
@@ -226,7 +315,33 @@ def _unwritable(target: Path, error: OSError) -> EvaluationError:
         "the copy of a model cannot be written on an engine's node",
         where=target,
         got=error,
-        hint="set runtime.scratch (TMPDIR for arm-ray evaluate) to a directory that can be",
+        hint="set runtime.scratch (`scratch` of arm-ray evaluate) to a directory that can be",
+    )
+
+
+def _changed(file: Path) -> EvaluationError:
+    return EvaluationError(
+        "a model was written anew while it was copied to an engine's node",
+        where=file,
+        expected="files that stay as they are until the model is scored",
+        hint="run again once nothing writes it any more",
+    )
+
+
+def _unreachable(path: Path, error: RayError) -> ArmRayError:
+    where = f"{path}, on the driver's node"
+    if isinstance(error, RayTaskError):
+        cause = getattr(error, "cause", None) or error
+        return EvaluationError(
+            "a model cannot be read, to copy it to an engine's node",
+            where=where,
+            got=f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}",
+            expected="its files, until it is scored",
+        )
+    return WorkerError(
+        "what serves the driver's files was lost",
+        where=where,
+        got=" ".join(str(error).split())[:300],
     )
 
 
@@ -236,12 +351,15 @@ def _is_weights(name: str, _file: StoredFile) -> bool:
 
 def _is_here(directory: Path, files: Mapping[str, StoredFile]) -> bool:
     """Whether this node has the same files under the same path."""
+    is_immutable = _SNAPSHOT.search(str(directory)) is not None
     for name, file in files.items():
         try:
             status = (directory / name).stat()
         except OSError:
             return False
-        if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.time_ns):
+        if status.st_size != file.num_bytes:
+            return False
+        if status.st_mtime_ns != file.time_ns and not is_immutable:
             return False
     return True
 
@@ -251,13 +369,11 @@ class CopiesOnNodes:
 
     Args:
         scratch: Directory for copies on each node; None: as `runtime.scratch`.
-        directory: Where the evaluation's results go: it gives the copies their name.
         is_shared: Whether all nodes are said to see the driver's files; then there are no copies.
     """
 
-    def __init__(self, scratch: str | None, directory: Path, *, is_shared: bool = False) -> None:
+    def __init__(self, scratch: str | None, *, is_shared: bool = False) -> None:
         self._scratch, self._is_shared = scratch, is_shared
-        self._name = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:24]
         self._home: Any = None
         self._actors: dict[str, Any] = {}
 
@@ -266,17 +382,17 @@ class CopiesOnNodes:
         if self._is_shared or node == this_node():
             return None
         if self._home is None:
-            self._home = _start(NodeFiles, this_node(), 4, self._scratch, self._name)
+            self._home = start_on(this_node(), NodeFiles, self._scratch, _ROOT)
         if node not in self._actors:
-            arguments = (self._home, self._scratch, self._name)
-            self._actors[node] = _start(ModelCopies, node, 1, *arguments)
+            self._actors[node] = start_on(node, ModelCopies, self._home, self._scratch)
         return self._actors[node]
 
     def close(self) -> None:
         """Remove all copies and end the actors."""
-        for copies in self._actors.values():
-            with contextlib.suppress(RayError, ArmRayError):
-                ray.get(copies.remove.remote(), timeout=30)
+        with contextlib.suppress(RayError):
+            refs = [copies.remove.remote() for copies in self._actors.values()]
+            if refs:
+                ray.wait(refs, num_returns=len(refs), timeout=_GONE_S)
         for actor in [*self._actors.values(), self._home]:
             if actor is not None:
                 with contextlib.suppress(RayError):
@@ -285,20 +401,25 @@ class CopiesOnNodes:
         self._home = None
 
 
-def copies_of(runtime: RuntimeConfig, directory: Path) -> CopiesOnNodes:
-    """For the engines of a merge.
+def copies_of(runtime: RuntimeConfig) -> CopiesOnNodes:
+    """For the engines of a merge with these settings."""
+    return CopiesOnNodes(runtime.scratch, is_shared=runtime.storage == "shared")
+
+
+def start_on(node: str, kind: type, *arguments: object) -> Any:
+    """Start an actor on a node, without CPUs of its own, that comes again where it is killed.
 
     Args:
-        runtime: Its settings.
-        directory: Where the evaluation's results go.
+        node: Ray's id of the node.
+        kind: Its class; what it does can be done twice.
+        arguments: Of its constructor.
     """
-    return CopiesOnNodes(runtime.scratch, directory, is_shared=runtime.storage == "shared")
-
-
-def _start(kind: type, node: str, max_concurrency: int, *arguments: object) -> Any:
     actor: Any = ray.remote(kind)
     return actor.options(
         num_cpus=0,
-        max_concurrency=max_concurrency,
+        # More than there are engines on a node, and one that removes.
+        max_concurrency=32,
+        max_restarts=3,
+        max_task_retries=3,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
     ).remote(*arguments)

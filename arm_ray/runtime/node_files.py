@@ -49,15 +49,20 @@ class NodeFiles:
     def listing(self, directory: Path, recursive: bool) -> dict[str, StoredFile]:
         """Name -> file, of a directory; empty where there is none."""
         found = {}
-        for file in sorted(directory.rglob("*") if recursive else directory.glob("*")):
-            # A trainer may just be removing it.
-            with contextlib.suppress(OSError):
-                status = file.stat()
-                if S_ISREG(status.st_mode):
-                    name = file.relative_to(directory).as_posix()
-                    time_ns = status.st_mtime_ns
-                    found[name] = StoredFile(status.st_size, str(time_ns), time_ns)
-        return found
+        # Links to directories are followed: checkpoints are put together from such.
+        for parent, below, names in os.walk(directory, followlinks=True):
+            if not recursive:
+                below.clear()
+            for name in names:
+                file = Path(parent, name)
+                # A trainer may just be removing it.
+                with contextlib.suppress(OSError):
+                    status = file.stat()
+                    if S_ISREG(status.st_mode):
+                        time_ns = status.st_mtime_ns
+                        relative = file.relative_to(directory).as_posix()
+                        found[relative] = StoredFile(status.st_size, str(time_ns), time_ns)
+        return dict(sorted(found.items()))
 
     def size(self, file: Path) -> int:
         """Bytes of a file."""

@@ -409,16 +409,18 @@ class ScoringService:
                 load = self._gang.engines[index].load
                 [report] = self._results([load.remote(subject.source, subject.name)])
                 break
-            except EvaluationError:
+            except EvaluationError as error:
                 # What a failed reload leaves behind is a mixture: nothing to go on with.
                 if attempt:
                     raise
-                self._told(f"{subject.name}: reloading failed, starting the engine anew")
+                self._told(f"{subject.name}: reloading failed, starting the engine anew: {error}")
                 self._restart(index, subject)
         if report.fetched_bytes:
             size = f"{report.fetched_bytes / 1e6:,.1f} MB"
             self._told(f"{subject.name}: {size} copied to the node of an engine")
-        self._reports[subject.name] = report
+        before = self._reports.get(subject.name)
+        fetched = report.fetched_bytes + (0 if before is None else before.fetched_bytes)
+        self._reports[subject.name] = replace(report, fetched_bytes=fetched)
         self._loaded[index] = subject.name
 
     def _restart(self, index: int, subject: Subject) -> None:

@@ -280,7 +280,7 @@ def state_scoring(
 
     base = checkpoint_subject(inputs, BASE)
     directory = run.path / DIRECTORY
-    copies = copies_of(config.runtime, directory)
+    copies = copies_of(config.runtime)
     with scoring_service(settings, tasks, directory, base, told, wrote, copies) as service:
         scoring = StateScoring(config, inputs, run, service, criterion, told)
         scoring.start()
