@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,10 +10,10 @@ import yaml
 from arm_ray.checkpoints.formats import open_given
 from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.config import read_yaml
-from arm_ray.errors import ArmRayError, ConfigError, RunDirectoryError
+from arm_ray.errors import ArmRayError, RunDirectoryError
 from arm_ray.following.config import AttachConfig
 from arm_ray.model.layout import check_layout, load_config, model_layout
-from arm_ray.runtime.placement import in_submitted_job
+from arm_ray.runtime.placement import outliving
 from arm_ray.schedule import BASE
 
 _CONFIG_NAME = "config.yaml"
@@ -30,14 +29,7 @@ def check_outlives_job(config: AttachConfig) -> None:
     if config.output is not None:
         given["output"] = config.output
     for key, path in given.items():
-        if in_submitted_job() and not Path(path).expanduser().is_absolute():
-            raise ConfigError(
-                "a path of a submitted job is relative",
-                where=key,
-                got=path,
-                expected="an absolute path, on storage that outlives the job",
-                hint="the job runs in a temporary copy of its working directory",
-            )
+        outliving(path, key)
 
 
 def open_work(config: AttachConfig) -> None:

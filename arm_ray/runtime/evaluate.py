@@ -23,7 +23,7 @@ from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.output import results_at
-from arm_ray.runtime.placement import in_submitted_job, ray_session
+from arm_ray.runtime.placement import outliving, ray_session
 from arm_ray.runtime.progress import duration
 from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.scoring import (
@@ -63,7 +63,7 @@ def evaluate(
             return evaluate(at_disk, address=address, console=console)
     console = console or Console(stderr=True)
     started = time.monotonic()
-    output = output_of(config)
+    output = outliving(config.output)
     check_installed(config.tracking)
     tasks = load_tasks(config.evaluation)
     subjects = [subject_of(name, given, config) for name, given in config.models.items()]
@@ -194,23 +194,6 @@ def _tokenizer(name: str, base: Path, path: Path, config: EvaluateConfig) -> Pat
         expected="tokenizer.json or tokenizer.model",
         hint="copy it beside the weights, or name one (tokenizer, --tokenizer)",
     )
-
-
-def output_of(config: EvaluateConfig) -> Path:
-    """Where the results go.
-
-    Raises:
-        ConfigError: The output of a submitted job is a relative path.
-    """
-    output = Path(config.output).expanduser()
-    if in_submitted_job() and not output.is_absolute():
-        raise ConfigError(
-            "the output of a submitted job is a relative path",
-            where="output",
-            got=config.output,
-            expected="an absolute path, on storage that outlives the job",
-        )
-    return output
 
 
 def open_output(output: Path, config: EvaluateConfig) -> Path:

@@ -29,12 +29,12 @@ from arm_ray.runtime.evaluate import (
     CONFIG_NAME,
     evaluation_session,
     open_output,
-    output_of,
     subject_of,
 )
 from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators, results
 from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.output import results_at
+from arm_ray.runtime.placement import outliving
 from arm_ray.runtime.progress import duration
 from arm_ray.runtime.scoring import Subject, architecture, vllm_version
 from arm_ray.storage.urls import is_url
@@ -120,7 +120,7 @@ def evaluate_lm_eval(
     if options.apply_chat_template:
         for subject in subjects:
             uses_chat(load_tokenizer(subject.tokenizer), "on", subject.name)
-    output = output_of(config)
+    output = outliving(config.output)
     # What an evaluation on our own tasks has written there says more than we know here.
     has_config = (output / CONFIG_NAME).is_file()
     output = output.resolve() if has_config else open_output(output, config)

@@ -43,8 +43,8 @@ from arm_ray.runtime.placement import (
     Placement,
     alive_nodes,
     check_object_store,
-    in_submitted_job,
     local_slots,
+    outliving,
     placed_shards,
     ray_session,
 )
@@ -105,7 +105,8 @@ def merge(
     """
     console = console or Console(stderr=True)
     started = time.monotonic()
-    _check_output_survives(config)
+    if not is_url(config.output):
+        outliving(config.output)
     check_installed(config.tracking)
     method = open_method(
         config.method,
@@ -241,20 +242,6 @@ def _message_bytes(config: MergeConfig, inputs: MergeInputs) -> int:
 
 def _sum_of(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, float]:
     return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in {*left, *right}}
-
-
-def _check_output_survives(config: MergeConfig) -> None:
-    """Refuse a relative output in a submitted job, whose working directory is a temporary copy."""
-    if is_url(config.output):
-        return
-    if in_submitted_job() and not Path(config.output).expanduser().is_absolute():
-        raise ConfigError(
-            "the output of a submitted job is a relative path",
-            where="output",
-            got=config.output,
-            expected="an absolute path, on storage that outlives the job",
-            hint="the job runs in a temporary copy of its working directory",
-        )
 
 
 def _room_of(config: MergeConfig, inputs: MergeInputs) -> Room:

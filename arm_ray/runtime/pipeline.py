@@ -14,7 +14,7 @@ from rich.console import Console
 
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.config import read_yaml
-from arm_ray.errors import ConfigError, RunDirectoryError
+from arm_ray.errors import RunDirectoryError
 from arm_ray.evaluation.data import find_file
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.settings import EvaluationSettings
@@ -22,7 +22,7 @@ from arm_ray.evaluation.tasks import BENCHMARKS, load_tasks
 from arm_ray.events import Event, EventLog, Warned
 from arm_ray.runtime.evaluate import evaluate
 from arm_ray.runtime.merge import merge
-from arm_ray.runtime.placement import in_submitted_job
+from arm_ray.runtime.placement import outliving
 from arm_ray.runtime.progress import duration
 from arm_ray.storage.urls import is_url
 from arm_ray.training.config import GrpoConfig, SftConfig, TrainingConfig
@@ -65,13 +65,7 @@ def run_pipeline(
     """
     console = console or Console(stderr=True)
     started = time.monotonic()
-    if in_submitted_job() and not config.output.is_absolute():
-        raise ConfigError(
-            "the output of a submitted job is a relative path",
-            where="output",
-            got=config.output,
-            expected="an absolute path, on storage that outlives the job",
-        )
+    outliving(config.output)
     stages = Stages(config, source)
     # Before anything long starts: unknown tasks, missing data.
     if config.data is None:

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import arm_ray
 from arm_ray.config import RuntimeConfig
-from arm_ray.errors import PlacementError, WorkerError
+from arm_ray.errors import ConfigError, PlacementError, WorkerError
 from arm_ray.model.partition import choose_num_shards
 from arm_ray.runtime.calls import get_results
 from arm_ray.runtime.layer_shard import LayerShard
@@ -70,6 +70,28 @@ class ShardGang:
 def in_submitted_job() -> bool:
     """Whether this process is the entry point of a `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def outliving(path: str | Path, key: str = "output") -> Path:
+    """A path that is there when a submitted job is over, whose working directory is a copy.
+
+    Args:
+        path: As it is configured.
+        key: Under which key.
+
+    Raises:
+        ConfigError: It is relative, and this is such a job.
+    """
+    expanded = Path(path).expanduser()
+    if in_submitted_job() and not expanded.is_absolute():
+        raise ConfigError(
+            f"the {key} of a submitted job is a relative path",
+            where=key,
+            got=path,
+            expected="an absolute path, on storage that outlives the job",
+            hint="the job runs in a temporary copy of its working directory",
+        )
+    return expanded
 
 
 @contextlib.contextmanager

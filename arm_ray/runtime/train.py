@@ -34,7 +34,7 @@ from arm_ray.errors import (
 from arm_ray.events import EventLog, RunFailed, Warned
 from arm_ray.report.scalars import TRAINING_STEP, Record
 from arm_ray.report.trackers import check_installed
-from arm_ray.runtime.placement import cluster_has, in_submitted_job, ray_session
+from arm_ray.runtime.placement import cluster_has, outliving, ray_session
 from arm_ray.runtime.progress import duration, print_summary
 from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.telemetry import telemetry
@@ -254,15 +254,7 @@ def _absolute(config: Any) -> Any:
     Raises:
         ConfigError: The output of a submitted job is relative.
     """
-    output = config.output.expanduser()
-    if in_submitted_job() and not output.is_absolute():
-        raise ConfigError(
-            "the output of a submitted job is a relative path",
-            where="output",
-            got=config.output,
-            expected="an absolute path, on storage that outlives the job",
-        )
-    changes: dict[str, Any] = {"output": output.absolute()}
+    changes: dict[str, Any] = {"output": outliving(config.output).absolute()}
     path, colon, function = getattr(config, "reward", "").rpartition(":")
     if colon:
         changes["reward"] = f"{Path(path).expanduser().absolute()}:{function}"

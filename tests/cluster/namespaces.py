@@ -1,6 +1,6 @@
 """Three hosts on this machine: network namespaces with addresses and directories of their own.
 
-Each is a Ray node of one CPU, the last of two and of a resource `engine`. `Hosts.own` is another
+Each is a Ray node of one CPU, the last of three and of a resource `engine`. `Hosts.own` is another
 directory on each of them, under one path, and so is `/tmp/ray`; everything else they share, as
 containers of one machine do.
 """
@@ -123,7 +123,7 @@ class Hosts:
             is_last = host == COUNT - 1
             options = [f"--node-ip-address={self.address(host)}", "--block"]
             options += (
-                ["--num-cpus=2", '--resources={"engine": 2}'] if is_last else ["--num-cpus=1"]
+                ["--num-cpus=3", '--resources={"engine": 3}'] if is_last else ["--num-cpus=1"]
             )
             options += ["--object-store-memory=200000000"]
             with self.log(host).open("w") as log:

@@ -150,7 +150,8 @@ def test_engines_on_a_host_that_has_no_models(merges: Merges, local_ray: None) -
         "resamples": 200,
     }
     on_the_last = {"resources": {"engine": 1}}
-    there = {"engine": {**evaluation["engine"], **on_the_last}, "grading": on_the_last}
+    engines = {**evaluation["engine"], **on_the_last, "replicas": 2}
+    there = {"engine": engines, "grading": on_the_last}
     content = case.content("scored")
     content["evaluation"] = {**evaluation, **there, "base": True, "candidates": False}
     content["runtime"] |= {"layer_shards": 2, "scratch": str(hosts.own / "scratch")}
@@ -159,7 +160,8 @@ def test_engines_on_a_host_that_has_no_models(merges: Merges, local_ray: None) -
     run = case.root / "scored"
     scored = [e for e in read_events(run / "events.jsonl") if e["event"] == "model_scored"]
     assert [event["model"] for event in scored] == ["base", *map(state_name, range(1, 5))]
-    # The engine's host has none of them: each came to it once, and nothing is left there.
+    # The engine's host has none of them: each came to it once, for
+    # both engines, and nothing is left there.
     weights = sum(t.num_bytes for t in open_checkpoint(case.root / "base").tensors.values())
     assert all(weights < event["fetched_bytes"] < 2 * weights for event in scored)
     assert "state-0004: " in told
