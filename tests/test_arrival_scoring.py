@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError
 from arm_ray.evaluation.engine import ModelSource
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
@@ -47,7 +48,7 @@ def start(tmp_path: Path, **sharing: Any) -> tuple[bool, list[str]]:
     told: list[str] = []
     settings = EvaluationSettings(("gsm8k",), engine=EngineSettings(gpus_per_engine=1.0))
     scoring = ArrivalScoring(
-        settings, SharingConfig(**sharing), [], None, tmp_path,
+        settings, SharingConfig(**sharing), [], None, tmp_path, RuntimeConfig(),
         EventLog(tmp_path / "events.jsonl"), told.append,
     )  # fmt: skip
     with scoring:
