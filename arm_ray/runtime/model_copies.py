@@ -26,7 +26,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from arm_ray.checkpoints.formats import find_format, split_source
+from arm_ray.checkpoints.naming import split_source
 from arm_ray.config import RuntimeConfig, scratch_path
 from arm_ray.errors import ArmRayError, DiskSpaceError, EvaluationError, WorkerError
 from arm_ray.evaluation.engine import ModelSource
@@ -134,8 +134,7 @@ class ModelCopies:
                 return given
             kind, place = split_source(given)
             place = str(Path(place))
-            prefix = "" if kind == "auto" else f"{kind}:"
-            return f"{prefix}{places[place]}" if place in places else given
+            return f"{kind}:{places[place]}" if place in places else given
 
         return Placed(
             replace(
@@ -298,8 +297,6 @@ def directories_of(source: ModelSource) -> dict[Path, _Rules]:
         if given is None or is_url(given):
             continue
         kind, place = split_source(given)
-        if kind == "auto":
-            kind = find_format(Path(place))[0]
         if kind == "peft":
             found[Path(place)] = [with_adapter]
             if source.base is None:
