@@ -6,14 +6,19 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # auto: the default build of torch where nvidia-smi answers, a CPU build elsewhere; or cpu, or gpu.
 DEVICE ?= auto
+# on: the versions of constraints/locked.txt; off: pip chooses.
+LOCK   ?= on
 
-.PHONY: setup demo test lint unit bench clean
+.PHONY: setup lock demo test lint unit bench clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints/tested.txt scripts/setup.sh
-	PYTHON="$(PYTHON)" VENV="$(VENV)" DEVICE="$(DEVICE)" bash scripts/setup.sh
-	touch $@
+$(VENV)/.ready: pyproject.toml constraints/tested.txt constraints/locked.txt scripts/setup.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" DEVICE="$(DEVICE)" LOCK="$(LOCK)" bash scripts/setup.sh
+	@touch $@
+
+lock:
+	PYTHON="$(PYTHON)" bash scripts/lock.sh
 
 demo: setup
 	PYTHON="$(BIN)/python" bash examples/smollm2/demo.sh

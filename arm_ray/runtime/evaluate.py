@@ -21,6 +21,7 @@ from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.events import EventLog
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.report.trackers import check_installed
+from arm_ray.runtime.heartbeat import heartbeat
 from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.output import results_at
 from arm_ray.runtime.placement import outliving, ray_session
@@ -79,7 +80,10 @@ def evaluate(
 
     sizes = ", ".join(f"{t.name} ({len(t.problems)} x {t.repeats})" for t in tasks)
     told(f"scoring {len(subjects)} model(s) on {sizes}")
-    with evaluation_session(config, config.evaluation, output, events, address, told):
+    with (
+        heartbeat(console),
+        evaluation_session(config, config.evaluation, output, events, address, told),
+    ):
         first, copies = subjects[0], CopiesOnNodes(config.scratch)
         with scoring_service(
             config.evaluation, tasks, output, first, told, wrote, copies

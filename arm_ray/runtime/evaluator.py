@@ -28,6 +28,7 @@ from arm_ray.evaluation.engine import (
 )
 from arm_ray.evaluation.graders import Grader
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
+from arm_ray.runtime.heartbeat import activity
 from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.placement import cluster_has, format_resources
 from arm_ray.storage.mirror import present
@@ -262,7 +263,8 @@ def placed_evaluators(
         graders = [gang.start_grader(i) for i in range(resources.graders)]
         limit = settings.engine.timeout_s
         results([grader.ready.remote(runs_code) for grader in graders], limit)
-        results([engine.ready.remote() for engine in engines], limit)
+        with activity(f"starting {len(engines)} vLLM engine(s)"):
+            results([engine.ready.remote() for engine in engines], limit)
         yield gang
     finally:
         gang.close()

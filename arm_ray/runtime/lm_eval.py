@@ -32,10 +32,11 @@ from arm_ray.runtime.evaluate import (
     subject_of,
 )
 from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators, results
+from arm_ray.runtime.heartbeat import heartbeat
 from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.output import results_at
 from arm_ray.runtime.placement import outliving
-from arm_ray.runtime.progress import duration
+from arm_ray.runtime.progress import LINE_INTERVAL_S, duration
 from arm_ray.runtime.scoring import Subject, architecture, vllm_version
 from arm_ray.storage.urls import is_url
 
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 FILE_NAME = "lm_eval.json"
 _ATTEMPTS = 3
-_LINE_INTERVAL_S = 15.0
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -136,7 +136,10 @@ def evaluate_lm_eval(
     missing = [subject for subject in subjects if subject.name not in scored]
     failures: list[ArmRayError] = []
     if missing:
-        with evaluation_session(config, run.settings, output, events, address, told):
+        with (
+            heartbeat(console),
+            evaluation_session(config, run.settings, output, events, address, told),
+        ):
             first = missing[0]
             with placed_evaluators(
                 run.settings,
@@ -399,7 +402,7 @@ class _Lines:
         now = time.monotonic()
         if done == total:
             self._started = now
-        elif now - self._last > _LINE_INTERVAL_S:
+        elif now - self._last > LINE_INTERVAL_S:
             self._last = now
             rest = (now - self._started) / done * (total - done)
             self._told(f"{self._name}: {done} of {total} {what}, about {rest:.0f} s to go")

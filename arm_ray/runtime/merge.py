@@ -37,6 +37,7 @@ from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.adapter import write_adapter
 from arm_ray.runtime.driver import StreamingDriver
 from arm_ray.runtime.elasticity import Gangs
+from arm_ray.runtime.heartbeat import activity, heartbeat
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.output import open_output
 from arm_ray.runtime.placement import (
@@ -117,8 +118,9 @@ def merge(
     def say(message: str) -> None:
         console.print(message, highlight=False, markup=False, soft_wrap=True)
 
-    inputs = open_inputs(config)
-    tasks = open_evaluation(config, inputs)
+    with heartbeat(console), activity("checking the checkpoints"):
+        inputs = open_inputs(config)
+        tasks = open_evaluation(config, inputs)
     with open_output(config, say) as run:
         run.record_inputs(inputs.fingerprints)
         if run.is_complete:
@@ -127,6 +129,8 @@ def merge(
         room = _room_of(config, inputs)
         run.check_disk_space(room)
         with (
+            heartbeat(console),
+            activity("merging"),
             _failures_recorded(run, room),
             ray_session(
                 address,
@@ -202,7 +206,8 @@ def _merge_on_ray(
             if method.needs_forward:
                 check_object_store(gang, _message_bytes(config, inputs))
                 # A linear merge reads every byte once, and looks at it then.
-                driver.check_weights()
+                with activity("checking the weights for NaN and infinity"):
+                    driver.check_weights()
             _announce(config, inputs, run, placement, stream, console)
             reason = driver.iterate(stop_after)
             selected = run.last_iteration
@@ -217,7 +222,8 @@ def _merge_on_ray(
             scores = scoring.scores() if scoring is not None else None
             if config.keep_states == "last" or config.output_format == "adapter":
                 driver.bring_home([selected])
-            model = _publish_model(config, inputs, run, driver, selected, scores)
+            with activity("writing the model"):
+                model = _publish_model(config, inputs, run, driver, selected, scores)
             if scoring is not None:
                 scoring.report(console, selected)
                 run.prune(len(config.candidates), run.last_iteration, {selected})

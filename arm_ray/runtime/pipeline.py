@@ -21,6 +21,7 @@ from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import BENCHMARKS, load_tasks
 from arm_ray.events import Event, EventLog, Warned
 from arm_ray.runtime.evaluate import evaluate
+from arm_ray.runtime.heartbeat import activity, heartbeat
 from arm_ray.runtime.merge import merge
 from arm_ray.runtime.placement import outliving
 from arm_ray.runtime.progress import duration
@@ -78,7 +79,8 @@ def run_pipeline(
         begun = time.monotonic()
         number = names.index(name) + 1
         _say(console, f"\n== {number}/{len(names)} {name}")
-        result = work()
+        with heartbeat(console), activity(name):
+            result = work()
         seconds = time.monotonic() - begun
         events.write(StageFinished(name, round(seconds, 3)))
         _say(console, f"== {number}/{len(names)} {name}: {duration(seconds)}")

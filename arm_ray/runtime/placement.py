@@ -25,6 +25,7 @@ from arm_ray.config import RuntimeConfig
 from arm_ray.errors import ConfigError, PlacementError, WorkerError
 from arm_ray.model.partition import choose_num_shards
 from arm_ray.runtime.calls import get_results
+from arm_ray.runtime.heartbeat import activity
 from arm_ray.runtime.layer_shard import LayerShard
 from arm_ray.runtime.shard_spec import ShardSpec
 from arm_ray.runtime.transport import (
@@ -128,13 +129,15 @@ def ray_session(
         # "local", because a bare init would join whatever an old address file names.
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cpu_slots}
     try:
-        ray.init(logging_level=logging.ERROR, **options)
+        with activity("joining Ray" if address else "starting Ray"):
+            ray.init(logging_level=logging.ERROR, **options)
     except Exception as error:  # connection, version and authentication errors of many types
         raise _not_joined(address, error) from None
     try:
         yield
     finally:
-        ray.shutdown()
+        with activity("leaving Ray" if address else "ending Ray"):
+            ray.shutdown()
 
 
 def _not_joined(address: str | None, error: Exception) -> WorkerError:
@@ -376,7 +379,8 @@ def _start(
         for index, spec in enumerate(specs)
     ]
     # The actors import torch; that their group is placed does not mean that they run.
-    get_results([actor.ready.remote() for actor in actors])
+    with activity(f"starting {len(actors)} layer shard(s)"):
+        get_results([actor.ready.remote() for actor in actors])
     return actors
 
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-_LINE_INTERVAL_S = 15.0
+# Most seconds without a line, where there is no bar.
+LINE_INTERVAL_S = 8.0
 
 
 class MergeProgress:
@@ -63,7 +64,7 @@ class MergeProgress:
                 description=where,
                 cosines=self._cosines,
             )
-        elif time.monotonic() - self._last_line > _LINE_INTERVAL_S:
+        elif time.monotonic() - self._last_line > LINE_INTERVAL_S:
             self._last_line = time.monotonic()
             self._console.print(
                 f"{where}  ETA {duration(self._eta())}", highlight=False, soft_wrap=True

@@ -50,7 +50,9 @@ from arm_ray.evaluation.records import Record, TaskScores
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import Task
 from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators, results
+from arm_ray.runtime.heartbeat import activity
 from arm_ray.runtime.model_copies import CopiesOnNodes
+from arm_ray.runtime.progress import LINE_INTERVAL_S
 
 _ATTEMPTS = 3
 _POLL_S = 0.5
@@ -276,7 +278,8 @@ class ScoringService:
     def _work(self) -> None:
         while (subject := self._queue.get()) is not None:
             try:
-                scores = self._score(subject)
+                with activity(f"scoring {subject.name}"):
+                    scores = self._score(subject)
             except _ClosedError:
                 return
             except Exception as error:  # raised for whoever asks next; the merge goes on
@@ -341,7 +344,7 @@ class ScoringService:
                 if task is not None and len(state.records[task.name]) == expected[task.name]:
                     yield self._finish(state, task)
             self._take_overdue(state)
-            if time.monotonic() - last_told > 15.0:
+            if time.monotonic() - last_told > LINE_INTERVAL_S:
                 last_told = time.monotonic()
                 self._tell_progress(state)
 

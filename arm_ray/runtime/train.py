@@ -34,8 +34,9 @@ from arm_ray.errors import (
 from arm_ray.events import EventLog, RunFailed, Warned
 from arm_ray.report.scalars import TRAINING_STEP, Record
 from arm_ray.report.trackers import check_installed
+from arm_ray.runtime.heartbeat import activity, heartbeat
 from arm_ray.runtime.placement import cluster_has, outliving, ray_session
-from arm_ray.runtime.progress import duration, print_summary
+from arm_ray.runtime.progress import LINE_INTERVAL_S, duration, print_summary
 from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.telemetry import telemetry
 from arm_ray.training import memory
@@ -198,8 +199,9 @@ def _run(
     def told(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    model = open_checkpoint(resolve_path(config.model)).path
-    prepared = prepare(config, model)
+    with heartbeat(console), activity("reading the training data"):
+        model = open_checkpoint(resolve_path(config.model)).path
+        prepared = prepare(config, model)
     output: Path = config.output
     # Before anything is written.
     saves = config.session_saves(prepared.steps)
@@ -214,7 +216,11 @@ def _run(
         return _checkpoints(output, saves)
     try:
         about = {"job": kind, "output": str(output)}
-        with locked(output, "training"), ray_session(address, _local_slots(config), about):
+        with (
+            locked(output, "training"),
+            heartbeat(console),
+            ray_session(address, _local_slots(config), about),
+        ):
             workers = _plan_workers(config)
             if address is None and "RAY_ADDRESS" not in os.environ and workers.device == "cpu":
                 _check_host(config, model, workers, prepared)
@@ -522,6 +528,7 @@ class _Follower:
         self._notes_told = 0
         self._shown = 0
         self._seen: tuple[int, int] | None = None
+        self._last_line = time.monotonic()
 
     def wait_for(self, work: Callable[[], Any]) -> BaseException | None:
         """Do blocking work in a thread, and print meanwhile; returns what it raised."""
@@ -538,9 +545,13 @@ class _Follower:
         # In a thread, because the main one is for Ctrl-C.
         thread = threading.Thread(target=run, name="ray-train", daemon=True)
         thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_S)
-            self._print()
+        with activity("starting the training workers") as doing:
+            while thread.is_alive():
+                thread.join(_POLL_S)
+                before = self._shown
+                self._print()
+                if self._shown != before:
+                    doing.becomes(f"step {self._shown + 1} of {self._last}")
         self._print()
         return raised[0] if raised else None
 
@@ -564,9 +575,15 @@ class _Follower:
             step = entry["step"]
             if step > self._shown:
                 self._took_step(_record(entry))
-            if step > self._shown and (step % self._config.log_every == 0 or step == self._last):
+            if step > self._shown and self._is_told(step):
                 self._told(self._line(entries, i))
+                self._last_line = time.monotonic()
         self._shown = max((e["step"] for e in entries), default=0)
+
+    def _is_told(self, step: int) -> bool:
+        # The first one says how long the others will take.
+        is_chosen = step % self._config.log_every == 0 or step in (1, self._last)
+        return is_chosen or time.monotonic() - self._last_line > LINE_INTERVAL_S
 
     def _line(self, entries: list[dict[str, Any]], i: int) -> str:
         entry, first = entries[i], entries[max(0, i - 10)]

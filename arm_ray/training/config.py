@@ -124,7 +124,7 @@ class TrainingConfig(Section):
     stop_after: PositiveInt | None = None
     """Halt after this step of the schedule; a later run with a larger value, or none, goes on."""
     log_every: PositiveInt = 5
-    """Steps between two printed lines."""
+    """Steps between two printed lines; where steps are slow, a line comes sooner."""
     preset: str | None = None
     """Where keys that are not given come from, instead of the defaults: see `TRAINING_PRESETS`."""
     runtime: TrainRuntimeConfig = TrainRuntimeConfig()

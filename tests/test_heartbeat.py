@@ -1,0 +1,73 @@
+"""Nothing is silent for long: see `arm_ray.runtime.heartbeat`."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from arm_ray.runtime import heartbeat as module
+from arm_ray.runtime.heartbeat import Silence, activity, heartbeat
+
+
+class Pipe(io.StringIO):
+    """A file that says when something with a text in it is written."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text, self.came = text, threading.Event()
+
+    def write(self, given: str) -> int:
+        """Write, and look for the text in all that is there."""
+        count = super().write(given)
+        if self._text in self.getvalue():
+            self.came.set()
+        return count
+
+
+def test_a_line_names_the_newest_activity_after_the_silence() -> None:
+    silence = Silence(8.0)
+    now = time.monotonic()
+    with activity("merging"), activity("starting Ray"):
+        assert silence.line(now + 7.0) is None
+        assert silence.line(now + 9.0) == "  starting Ray: 9.0 s so far"
+    assert silence.line(now + 9.0) is None
+
+
+def test_what_ends_first_need_not_be_the_newest() -> None:
+    silence = Silence(0.0)
+    first = activity("scoring state-0001")
+    first.__enter__()
+    with activity("iteration 2 of 3"):
+        first.__exit__(None, None, None)
+        said = silence.line(time.monotonic() + 1.0)
+    assert said is not None
+    assert said.startswith("  iteration 2 of 3: ")
+
+
+def test_what_is_printed_breaks_the_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    silence = Silence(8.0)
+    console = Console(file=io.StringIO())
+    console.push_render_hook(silence)
+    clock[0] = 107.0
+    console.print("iteration 1/3")
+    assert silence.due_in(107.0) == 8.0
+    assert silence.due_in(116.0) == -1.0
+
+
+def test_a_silent_console_is_broken_and_left_as_it_was() -> None:
+    pipe = Pipe("  starting the engine: ")
+    console = Console(file=pipe)
+    hooks: Any = console._render_hooks
+    with heartbeat(console, limit_s=0.0), heartbeat(console, limit_s=0.0):
+        assert len(hooks) == 1
+        with activity("starting the engine"):
+            assert pipe.came.wait(30.0)
+    assert not hooks
+    assert not [t for t in threading.enumerate() if t.name == "heartbeat"]
