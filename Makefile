@@ -1,6 +1,7 @@
 # One command to see it work on a real model, one to pass its tests:
 #   make demo
 #   make test
+# The Makefile's other targets: setup, lock, check, test-all, lint, bench, clean.
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -8,8 +9,11 @@ BIN    := $(VENV)/bin
 DEVICE ?= auto
 # on: the versions of constraints/locked.txt; off: pip chooses.
 LOCK   ?= on
+# Processes that run tests, each with a Ray of its own; a file's tests stay in one of them.
+WORKERS ?= 2
+PYTEST  = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: setup lock demo test lint unit bench clean
+.PHONY: setup lock demo check test test-all lint unit bench clean
 
 setup: $(VENV)/.ready
 
@@ -23,15 +27,22 @@ lock:
 demo: setup
 	PYTHON="$(BIN)/python" bash examples/smollm2/demo.sh
 
+# Three tiers, each within the next; see CONTRIBUTING.md.
+check: setup lint
+	$(PYTEST) -m "not minutes and not processes"
+
 test: setup lint unit
+
+unit:
+	$(PYTEST) -m "not minutes" --durations=20
+
+test-all: setup lint
+	$(PYTEST) --durations=60 -p tests.full_run --full-run tests/last-full-run.json
 
 lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-unit:
-	$(BIN)/python -m pytest -q
 
 bench: demo
 	$(BIN)/pip install --quiet -c constraints/tested.txt -e '.[bench]'

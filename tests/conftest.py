@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import ray
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -30,6 +31,7 @@ from transformers import (
 
 from arm_ray.config import MergeConfig, parse_merge_config
 from tests import in_process, stores
+from tests.doubles.plain_engine import PlainEngineActor
 
 ROOT = Path(__file__).parent.parent
 SIZES: dict[str, Any] = {
@@ -42,6 +44,8 @@ SIZES: dict[str, Any] = {
 }
 # vLLM's attention on CPUs wants heads of 32 or more.
 SERVED = {"hidden_size": 128, "intermediate_size": 160}
+# Fixtures that start Ray, a server, or trainers.
+PROCESSES = {"local_ray", "object_store", "shards"}
 WORDS = ("seven", "red", "apples", "and", "two", "green", "ones", "are", "in", "Ann", "has", "left")
 ROPE = {
     "rope_type": "llama3",
@@ -106,7 +110,7 @@ def save_tokenizer(path: Path) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    trainer = BpeTrainer(
         vocab_size=SIZES["vocab_size"],
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -177,6 +181,13 @@ class MergeCase:
         return parse_merge_config(self.content(output), overrides)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts processes: see the tiers in CONTRIBUTING.md."""
+    for item in items:
+        if PROCESSES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.processes)
+
+
 @pytest.fixture
 def case(tmp_path: Path) -> MergeCase:
     """An empty `MergeCase`."""
@@ -209,6 +220,30 @@ def shards_in_process(
     """Layer shards are no actors, unless the test is marked so (see `tests.in_process`)."""
     if request.node.get_closest_marker("actors") is None:
         monkeypatch.setattr("arm_ray.runtime.merge.placed_shards", in_process.placed_shards)
+
+
+@pytest.fixture(params=["in process", pytest.param("ray train", marks=pytest.mark.minutes)])
+def trainers(
+    request: pytest.FixtureRequest, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Where training runs: in a thread of this process (`tests.in_process`), or on Ray Train."""
+    if request.param == "in process":
+        monkeypatch.setattr("arm_ray.runtime.train._on_ray_train", in_process.on_ray_train)
+    return str(request.param)
+
+
+@pytest.fixture(params=["plain", pytest.param("vllm", marks=pytest.mark.minutes)])
+def engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What models are scored by: vLLM's engines, or plain ones (`tests.doubles.plain_engine`).
+
+    Plain ones are no actors, unless the test is marked so (see `tests.in_process`).
+    """
+    if request.param == "plain":
+        if request.node.get_closest_marker("actors") is None:
+            gang = "arm_ray.runtime.evaluator.EvaluatorGang"
+            monkeypatch.setattr(gang, in_process.PlainEvaluators)
+        monkeypatch.setattr("arm_ray.runtime.evaluator.EngineActor", PlainEngineActor)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Layer shards in this process, called as the driver calls their actors.
+"""Layer shards, engines, graders and training workers in this process.
 
 Starting an actor takes seconds, in which a test of what is computed learns nothing. Calls run at
 once, in the order they are submitted, which is the order that an actor takes them in; what they
@@ -8,15 +8,23 @@ return goes through Ray's object store as it does from an actor.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
+import transformers
 
 from arm_ray.config import RuntimeConfig
+from arm_ray.evaluation.graders import Grader
+from arm_ray.evaluation.settings import EvaluationSettings
+from arm_ray.runtime.evaluator import EvaluatorGang
 from arm_ray.runtime.layer_shard import LayerShard
 from arm_ray.runtime.placement import Placement, ShardGang
 from arm_ray.runtime.shard_spec import ShardSpec
+from arm_ray.runtime.train import _worker
+from tests.doubles.plain_engine import PlainEngineActor
 
 
 class _Method:
@@ -32,11 +40,11 @@ class _Method:
 
 
 class Actor:
-    def __init__(self, shard: LayerShard) -> None:
-        self._shard = shard
+    def __init__(self, instance: Any) -> None:
+        self._instance = instance
 
     def __getattr__(self, name: str) -> _Method:
-        return _Method(getattr(self._shard, name))
+        return _Method(getattr(self._instance, name))
 
 
 @contextlib.contextmanager
@@ -51,3 +59,45 @@ def placed_shards(
     home = str(ray.get_runtime_context().get_node_id())
     actors = [Actor(LayerShard(spec)) for spec in specs]
     yield ShardGang(actors, "object_store", [home for _ in specs])
+
+
+class PlainEvaluators(EvaluatorGang):
+    """Plain engines and graders in this process, in the places of their actors."""
+
+    _settings: EvaluationSettings
+
+    def start_engine(self, index: int, model: str, tokenizer: str) -> Any:
+        self._check_open()
+        self.engines[index] = Actor(PlainEngineActor(model, tokenizer, self._settings.engine))
+        return self.engines[index]
+
+    def start_grader(self, index: int) -> Any:
+        self._check_open()
+        self.graders[index] = Actor(Grader(self._settings.grading))
+        return self.graders[index]
+
+    @staticmethod
+    def _kill(_actor: Any) -> None:
+        """They end with the process."""
+
+
+def on_ray_train(
+    settings: Mapping[str, Any], _workers: object, _max_failures: int
+) -> Callable[[], None]:
+    """Stands for `arm_ray.runtime.train._on_ray_train`; what a worker changes is set back."""
+
+    def work() -> None:
+        environment, verbosity = dict(os.environ), transformers.logging.get_verbosity()
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        try:
+            with warnings.catch_warnings():
+                # The trainers' own, which a worker prints to nobody.
+                warnings.simplefilter("ignore")
+                _worker(settings)
+        finally:
+            os.environ.clear()
+            os.environ |= environment
+            transformers.logging.set_verbosity(verbosity)
+            transformers.logging.enable_progress_bar()
+
+    return work

@@ -17,7 +17,7 @@ from arm_ray.following.config import parse_attach_config
 from arm_ray.runtime.attach import attach
 from tests.test_merge import load_all
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shards_in_process")]
+pytestmark = pytest.mark.usefixtures("shards_in_process")
 
 
 def verl(shards: Path, run: Path) -> list[str]:

@@ -21,7 +21,7 @@ from tests.conftest import SERVED, save, save_tokenizer, tiny_model, write_texts
 from tests.test_merge import load_all
 from tests.training.common import content, make_rows
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.minutes
 ENGINE = {"kv_cache_gb": 0.05, "max_model_len": 64, "dtype": "float32", "chunk_size": 16}
 # Slow enough for several merges meanwhile; and while nobody follows, the trainer rests.
 REWARDS = """

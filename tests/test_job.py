@@ -30,8 +30,6 @@ from tests.cluster.common import (
 from tests.conftest import ROOT, SERVED, MergeCase
 from tests.test_pipeline import content as pipeline_content
 
-pytestmark = pytest.mark.slow
-
 
 def environment(temporary: str) -> dict[str, str]:
     """For a local Ray, which keeps its files there and finds no cluster."""
@@ -53,6 +51,7 @@ def write_config(case: MergeCase, output: str) -> Path:
     return file
 
 
+@pytest.mark.processes
 def test_a_local_ray_starts_by_itself_and_is_gone_afterwards(
     case: MergeCase, short_directory: str
 ) -> None:
@@ -102,6 +101,7 @@ def jobs_of(env: dict[str, str]) -> dict[str, dict[str, Any]]:
     return {job["submission_id"] or job["job_id"]: job for job in ask(env, "")}
 
 
+@pytest.mark.minutes
 def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: str) -> None:
     case.make("smollm2", sizes=SERVED)
     with local_cluster(Path(short_directory) / "c", ARM_RAY_LOCAL_CPUS="2") as env:

@@ -1,4 +1,4 @@
-"""Models scored on tasks of lm-evaluation-harness by real engines, through the command line."""
+"""Models scored on tasks of lm-evaluation-harness, through the command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ from tests.evaluation.test_lm_eval_bridge import (
 )
 
 ENGINE = {"kv_cache_gb": 0.05, "max_model_len": CONTEXT, "dtype": "float32", "chunk_size": 16}
-slow = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +78,6 @@ def backend(path: Path, tokenizer: Path) -> Any:
     )
 
 
-@slow
 @pytest.mark.usefixtures("local_ray")
 def test_log_likelihoods_of_an_engine_are_those_of_transformers(case: MergeCase) -> None:
     """In float32, within 1e-3 nats for each request, cut and split ones included."""
@@ -112,14 +110,13 @@ def test_log_likelihoods_of_an_engine_are_those_of_transformers(case: MergeCase)
         served.close()
 
 
-@slow
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("local_ray", "engines")
 def test_two_models_through_the_command_line(
     case: MergeCase, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = make(case)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_LINE_INTERVAL_S", 0.0)
+        patch.setattr(module, "LINE_INTERVAL_S", 0.0)
         assert main(arguments(case, tasks, "--lm-eval", "all,sampled")) == 0
     shown = capsys.readouterr().out
     assert "base: 3 of" in shown
@@ -163,8 +160,8 @@ def test_two_models_through_the_command_line(
     assert len(read_events(case.root / "out" / "events.jsonl")) == 4
 
 
-@slow
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.actors
+@pytest.mark.usefixtures("local_ray", "engines")
 def test_own_tasks_come_first_and_a_broken_model_leaves_the_others(
     case: MergeCase, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

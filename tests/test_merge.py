@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from arm_ray.config import MergeConfig
 from arm_ray.events import read_events
 from arm_ray.runtime.merge import MergeOutcome, merge
-from tests import reference
+from arm_ray.runtime.placement import placed_shards
+from tests import in_process, reference
 from tests.conftest import FAMILIES, MergeCase
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")
@@ -27,6 +28,15 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "window n-1": {"anchor_iterations": 0, "max_iterations": 3, "window_divisor": "n_minus_1"},
     "last candidate": {"anchor_iterations": 2, "max_iterations": 2, "initial": "last_candidate"},
 }
+
+
+@pytest.fixture(params=["in process", pytest.param("actors", marks=pytest.mark.minutes)])
+def both_ways(
+    request: pytest.FixtureRequest, shards_in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed is the same in this process; dozens of actors take minutes to start."""
+    if request.param == "actors":
+        monkeypatch.setattr("arm_ray.runtime.merge.placed_shards", placed_shards)
 
 
 def run(config: MergeConfig, **options: Any) -> MergeOutcome:
@@ -163,7 +173,7 @@ def test_a_window_of_two_tends_to_its_limit(case: MergeCase) -> None:
     assert kept == ["0030"]
 
 
-@pytest.mark.actors
+@pytest.mark.usefixtures("both_ways")
 def test_shards_give_the_same_bits(case: MergeCase) -> None:
     case.make("qwen3", num_layers=5, dtype=torch.bfloat16)
     runs = {}
@@ -197,7 +207,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.actors
+@pytest.mark.usefixtures("both_ways")
 def test_residency_transport_and_lookahead_give_the_same_bits(case: MergeCase) -> None:
     case.make("qwen2.5", num_layers=4, dtype=torch.bfloat16)
     run(case.config(output="plain"))
@@ -211,6 +221,21 @@ def test_residency_transport_and_lookahead_give_the_same_bits(case: MergeCase) -
 
 
 @pytest.mark.actors
+def test_actors_give_the_bits_of_shards_in_this_process(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.make("qwen2.5", num_layers=4, dtype=torch.bfloat16)
+    shards = ("runtime.layer_shards=3", "runtime.transport=direct")
+    run(case.config(*shards, output="actors"))
+    events = read_events(case.root / "actors" / "events.jsonl")
+    assert [e for e in events if e["event"] == "warning" and "transport" in e["message"]] == []
+    monkeypatch.setattr("arm_ray.runtime.merge.placed_shards", in_process.placed_shards)
+    run(case.config(*shards, output="here"))
+    for name in ("states/0001", "states/0004", "model"):
+        assert_same_bits(load_all(case.root / "actors" / name), load_all(case.root / "here" / name))
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_speculative_iterations_leave_nothing_behind(case: MergeCase) -> None:
     case.make("mistral")
     schedule = "schedule={anchor_iterations: 9, max_iterations: 9, tolerance: 0.2}"

@@ -320,6 +320,7 @@ def test_coefficients_have_the_ranges_of_their_shifts() -> None:
 
 
 @pytest.mark.actors
+@pytest.mark.usefixtures("local_ray")
 def test_a_failed_transfer_is_gone_on_with_by_the_object_store(
     case: MergeCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

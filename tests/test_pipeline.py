@@ -64,8 +64,15 @@ def parsed(given: dict[str, Any]) -> PipelineConfig:
     return validate(PipelineConfig, given, source="test")
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("shards_in_process")
+@pytest.mark.usefixtures("shards_in_process", "trainers", "engines")
+@pytest.mark.parametrize(
+    ("trainers", "engines"),
+    [
+        ("in process", "plain"),
+        pytest.param("ray train", "vllm", marks=pytest.mark.minutes),
+    ],
+    indirect=True,
+)
 def test_a_series_is_trained_merged_and_scored(case: MergeCase) -> None:
     case.make("smollm2", count=0, sizes=SERVED)
     given = content(case)
@@ -140,7 +147,8 @@ def test_training_on_needs_what_it_goes_on_from(case: MergeCase) -> None:
         Stages(parsed(given), "test")
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("trainers")
+@pytest.mark.parametrize("trainers", ["in process"], indirect=True)
 def test_another_split_of_the_same_output_is_refused(case: MergeCase) -> None:
     case.make("smollm2", count=0)
     given = content(case, evaluation={"tasks": [{"name": "held", "type": "loss", "path": "no"}]})

@@ -18,7 +18,7 @@ from arm_ray.config import parse_merge_config
 from arm_ray.runtime.merge import merge
 from tests.conftest import ROOT, MergeCase
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shards_in_process")]
+pytestmark = pytest.mark.usefixtures("shards_in_process")
 
 
 def test_eight_shards_on_two_nodes_of_four_gpus(case: MergeCase) -> None:

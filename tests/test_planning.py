@@ -513,7 +513,6 @@ def test_stored_weights_are_those_that_a_shard_holds(case: MergeCase, residency:
         assert stored() == (use.kept if residency != "disk" else frozenset())
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("residency", ["device", "disk"])
 def test_planned_memory_is_that_of_the_shards_processes(case: MergeCase, residency: str) -> None:

@@ -19,7 +19,7 @@ from tests import reference
 from tests.conftest import ROOT
 from tests.test_merge import load_all, relative_error
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shards_in_process")]
+pytestmark = [pytest.mark.minutes, pytest.mark.usefixtures("shards_in_process")]
 EXAMPLE = ROOT / "examples" / "smollm2"
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from arm_ray.following.hooks import HookSettings, run_hook
 from tests.conftest import ROOT, SERVED, fine_tuned, save, save_tokenizer, tiny_model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.minutes
 PROMPT = [5, 80, 33, 120, 7]
 NUM_TOKENS = 8
 

@@ -1,4 +1,4 @@
-"""Models scored by real engines: any number of them, lost ones, and beside a merge."""
+"""Models scored by engines: any number of them, lost ones, and beside a merge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from tests.conftest import SERVED, MergeCase
 from tests.test_merge import load_all
 from tests.test_peft_merge import write_adapters, write_dense
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shards_in_process")]
+pytestmark = pytest.mark.usefixtures("shards_in_process", "engines")
+VLLM = pytest.param("vllm", marks=pytest.mark.minutes)
 ENGINE = {"kv_cache_gb": 0.05, "max_model_len": 64, "dtype": "float32", "chunk_size": 16}
 
 
@@ -81,6 +82,7 @@ def records(directory: Path, model: str, tasks: tuple[str, ...]) -> dict[str, li
     return {task: read_records(directory / model, task) for task in tasks}
 
 
+@pytest.mark.actors
 def test_the_number_of_engines_and_lost_ones_change_nothing(
     case: MergeCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +309,7 @@ def test_a_tokenizer_is_needed_before_anything_starts(case: MergeCase) -> None:
         merged(case)
 
 
+@pytest.mark.parametrize("engines", [VLLM], indirect=True)
 def test_two_processes_share_a_model(case: MergeCase) -> None:
     """Tensor parallelism, which GPUs are for, on CPUs: the losses of one process."""
     make(case)

@@ -26,7 +26,7 @@ from arm_ray.runtime.driver import StreamingDriver
 from arm_ray.runtime.merge import MergeOutcome, merge
 from tests.conftest import SERVED, MergeCase
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shards_in_process")]
+pytestmark = pytest.mark.usefixtures("shards_in_process")
 
 LOSSES = [5.0, 4.0, 4.5, 1.0, 2.0, 3.0]
 

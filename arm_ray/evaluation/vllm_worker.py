@@ -41,9 +41,9 @@ class WeightsExtension:
         if weights is None and has_loader:
             worker.reload_weights(weights_path=path)
         else:
-            opened = _opened(Path(path), weights, base, masters)
+            opened = open_weights(Path(path), weights, base, masters)
             try:
-                worker.reload_weights(weights_iterator=_tensors(opened))
+                worker.reload_weights(weights_iterator=all_tensors(opened))
             finally:
                 # The engine outlives the checkpoints that it scores.
                 pickles.let_go()
@@ -63,7 +63,8 @@ class WeightsExtension:
                 module.quant_method.process_weights_after_loading(module)
 
 
-def _opened(path: Path, weights: str | None, base: str | None, masters: bool) -> Checkpoint:
+def open_weights(path: Path, weights: str | None, base: str | None, masters: bool) -> Checkpoint:
+    """The checkpoint that a `ModelSource` stands for; the arguments are its fields."""
     if weights is None:
         return open_checkpoint(path)
     # Shards without a configuration of their own have that of `path`.
@@ -80,7 +81,7 @@ def _is_adapter(given: str) -> bool:
     return kind == "peft" or (kind == "auto" and find_format(Path(path))[0] == "peft")
 
 
-def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def all_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """All tensors under their names in the checkpoint, one at a time."""
     for name in checkpoint.tensors:
         yield name, checkpoint.read([name])[name]

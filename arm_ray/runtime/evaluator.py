@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray.exceptions import RayError
@@ -90,6 +90,8 @@ class EngineActor:
         copies: `ModelCopies` of its node; None where it sees the driver's files.
     """
 
+    engine_class: ClassVar[type[Engine]] = Engine
+
     def __init__(
         self, model: str, tokenizer: str, settings: EngineSettings, copies: Any = None
     ) -> None:
@@ -133,7 +135,7 @@ class EngineActor:
             if self._copies is not None:
                 [placed] = results([self._copies.describe.remote(model, tokenizer)])
                 model, tokenizer = placed.source.path, placed.tokenizer
-            self._engine = Engine(model, tokenizer, settings)
+            self._engine = self.engine_class(model, tokenizer, settings)
         return self._engine
 
 

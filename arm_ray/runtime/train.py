@@ -406,49 +406,64 @@ def _fit(
         ArmRayError: What a worker raised.
         WorkerError: Workers were lost more often than `runtime.max_failures`.
     """
-    # Older releases have both versions of Ray Train.
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     from arm_ray.training.trainer import TrainingJob
 
-    # The types that mypy sees are those of the first version.
-    make_run: Any = RunConfig
-    on_gpu = workers.device == "cuda"
     with _scratch(config.output) as scratch:
         job = TrainingJob(
             config, model, config.output, scratch, workers.device, prepared.steps, tuple(saves),
             prepared.length, workers.cpus,
         )  # fmt: skip
-        resources: dict[str, float] = {"CPU": float(workers.cpus)}
-        if on_gpu:
-            resources["GPU"] = 1.0
-        trainer: Any = TorchTrainer(
-            _worker,
-            train_loop_config={"kind": kind, "job": job, "payload": [ray.put(prepared.payload)]},
-            scaling_config=ScalingConfig(
-                num_workers=workers.count, use_gpu=on_gpu, resources_per_worker=resources
-            ),
-            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-            run_config=make_run(
-                name="run",
-                storage_path=str(scratch),
-                failure_config=FailureConfig(max_failures=config.runtime.max_failures),
-                worker_runtime_env={
-                    "env_vars": {
-                        "OMP_NUM_THREADS": str(workers.cpus),
-                        "MKL_NUM_THREADS": str(workers.cpus),
-                        "TOKENIZERS_PARALLELISM": "false",
-                        "RAY_TRAIN_V2_ENABLED": "1",
-                    }
-                },
-            ),
-        )
+        settings = {"kind": kind, "job": job, "payload": [ray.put(prepared.payload)]}
+        work = _on_ray_train(settings, workers, config.runtime.max_failures)
         follower = _Follower(config, saves, scratch, told, took_step)
-        error = follower.wait_for(trainer.fit)
+        error = follower.wait_for(work)
         if error is not None:
             raise read_error(scratch / _ERROR_NAME) or _lost(error, config)
+
+
+def _on_ray_train(
+    settings: Mapping[str, Any], workers: _Workers, max_failures: int
+) -> Callable[[], Any]:
+    """What runs `_worker` in all workers, and again from the last checkpoint where some are lost.
+
+    Args:
+        settings: What `_worker` is called with.
+        workers: How many there are, and where.
+        max_failures: How often lost workers are replaced.
+    """
+    # Older releases have both versions of Ray Train.
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    # The types that mypy sees are those of the first version.
+    make_run: Any = RunConfig
+    on_gpu = workers.device == "cuda"
+    resources: dict[str, float] = {"CPU": float(workers.cpus)}
+    if on_gpu:
+        resources["GPU"] = 1.0
+    trainer: Any = TorchTrainer(
+        _worker,
+        train_loop_config=dict(settings),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count, use_gpu=on_gpu, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        run_config=make_run(
+            name="run",
+            storage_path=str(settings["job"].scratch),
+            failure_config=FailureConfig(max_failures=max_failures),
+            worker_runtime_env={
+                "env_vars": {
+                    "OMP_NUM_THREADS": str(workers.cpus),
+                    "MKL_NUM_THREADS": str(workers.cpus),
+                    "TOKENIZERS_PARALLELISM": "false",
+                    "RAY_TRAIN_V2_ENABLED": "1",
+                }
+            },
+        ),
+    )
+    return lambda: trainer.fit()
 
 
 def _worker(settings: Mapping[str, Any]) -> None:

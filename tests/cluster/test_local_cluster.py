@@ -38,7 +38,7 @@ def directory() -> Iterator[Path]:
         yield Path(path) / "c"
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_merge_on_both_nodes(case: MergeCase, directory: Path) -> None:
     case.make("smollm2")
     (case.root / "merge.yaml").write_text(yaml.safe_dump(case.content("run")))

@@ -28,6 +28,7 @@ from tests.cluster.namespaces import COUNT, Hosts, three_hosts, why_not
 from tests.conftest import SERVED, WORDS, MergeCase
 from tests.test_merge import assert_same_bits, load_all
 
+pytestmark = pytest.mark.minutes
 WIDE = {"hidden_size": 256, "intermediate_size": 256}
 TOKENS = 128
 

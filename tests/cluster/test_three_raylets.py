@@ -16,6 +16,7 @@ from arm_ray.events import read_events
 from tests.conftest import ROOT
 from tests.test_merge import assert_same_bits, load_all
 
+pytestmark = pytest.mark.minutes
 ITERATIONS = 4
 
 

@@ -22,7 +22,7 @@ from tests.conftest import SERVED, MergeCase
 from tests.test_peft_merge import write_adapters, write_dense
 from tests.test_zero import write_zero
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+pytestmark = pytest.mark.usefixtures("local_ray")
 SETTINGS = EngineSettings(kv_cache_gb=0.05, max_model_len=64, dtype="float32")
 REQUESTS = [
     *(Request(tuple(range(5, 5 + n)), 0.9, 0.9, 10, seed=n) for n in (3, 9, 20)),

@@ -13,7 +13,6 @@ from tests.training.common import logged, make_base
 COMMON = ("steps=2", "save_steps=[1, 2]", "runtime.cpus_per_worker=1", "log_every=1")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "file", "weights"),
     [
@@ -27,7 +26,7 @@ def test_an_example_runs(
     file: str,
     weights: str,
     tmp_path: Path,
-    local_ray: None,
+    trainers: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)

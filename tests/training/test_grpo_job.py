@@ -34,6 +34,9 @@ def text(completion, row):
 """
 
 
+pytestmark = pytest.mark.usefixtures("trainers")
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
@@ -58,7 +61,6 @@ def make(values: dict[str, Any], *overrides: str) -> GrpoConfig:
     return parse_training_config(GrpoConfig, values, overrides)
 
 
-@pytest.mark.slow
 def test_grpo_trains_and_goes_on(values: dict[str, Any], local_ray: None) -> None:
     pytest.importorskip("trl")
     console = Console(file=StringIO(), width=200)
@@ -75,7 +77,6 @@ def test_grpo_trains_and_goes_on(values: dict[str, Any], local_ray: None) -> Non
     assert any((before[name] != after[name]).any() for name in before)
 
 
-@pytest.mark.slow
 def test_a_reward_that_fails_in_a_worker_names_the_sample(
     values: dict[str, Any], local_ray: None
 ) -> None:

@@ -41,6 +41,9 @@ from tests.training.common import content, logged, make_base, make_config, make_
 
 # Sums in another order, in float32, over six steps.
 TOLERANCE = 2e-5
+# What only several workers show.
+ON_RAY_TRAIN = pytest.mark.parametrize("trainers", ["ray train"], indirect=True)
+pytestmark = pytest.mark.usefixtures("trainers")
 
 
 class Job:
@@ -102,7 +105,6 @@ def assert_same_tensors(
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_one_worker_gives_the_plain_loops_curve(job: Job, plain: Any, local_ray: None) -> None:
     # Rounded checkpoints, from which the run goes on exactly all the same.
     first = job.run("stop_after=4", "save_dtype=bfloat16")
@@ -156,7 +158,7 @@ def _killed_once(settings: Mapping[str, Any]) -> None:
     train._worker(settings)
 
 
-@pytest.mark.slow
+@ON_RAY_TRAIN
 def test_two_workers_of_which_one_is_killed(
     job: Job, plain: Any, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +172,8 @@ def test_two_workers_of_which_one_is_killed(
     assert_same_model(found[-1], plain[1])
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
+@ON_RAY_TRAIN
 def test_zero_3_gives_the_same_curve_and_goes_on(job: Job, plain: Any, local_ray: None) -> None:
     pytest.importorskip("deepspeed")
     zero = ("runtime.workers=2", "runtime.zero_stage=3", "micro_batch_size=2")
@@ -183,7 +186,8 @@ def test_zero_3_gives_the_same_curve_and_goes_on(job: Job, plain: Any, local_ray
     assert_same_model(found[-1], plain[1])
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
+@ON_RAY_TRAIN
 def test_zero_3_without_gathering_leaves_shards(job: Job, local_ray: None) -> None:
     pytest.importorskip("deepspeed")
     found = job.run(
@@ -207,7 +211,6 @@ def test_zero_3_without_gathering_leaves_shards(job: Job, local_ray: None) -> No
     assert_same_tensors(opened.read(opened.tensors), model.state_dict())
 
 
-@pytest.mark.slow
 def test_lora_leaves_an_adapter(job: Job, local_ray: None) -> None:
     peft = pytest.importorskip("peft")
     lora = ("lora.rank=2", "lora.alpha=4", "learning_rate=0.03", "precision=bfloat16")
@@ -222,7 +225,6 @@ def test_lora_leaves_an_adapter(job: Job, local_ray: None) -> None:
     assert adapter.fingerprint
 
 
-@pytest.mark.slow
 def test_a_diverging_run_is_told_as_what_it_is(job: Job, local_ray: None) -> None:
     with pytest.raises(NumericalError, match=r"diverged(?s:.*)learning_rate"):
         job.run("learning_rate=1e38", "warmup_steps=0", "gradient_clip=1e30")

@@ -1,0 +1,1 @@
+"""What stands for slow or distant parts in tests of other things."""
