@@ -97,7 +97,8 @@ class PrecisionConfig(Section):
     merge_dtype: Literal["float32"] = "float32"
     """Of the states between iterations and of the update; bf16 would lose most of a late update."""
     compute_dtype: DTypeOrAuto = "auto"
-    """Of the forward pass; auto: the base's."""
+    """Of the forward pass; auto: the base's where the devices multiply it by themselves, else
+    float32. A run that goes on elsewhere keeps it."""
     storage_dtype: DTypeOrAuto = "auto"
     """Of the final model; auto: each tensor as in the base."""
     masters: bool = True
@@ -439,6 +440,8 @@ def config_difference(old: MergeConfig, new: MergeConfig, *, published: bool = F
         if key not in ignored
         and not key.startswith("tracking.")
         and before.get(key, ...) != after.get(key, ...)
+        # What `auto` came to is looked at where it is recorded.
+        and not (key == "precision.compute_dtype" and "auto" in (before[key], after[key]))
         # Scores change nothing about the states, but a model that is published was chosen by them.
         and (not key.startswith("evaluation") or (published and ".select." in key))
     ]

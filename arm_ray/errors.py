@@ -29,6 +29,7 @@ They survive pickling, because Ray carries them from actors to the driver.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -161,3 +162,8 @@ class EvaluationError(ArmRayError):
 
 class SandboxError(EvaluationError):
     """Model-written code cannot be isolated on this machine."""
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a file could not be written for want of room, on the disk or in a quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -422,7 +422,6 @@ def test_no_difference_to_itself() -> None:
         ("schedule.max_iterations=7", "schedule.max_iterations: 6 -> 7"),
         ("schedule.tolerance=0", "schedule.tolerance: 0.0001 -> 0.0"),
         ("calibration.seed=1", "calibration.seed: 0 -> 1"),
-        ("precision.compute_dtype=float32", "precision.compute_dtype: auto -> float32"),
         ("precision.storage_dtype=float32", "precision.storage_dtype: auto -> float32"),
         ("tokenizer=base", "tokenizer: auto -> base"),
         ("runtime.threads=2", "runtime.threads: 1 -> 2"),
@@ -432,6 +431,13 @@ def test_no_difference_to_itself() -> None:
 )
 def test_keys_that_decide_the_result_are_a_difference(override: str, line: str) -> None:
     assert config_difference(parse(), parse(override)) == [line]
+
+
+def test_a_format_that_was_asked_for_is_a_difference_to_another_one() -> None:
+    one, other = (parse(f"precision.compute_dtype={name}") for name in ("bfloat16", "float32"))
+    assert config_difference(one, other) == ["precision.compute_dtype: bfloat16 -> float32"]
+    # What `auto` came to is recorded in the run.
+    assert config_difference(parse(), other) == []
 
 
 @pytest.mark.parametrize(

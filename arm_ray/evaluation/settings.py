@@ -95,7 +95,9 @@ class EngineSettings:
     resources: Mapping[str, float] = field(default_factory=dict)
     """Custom Ray resources, to place the engines on nodes of your choice."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and computation; auto: as the first model says, float32 as bfloat16."""
+    """Of weights and computation; auto: as the first model says, and float32 as bfloat16, where the
+    devices multiply that by themselves; else float32. What is scored in one directory is scored in
+    the format that the first scores there were made in."""
     max_model_len: Annotated[int, Ge(16)] | None = None
     """Longest prompt and completion together, in tokens; null: the model's, at most 8192."""
     gpu_memory_utilization: Annotated[float, Gt(0.0), Le(1.0)] = 0.9

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from arm_ray.errors import ConfigError
+from arm_ray.hardware import SLOWER, Units, cpu_units, gpu_units
 
 GB = 1_000_000_000
 
@@ -58,6 +59,11 @@ class Device:
     factor_efficiency: float = 0.02
     bandwidth_efficiency: float = 0.7
 
+    @property
+    def units(self) -> Units:
+        """What it multiplies by itself: a GPU of those here, all formats; a CPU, this machine's."""
+        return gpu_units((8, 0), self.name) if self.is_gpu else cpu_units()
+
 
 # NVIDIA H100 Tensor Core GPU data sheet, SXM5: bf16 989.5 TFLOP/s dense (1979 with sparsity),
 # float32 67, float64 34, 3.35 TB/s, NVLink 900 GB/s both ways, PCIe 5 128 GB/s both ways.
@@ -94,7 +100,8 @@ _A100 = replace(
     network_bandwidth=25e9,
 )
 # One CPU thread, assumed: 32 float32 operations a cycle (AVX2 with two FMA units) at 3 GHz; bf16
-# products run at the same rate where there are no bf16 units. `this-cpu` measures instead.
+# and fp16 products at the same rate where there are units for them, else as much slower as was
+# measured (`hardware.SLOWER`). `this-cpu` measures instead.
 _CPU = Device(
     name="cpu",
     is_gpu=False,
@@ -134,7 +141,11 @@ def find_device(name: str, threads: int = 1) -> Device:
     device = replace(_CPU, memory_bytes=_machine_memory())
     if name == MEASURED:
         return _measured(device, threads)
-    return replace(device, flops={k: threads * v for k, v in device.flops.items()})
+    formats = device.units.formats
+    slower = {name: 1.0 if name in formats else factor for name, factor in SLOWER.items()}
+    return replace(
+        device, flops={k: threads * v / slower.get(k, 1.0) for k, v in device.flops.items()}
+    )
 
 
 def _machine_memory() -> int:

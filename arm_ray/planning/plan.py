@@ -171,7 +171,7 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
         ArmRayError: A path is missing, a checkpoint does not fit the others, or more shards are
             asked for than there are layer groups. That it does not fit is no error: `problems`.
     """
-    workload, notes = open_workload(config, tokens_per_sample)
+    workload, notes = open_workload(config, tokens_per_sample, cluster.device.units)
     runtime = config.runtime
     smallest = fits(workload, runtime, cluster, _auto_shards(runtime))
     count = _num_shards(workload, runtime, cluster, smallest)

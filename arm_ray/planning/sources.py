@@ -19,6 +19,7 @@ from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, CorruptCheckpointError, NotACheckpointError
+from arm_ray.hardware import Units
 from arm_ray.model.layout import ModelLayout, base_dtype, check_layout, load_config, model_layout
 from arm_ray.planning.workload import Workload
 from arm_ray.schedule import BASE, INITIAL, candidate_name
@@ -29,13 +30,14 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth
 
 
 def open_workload(
-    config: MergeConfig, tokens_per_sample: int | None = None
+    config: MergeConfig, tokens_per_sample: int | None = None, units: Units | None = None
 ) -> tuple[Workload, list[str]]:
     """Open the checkpoints of a merge as far as they are there.
 
     Args:
         config: The configuration.
         tokens_per_sample: None takes `calibration.max_length`, the most there can be.
+        units: Of the devices, for `precision.compute_dtype: auto`; None: they have all.
 
     Returns:
         The workload, and what was assumed for it, one sentence each.
@@ -84,7 +86,7 @@ def open_workload(
         label: {name: DTYPES[c.tensors[name].code] for name in layout.shapes}
         for label, c in checkpoints.items()
     }
-    compute, storage = config.precision.compute_dtype, config.precision.storage_dtype
+    storage = config.precision.storage_dtype
     samples, tokens = _calibration(config, tokens_per_sample, notes)
     steps = config.method.steps
     if steps[-1] not in ("task_arithmetic", "average") or len(steps) > 1:
@@ -96,7 +98,7 @@ def open_workload(
         layout,
         dtypes,
         dtypes[BASE] if storage == "auto" else dict.fromkeys(layout.shapes, _dtype(storage)),
-        base_dtype(layout, base) if compute == "auto" else _dtype(compute),
+        _compute_dtype(config, base_dtype(layout, base), units, notes),
         config.schedule,
         samples,
         tokens,
@@ -104,6 +106,21 @@ def open_workload(
         frozenset(label for label, c in checkpoints.items() if not c.is_laid_out),
     )
     return workload, notes
+
+
+def _compute_dtype(
+    config: MergeConfig, stored: torch.dtype, units: Units | None, notes: list[str]
+) -> torch.dtype:
+    """Of the forward pass, of a base that is stored in a format; as the merge will take it."""
+    asked = config.precision.compute_dtype
+    if asked != "auto":
+        return _dtype(asked)
+    if units is None:
+        return stored
+    chosen, why = units.choose(str(stored).removeprefix("torch."))
+    if _dtype(chosen) != stored and config.method.needs_calibration:
+        notes.append(f"the forward pass is in {chosen}: {why}")
+    return _dtype(chosen)
 
 
 def _calibration(

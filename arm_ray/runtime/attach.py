@@ -53,6 +53,7 @@ from arm_ray.runtime.follower import Follower
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.merge import merge
 from arm_ray.runtime.placement import local_slots, ray_session
+from arm_ray.runtime.precision import record, recorded
 from arm_ray.runtime.progress import duration, print_summary
 from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.scoring import Subject
@@ -389,6 +390,10 @@ class _Attacher:
             reserved=_taken_by_others(),
             part_of=self._config.name,
         )
+        began = recorded(run)
+        if began is not None and recorded(self._config.work) is None:
+            # All arrivals are merged in the format of the first, wherever this goes on.
+            record(self._config.work, began)
         model = outcome.model or run / "model"
         evidence = self._evidence(arrival, config, run)
         if scored:
@@ -427,7 +432,12 @@ class _Attacher:
         if self._is_on_cpu:
             sharing = config.sharing.model_copy(update={"use_gpus": False})
             config = config.model_copy(update={"sharing": sharing})
-        return merge_config(config, arrival.draw, arrival.name, checkpoints, earlier)
+        merge = merge_config(config, arrival.draw, arrival.name, checkpoints, earlier)
+        began = recorded(config.work)
+        if merge.precision.compute_dtype != "auto" or began is None:
+            return merge
+        precision = merge.precision.model_copy(update={"compute_dtype": began})
+        return merge.model_copy(update={"precision": precision})
 
     def _form(self, arrival: Arrival) -> str:
         """In words, what the checkpoints are merged into."""

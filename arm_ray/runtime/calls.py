@@ -6,8 +6,13 @@ from typing import Any
 
 import ray
 
-from arm_ray.errors import ArmRayError, ShardLostError, TransportError, WorkerError
-from arm_ray.runtime.run_directory import is_disk_full
+from arm_ray.errors import (
+    ArmRayError,
+    ShardLostError,
+    TransportError,
+    WorkerError,
+    is_disk_full,
+)
 
 _LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 

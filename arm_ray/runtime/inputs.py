@@ -42,7 +42,8 @@ class MergeInputs:
     Attributes:
         checkpoints: `base`, `candidate-1`, …, `initial` -> checkpoint.
         layout: The model, from the base.
-        compute_dtype: Of the forward pass.
+        compute_dtype: Of the forward pass; where `auto` was asked for, the base's, which is what is
+            taken if the devices multiply it by themselves.
         storage_dtypes: Name -> dtype in the final model.
         tokenizer: Directory of the tokenizer, chat template and generation settings.
         second_moments: Name of a candidate -> its second moments; empty unless configured.

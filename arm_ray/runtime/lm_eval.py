@@ -37,7 +37,13 @@ from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.output import results_at
 from arm_ray.runtime.placement import outliving
 from arm_ray.runtime.progress import LINE_INTERVAL_S, duration
-from arm_ray.runtime.scoring import Subject, architecture, vllm_version
+from arm_ray.runtime.scoring import (
+    Subject,
+    architecture,
+    vllm_version,
+    with_dtype,
+    with_recorded_dtype,
+)
 from arm_ray.storage.urls import is_url
 
 if TYPE_CHECKING:
@@ -126,7 +132,9 @@ def evaluate_lm_eval(
     output = output.resolve() if has_config else open_output(output, config)
     check_installed(config.tracking)
     events = EventLog(output / "events.jsonl")
-    run = _Run(config.evaluation, options, tasks, output, events, told)
+    # What is scored there already is scored in the format that is recorded, if it was `auto`.
+    known = with_recorded_dtype(config.evaluation, output)
+    run = _Run(known, options, tasks, output, events, told)
     told(f"lm_eval: scoring {len(subjects)} model(s) on {', '.join(tasks.names)}")
     digests = {subject.name: run.digest(subject) for subject in subjects}
     found = {name: run.known(name, digest) for name, digest in digests.items()}
@@ -141,6 +149,9 @@ def evaluate_lm_eval(
             evaluation_session(config, run.settings, output, events, address, told),
         ):
             first = missing[0]
+            settled = with_dtype(config.evaluation, first.source.path, output, told)
+            run = _Run(settled, options, tasks, output, events, told)
+            digests = {subject.name: run.digest(subject) for subject in missing}
             with placed_evaluators(
                 run.settings,
                 first.source.path,

@@ -7,9 +7,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 import arm_ray
@@ -24,9 +25,17 @@ from arm_ray.errors import (
     CalibrationError,
     ConfigError,
     PlacementError,
+    is_disk_full,
 )
 from arm_ray.evaluation.tasks import Task
-from arm_ray.events import ModelWritten, RunFailed, RunFinished, RunStarted, Warned
+from arm_ray.events import (
+    ModelWritten,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    Warned,
+    read_events,
+)
 from arm_ray.merging.method import Method, open_method
 from arm_ray.model.partition import choose_balance, partition_layers
 from arm_ray.planning.memory import actor_memory
@@ -49,8 +58,9 @@ from arm_ray.runtime.placement import (
     placed_shards,
     ray_session,
 )
+from arm_ray.runtime.precision import settle, units_of
 from arm_ray.runtime.progress import cosine_text, duration, print_summary
-from arm_ray.runtime.run_directory import Room, RunDirectory, is_disk_full
+from arm_ray.runtime.run_directory import Room, RunDirectory
 from arm_ray.runtime.shard_spec import ShardSpec
 from arm_ray.runtime.state_scoring import (
     StateScoring,
@@ -175,6 +185,8 @@ def _merge_on_ray(
     groups = len(inputs.layout.groups)
     gangs = Gangs(run, config.runtime, groups, reserved, warn, say)
     first = gangs.plan()
+    if method.needs_forward:
+        config, inputs = _with_compute_dtype(config, inputs, run, first.device, say, warn)
     _check_memory(config, method, inputs, first)
     # Before the actors: they may take every CPU slot, and Ray Data would wait for one for ever.
     stream = _open_calibration(config, method, inputs, run, warn)
@@ -237,6 +249,39 @@ def _merge_on_ray(
     run.events.write(finished)
     _summarise(run, ending, seconds, console)
     return MergeOutcome(run.path, ending.model, run.last_iteration, ending.reason)
+
+
+def _with_compute_dtype(
+    config: MergeConfig,
+    inputs: MergeInputs,
+    run: RunDirectory,
+    device: str,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> tuple[MergeConfig, MergeInputs]:
+    """The same with the number format of the forward pass settled."""
+    chosen = settle(
+        run.path,
+        config.precision.compute_dtype,
+        [str(inputs.compute_dtype).removeprefix("torch.")],
+        lambda: units_of(device),
+        say,
+        warn,
+        _began_with(run),
+    )
+    precision = config.precision.model_copy(update={"compute_dtype": chosen})
+    return (
+        config.model_copy(update={"precision": precision}),
+        replace(inputs, compute_dtype=getattr(torch, chosen)),
+    )
+
+
+def _began_with(run: RunDirectory) -> str | None:
+    """The number format of the states that are there, for runs of older versions."""
+    if not run.finished or not run.events.path.is_file():
+        return None
+    started = [e for e in read_events(run.events.path) if e["event"] == "run_started"]
+    return str(started[-1]["compute_dtype"]) if started else None
 
 
 def _message_bytes(config: MergeConfig, inputs: MergeInputs) -> int:

@@ -17,6 +17,7 @@ from arm_ray.config import (
     scratch_path,
 )
 from arm_ray.errors import ArmRayError, DiskSpaceError, RunDirectoryError, StorageError
+from arm_ray.runtime.precision import RECORD_NAME
 from arm_ray.runtime.run_directory import CONFIG_NAME, INPUTS_NAME, RunDirectory, locked, open_run
 from arm_ray.runtime.upload import (
     EVENTS_NAME,
@@ -179,7 +180,12 @@ def _pull(config: MergeConfig, store: Store, files: Mapping[str, StoredFile], lo
     }
     published = is_complete("model", files)
     _check_config(config, store, files, local, bool(finished) or published, published)
-    small = [CONFIG_NAME, INPUTS_NAME, *(n for n in files if n.startswith("evaluation/"))]
+    small = [
+        CONFIG_NAME,
+        INPUTS_NAME,
+        RECORD_NAME,
+        *(n for n in files if n.startswith("evaluation/")),
+    ]
     wanted = [n for n in small if n in files and not (local / n).is_file()]
     if EVENTS_NAME in files and files[EVENTS_NAME].num_bytes > _size(local / EVENTS_NAME):
         wanted.append(EVENTS_NAME)

@@ -4,6 +4,7 @@
 
     config.yaml      the resolved configuration
     inputs.json      digests of the checkpoints and the calibration data
+    precision.json   the number format of the forward pass
     events.jsonl     what happened
     states/NNNN/     the state after iteration NNNN, a model in float32
     model/           the final merged model
@@ -12,7 +13,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import shutil
@@ -26,6 +26,7 @@ from arm_ray.checkpoints.weight_file import atomic_file, write_json
 from arm_ray.config import MergeConfig, config_difference, parse_merge_config, read_yaml
 from arm_ray.errors import ArmRayError, DiskSpaceError, RunDirectoryError
 from arm_ray.events import EventLog
+from arm_ray.runtime.precision import recorded
 from arm_ray.schedule import iteration_of, states_needed_after
 
 # Checkpoints that had to be brought into another form to be read.
@@ -196,11 +197,6 @@ class RunDirectory:
         return count
 
 
-def is_disk_full(error: OSError) -> bool:
-    """Whether a file could not be written for want of room, on the disk or in a quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
 def _needed(count: int, room: Room, missing: int) -> str:
     return (
         f"{_size(count * room.state_bytes + room.model_bytes)}: {count} states of "
@@ -270,7 +266,8 @@ def open_run(config: MergeConfig, path: Path | None = None) -> Iterator[RunDirec
     finished = states.finished_states(path) if known is not None else {}
     published = (path / "model").is_dir()
     if known is not None and (finished or published):
-        difference = config_difference(known, config, published=published)
+        known, wanted = (_with_recorded_dtype(c, path) for c in (known, config))
+        difference = config_difference(known, wanted, published=published)
         if difference:
             raise RunDirectoryError(
                 "the output directory holds a run with another configuration",
@@ -293,6 +290,15 @@ def open_run(config: MergeConfig, path: Path | None = None) -> Iterator[RunDirec
         with atomic_file(path / CONFIG_NAME) as file:
             file.write(config.to_yaml().encode())
         yield run
+
+
+def _with_recorded_dtype(config: MergeConfig, path: Path) -> MergeConfig:
+    """The configuration with what `precision.compute_dtype: auto` came to in the run."""
+    found = recorded(path)
+    if found is None or config.precision.compute_dtype != "auto":
+        return config
+    precision = config.precision.model_copy(update={"compute_dtype": found})
+    return config.model_copy(update={"precision": precision})
 
 
 def _existing_config(path: Path) -> MergeConfig | None:

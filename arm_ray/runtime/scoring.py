@@ -43,15 +43,21 @@ from arm_ray.evaluation.engine import (
     LoadReport,
     ModelSource,
     Request,
-    compute_dtype,
+    preferred_dtypes,
 )
 from arm_ray.evaluation.graders import Answer, Graded, GraderSpec
 from arm_ray.evaluation.records import Record, TaskScores
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import Task
-from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators, results
+from arm_ray.runtime.evaluator import (
+    EvaluatorGang,
+    evaluator_resources,
+    placed_evaluators,
+    results,
+)
 from arm_ray.runtime.heartbeat import activity
 from arm_ray.runtime.model_copies import CopiesOnNodes
+from arm_ray.runtime.precision import recorded, settle, units_of
 from arm_ray.runtime.progress import LINE_INTERVAL_S
 
 _ATTEMPTS = 3
@@ -616,9 +622,7 @@ def scoring_service(
     """
     runs_code = any(task.kind == "code" for task in tasks)
     model = first.source.path
-    # Decided once: an engine that is started anew, with another model, computes in the same dtype.
-    engine = replace(settings.engine, dtype=compute_dtype(model, settings.engine))
-    settings = replace(settings, engine=engine)
+    settings = with_dtype(settings, model, directory, told)
     with placed_evaluators(settings, model, first.tokenizer, runs_code, copies) as gang:
         service = ScoringService(
             settings, tasks, directory, gang, model, first.tokenizer, told, wrote
@@ -627,6 +631,39 @@ def scoring_service(
             yield service
         finally:
             service.close()
+
+
+def with_dtype(
+    settings: EvaluationSettings, model: str, directory: Path, told: Callable[[str], None]
+) -> EvaluationSettings:
+    """The settings with the engines' dtype settled, for all that is scored in a directory.
+
+    So an engine that is started anew, with another model or on another machine, computes in it too.
+
+    Args:
+        settings: Of the evaluation.
+        model: Directory that the engines are started with.
+        directory: Where results go.
+        told: Called with a line that says what was taken.
+    """
+    engine = evaluator_resources(settings, ray.cluster_resources().get("GPU", 0.0)).engine
+    dtype: Any = settle(
+        directory,
+        settings.engine.dtype,
+        preferred_dtypes(model),
+        lambda: units_of("cuda" if engine.get("GPU") else "cpu"),
+        lambda line: told(f"engines: {line}"),
+        lambda line: told(f"warning: engines: {line}"),
+    )
+    return replace(settings, engine=replace(settings.engine, dtype=dtype))
+
+
+def with_recorded_dtype(settings: EvaluationSettings, directory: Path) -> EvaluationSettings:
+    """The settings with what `dtype: auto` of the engines came to in a directory, if it did."""
+    dtype: Any = recorded(directory)
+    if settings.engine.dtype != "auto" or dtype is None:
+        return settings
+    return replace(settings, engine=replace(settings.engine, dtype=dtype))
 
 
 def write_table(directory: Path, table: Mapping[str, Any]) -> None:

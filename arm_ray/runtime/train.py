@@ -36,6 +36,7 @@ from arm_ray.report.scalars import TRAINING_STEP, Record
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.heartbeat import activity, heartbeat
 from arm_ray.runtime.placement import cluster_has, outliving, ray_session
+from arm_ray.runtime.precision import recorded, settle, units_of
 from arm_ray.runtime.progress import LINE_INTERVAL_S, duration, print_summary
 from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.telemetry import telemetry
@@ -193,7 +194,8 @@ def _run(
 ) -> list[Path]:
     console = console or Console(stderr=True)
     started = time.monotonic()
-    config = _absolute(config)
+    asked = config.precision
+    config = _as_begun(_absolute(config))
     check_installed(config.tracking)
 
     def told(line: str) -> None:
@@ -207,6 +209,11 @@ def _run(
     saves = config.session_saves(prepared.steps)
     _claim(output, config, kind, prepared)
     events = EventLog(output / EVENTS_NAME)
+
+    def warn(line: str) -> None:
+        told(f"warning: {line}")
+        events.write(Warned(line))
+
     for line in prepared.notes:
         told(line)
         events.write(Warned(line))
@@ -222,6 +229,7 @@ def _run(
             ray_session(address, _local_slots(config), about),
         ):
             workers = _plan_workers(config)
+            config = _with_precision(config, asked, workers, told, warn)
             if address is None and "RAY_ADDRESS" not in os.environ and workers.device == "cpu":
                 _check_host(config, model, workers, prepared)
             point = resume_point(output, missing) if config.save_optimizer else None
@@ -252,6 +260,39 @@ def _run(
         raise
     _close(output, config, saves, started, events, console)
     return _checkpoints(output, saves)
+
+
+def _as_begun(config: Any) -> Any:
+    """The configuration with the precision that a run in its output began with, where it is auto.
+
+    `config.yaml` of the run has it as it was asked for.
+    """
+    found = recorded(config.output)
+    if found is None or config.precision != "auto":
+        return config
+    return config.model_copy(update={"precision": found})
+
+
+def _with_precision(
+    config: Any,
+    asked: str,
+    workers: _Workers,
+    told: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> Any:
+    """The configuration with its precision settled; `asked` is what the user wrote."""
+    on_cpu = workers.device == "cpu"
+    # DeepSpeed has no bfloat16 there.
+    only_float32 = on_cpu and config.runtime.zero_stage == 3
+    chosen = settle(
+        config.output,
+        asked,
+        ["float32"] if only_float32 else ["bfloat16"],
+        lambda: units_of(workers.device),
+        told,
+        warn,
+    )
+    return config.model_copy(update={"precision": chosen})
 
 
 def _absolute(config: Any) -> Any:
@@ -307,10 +348,14 @@ def _claim(output: Path, config: TrainingConfig, kind: str, prepared: _Prepared)
 
 def _refuse_other(record: Path, config: TrainingConfig, kind: str) -> None:
     try:
-        old = parse_training_config(type(config), read_yaml(record), source=str(record)).identity()
+        given = parse_training_config(type(config), read_yaml(record), source=str(record))
+        old = _as_begun(given.model_copy(update={"output": config.output})).identity()
     except ConfigError:
         old = {}
     new = config.identity()
+    if "auto" in (old.get("precision"), new["precision"]):
+        # A run that was ended before it was settled.
+        old["precision"] = new["precision"]
     changed = [
         f"{key}: {old.get(key, 'absent')} -> {new[key]}" for key in new if old.get(key) != new[key]
     ]
@@ -349,7 +394,7 @@ def _plan_workers(config: TrainingConfig) -> _Workers:
             "\n".join(["the batch cannot be shared", *(f"  - {text}" for text in problems)]),
             where="batch_size, micro_batch_size, runtime.workers",
         )
-    if runtime.zero_stage == 3 and not on_gpu and config.precision != "float32":
+    if runtime.zero_stage == 3 and not on_gpu and config.precision == "bfloat16":
         raise ConfigError(
             "ZeRO-3 on CPUs trains in float32 only",
             where="precision",

@@ -109,9 +109,10 @@ class TrainingConfig(Section):
     """Of AdamW; norms and biases have none."""
     gradient_clip: Positive = 1.0
     seed: Count = 0
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products. Weights and AdamW's moments are float32; ZeRO-3 with bfloat16 keeps
-    bfloat16 weights beside float32 masters."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products; auto: bfloat16 where the devices multiply it by themselves, else
+    float32; a run that goes on keeps what it began with. Weights and AdamW's moments are float32;
+    ZeRO-3 with bfloat16 keeps bfloat16 weights beside float32 masters."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """`eager` is the faster one for short bfloat16 rows on a CPU."""
     gradient_checkpointing: bool = False

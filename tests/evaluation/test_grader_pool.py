@@ -20,6 +20,8 @@ STUBBORN = "tests.evaluation.stubborn_worker"
 RIGHT = GradingItem(r"\boxed{\frac{1}{2}}", "0.5")
 WRONG = GradingItem(r"\boxed{2}", "7")
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[GraderPool]:

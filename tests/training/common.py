@@ -52,6 +52,7 @@ def content(base: Path, data: Path, output: Path) -> dict[str, Any]:
         "model": str(base), "output": str(output), "data": {"path": str(data)},
         "learning_rate": 3e-3, "warmup_steps": 2, "schedule": "linear", "batch_size": 8,
         "steps": 6, "save_steps": [3, 6], "max_length": 64, "save_dtype": "float32",
+        "precision": "float32",
         "runtime": {"device": "cpu", "max_failures": 0, "cpus_per_worker": 1},
     }  # fmt: skip
 
