@@ -20,7 +20,7 @@ from arm_ray.checkpoints.huggingface import open_checkpoint
 from arm_ray.errors import DiskSpaceError, EvaluationError, WorkerError
 from arm_ray.evaluation.engine import ModelSource
 from arm_ray.runtime import model_copies
-from arm_ray.runtime.evaluator import results
+from arm_ray.runtime.calls import EVALUATOR, get_results
 from arm_ray.runtime.model_copies import ModelCopies, start_on
 from arm_ray.runtime.node_files import NodeFiles
 from arm_ray.runtime.placement import this_node
@@ -328,11 +328,11 @@ def test_actors_come_again_and_errors_keep_their_meaning(nodes: Nodes) -> None:
         failing = start_on(node, Failing, nodes.disk)
         of_failing = start_on(node, ModelCopies, failing, str(nodes.scratch))
         with pytest.raises(EvaluationError, match="cannot be read, to copy it") as caught:
-            results([of_failing.place.remote(ModelSource("/far/base"))])
+            get_results([of_failing.place.remote(ModelSource("/far/base"))], EVALUATOR)
         assert "PermissionError" in str(caught.value)
         ray.kill(failing)
         with pytest.raises(WorkerError, match="what serves the driver's files was lost"):
-            results([of_failing.place.remote(ModelSource("/far/base"))])
+            get_results([of_failing.place.remote(ModelSource("/far/base"))], EVALUATOR)
         ray.kill(of_failing)
     finally:
         ray.get(copies.remove.remote())

@@ -79,7 +79,7 @@ class Failed:
     def __init__(self, cause: Exception) -> None:
         self.error = ray.exceptions.RayTaskError("merge", "Traceback …", cause)
 
-    def __call__(self, _refs: object) -> object:
+    def __call__(self, _refs: object, timeout: object = None) -> object:
         raise self.error
 
 

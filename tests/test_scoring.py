@@ -149,6 +149,24 @@ def test_what_is_scored_is_not_scored_again(
     )
 
 
+def test_nothing_is_started_where_everything_is_scored(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(case)
+    first = evaluate(evaluation(case, "out"), console=quiet())
+    before = json.loads((case.root / "out" / "scores.json").read_text())
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AssertionError("Ray or an engine is started")
+
+    for name in ("ray_session", "scoring_service"):
+        monkeypatch.setattr(f"arm_ray.runtime.evaluate.{name}", fail)
+    assert evaluate(evaluation(case, "out"), console=quiet()) == first
+    assert json.loads((case.root / "out" / "scores.json").read_text()) == before
+    with pytest.raises(AssertionError, match="is started"):
+        evaluate(evaluation(case, "out", confidence=0.8), console=quiet())
+
+
 def test_models_of_other_shapes_are_scored_by_another_engine(case: MergeCase) -> None:
     make(case)
     other = MergeCase(case.root / "other")

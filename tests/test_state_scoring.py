@@ -54,8 +54,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scores]:
         given = Scores(named, **more)
 
         def score(self: scoring.ScoringService, subject: scoring.Subject) -> dict[str, TaskScores]:
-            items = {task.name: self._items(task, subject.tokenizer) for task in self._tasks}
-            found = self._scores_on_disk(subject, items)
+            found = self._known.of(subject)
             if not found:
                 given.before(subject.name)
                 if subject.name in given.failing:
@@ -63,7 +62,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scores]:
                 given.scored.append(subject.name)
                 loss = given.losses.get(subject.name, 9.0)
                 [task] = self._tasks
-                digest = self._digest(task, items[task.name], subject)
+                digest = self._known.digest(task, subject)
                 value = {"loss": Estimate(loss, loss, loss)}
                 found = {"held": TaskScores("held", "loss", digest, value, 1, 1, {}, 1.0, 1.0, "v")}
                 records.write_records(self._directory / subject.name, [], found["held"])

@@ -8,7 +8,7 @@ library and the vocabulary of ranges.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -117,6 +117,14 @@ class EngineSettings:
     timeout_s: Annotated[float, Gt(0.0)] = 3600.0
     """Longest time for one chunk, a start or a reload; an engine that is silent for longer is
     started anew."""
+
+    NO_INFLUENCE: ClassVar[frozenset[str]] = frozenset(
+        {"replicas", "gpus_per_engine", "resources", "placement_timeout_s", "timeout_s"}
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that decide what an engine says, with their values."""
+        return {k: v for k, v in asdict(self).items() if k not in self.NO_INFLUENCE}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +17,7 @@ from arm_ray.config import EvaluateConfig
 from arm_ray.errors import ArmRayError, ConfigError, EvaluationError
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.settings import EvaluationSettings
-from arm_ray.evaluation.tasks import load_tasks
+from arm_ray.evaluation.tasks import Task, load_tasks
 from arm_ray.events import EventLog
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.report.trackers import check_installed
@@ -28,11 +28,13 @@ from arm_ray.runtime.placement import outliving, ray_session
 from arm_ray.runtime.progress import duration
 from arm_ray.runtime.run_directory import locked
 from arm_ray.runtime.scoring import (
+    KnownScores,
     ScoringWork,
     Subject,
     as_error,
     model_source,
     scoring_service,
+    with_recorded_dtype,
     write_table,
 )
 from arm_ray.runtime.state_scoring import local_evaluator_slots, scored_event, scored_line
@@ -80,6 +82,10 @@ def evaluate(
 
     sizes = ", ".join(f"{t.name} ({len(t.problems)} x {t.repeats})" for t in tasks)
     told(f"scoring {len(subjects)} model(s) on {sizes}")
+    scores = _known_scores(config.evaluation, tasks, subjects, output)
+    if scores is not None:
+        told("all of it is scored already")
+        return _report(config, scores, output, console, started)
     with (
         heartbeat(console),
         evaluation_session(config, config.evaluation, output, events, address, told),
@@ -95,11 +101,37 @@ def evaluate(
             except Exception as error:
                 raise as_error(error) from error
             scores = service.scores()
-    reference = subjects[0].name
+    return _report(config, scores, output, console, started)
+
+
+def _known_scores(
+    settings: EvaluationSettings, tasks: Sequence[Task], subjects: Sequence[Subject], output: Path
+) -> dict[str, dict[str, TaskScores]] | None:
+    """Model -> task -> numbers, if all of them are on disk; else None. Starts nothing."""
+    known = KnownScores(with_recorded_dtype(settings, output), tasks, output)
+    scores = {}
+    for subject in subjects:
+        found = known.of(subject)
+        if len(found) < len(tasks):
+            return None
+        scores[subject.name] = found
+    return scores
+
+
+def _report(
+    config: EvaluateConfig,
+    scores: dict[str, dict[str, TaskScores]],
+    output: Path,
+    console: Console,
+    started: float,
+) -> dict[str, dict[str, TaskScores]]:
+    """Compare all models with the first, write and print the numbers, and return them."""
+    reference = next(iter(config.models))
     paired = paired_results(scores, output, reference, config.evaluation)
     write_table(output, scores_as_json(scores, paired))
     print_scores(console, scores, paired, title=f"scores, in % ({output.name})")
-    told(f"{duration(time.monotonic() - started)}; records and numbers are in {output}")
+    line = f"{duration(time.monotonic() - started)}; records and numbers are in {output}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     return scores
 
 

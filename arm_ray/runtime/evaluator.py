@@ -17,7 +17,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from arm_ray.errors import ArmRayError, PlacementError, WorkerError
+from arm_ray.errors import PlacementError, WorkerError
 from arm_ray.evaluation.engine import (
     ENVIRONMENT,
     Completion,
@@ -28,23 +28,13 @@ from arm_ray.evaluation.engine import (
 )
 from arm_ray.evaluation.graders import Grader
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
+from arm_ray.runtime.calls import EVALUATOR, get_results
 from arm_ray.runtime.heartbeat import activity
 from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.placement import cluster_has, format_resources
 from arm_ray.storage.mirror import present
 
 _POLL_S = 1.0
-# What Ray raises for a call to a process or a node that is gone. Its memory monitor's is no
-# RayActorError.
-_LOST = (
-    ray.exceptions.RayActorError,
-    ray.exceptions.OutOfMemoryError,
-    ray.exceptions.NodeDiedError,
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.ActorUnschedulableError,
-    ray.exceptions.ActorPlacementGroupRemoved,
-)
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class EngineActor:
             present(place)
         fetched_bytes = 0
         if self._copies is not None:
-            [placed] = results([self._copies.place.remote(source)])
+            [placed] = get_results([self._copies.place.remote(source)], EVALUATOR)
             source, fetched_bytes = placed.source, placed.fetched_bytes
         report = self._started.load(source, version)
         return replace(report, seconds=time.monotonic() - started, fetched_bytes=fetched_bytes)
@@ -133,7 +123,7 @@ class EngineActor:
             present(model)
             present(tokenizer)
             if self._copies is not None:
-                [placed] = results([self._copies.describe.remote(model, tokenizer)])
+                [placed] = get_results([self._copies.describe.remote(model, tokenizer)], EVALUATOR)
                 model, tokenizer = placed.source.path, placed.tokenizer
             self._engine = self.engine_class(model, tokenizer, settings)
         return self._engine
@@ -264,41 +254,14 @@ def placed_evaluators(
         engines = [gang.start_engine(i, model, tokenizer) for i in range(resources.replicas)]
         graders = [gang.start_grader(i) for i in range(resources.graders)]
         limit = settings.engine.timeout_s
-        results([grader.ready.remote(runs_code) for grader in graders], limit)
+        get_results([grader.ready.remote(runs_code) for grader in graders], EVALUATOR, limit)
         with activity(f"starting {len(engines)} vLLM engine(s)"):
-            results([engine.ready.remote() for engine in engines], limit)
+            get_results([engine.ready.remote() for engine in engines], EVALUATOR, limit)
         yield gang
     finally:
         gang.close()
         with contextlib.suppress(RayError):
             remove_placement_group(group)
-
-
-def results(refs: Sequence[Any], timeout_s: float | None = None) -> list[Any]:
-    """`ray.get`, with arm_ray's own errors as they were raised.
-
-    Raises:
-        ArmRayError: As an actor raised it.
-        WorkerError: An actor was lost, or gave no answer in time.
-    """
-    try:
-        return list(ray.get(list(refs), timeout=timeout_s))
-    except ray.exceptions.GetTimeoutError:
-        raise WorkerError(
-            "an evaluator gave no answer in time",
-            got=f"nothing within {timeout_s:g} s",
-            hint="raise evaluation.engine.timeout_s, or look at Ray's logs of the actor",
-        ) from None
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ArmRayError):
-            raise error.cause from None
-        raise
-    except _LOST as error:
-        raise WorkerError(
-            "an evaluator was lost",
-            got=" ".join(str(error).split())[:500],
-            hint="if it ran out of memory, lower evaluation.engine.kv_cache_gb or max_num_seqs",
-        ) from None
 
 
 def _options(resources: dict[str, float]) -> dict[str, Any]:

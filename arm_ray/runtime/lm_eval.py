@@ -25,13 +25,14 @@ from arm_ray.evaluation.engine import _LONGEST_DEFAULT, Completion, LoadReport, 
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.events import EventLog, ModelScored
 from arm_ray.report.trackers import check_installed
+from arm_ray.runtime.calls import EVALUATOR, get_results
 from arm_ray.runtime.evaluate import (
     CONFIG_NAME,
     evaluation_session,
     open_output,
     subject_of,
 )
-from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators, results
+from arm_ray.runtime.evaluator import EvaluatorGang, placed_evaluators
 from arm_ray.runtime.heartbeat import heartbeat
 from arm_ray.runtime.model_copies import CopiesOnNodes
 from arm_ray.runtime.output import results_at
@@ -225,7 +226,8 @@ class _OneEngine:
                 if attempt > 1:
                     self._restart()
                     self._load()
-                return results([getattr(self._gang.engines[0], method).remote(argument)])[0]
+                ref = getattr(self._gang.engines[0], method).remote(argument)
+                return get_results([ref], EVALUATOR)[0]
             except WorkerError:
                 if attempt == _ATTEMPTS:
                     raise
@@ -235,14 +237,14 @@ class _OneEngine:
     def _load(self) -> LoadReport:
         # The name as the version: no other weights have it in this engine.
         ref = self._gang.engines[0].load.remote(self._subject.source, self._subject.name)
-        report: LoadReport = results([ref])[0]
+        report: LoadReport = get_results([ref], EVALUATOR)[0]
         return report
 
     def _restart(self) -> None:
         self._kind = None
         subject = self._subject
         engine = self._gang.start_engine(0, subject.source.path, subject.tokenizer)
-        results([engine.ready.remote()])
+        get_results([engine.ready.remote()], EVALUATOR)
         self._kind = _kind(subject)
 
 
@@ -388,12 +390,9 @@ class _Run:
 
     def _described(self, subject: Subject) -> dict[str, Any]:
         """Settings that are part of the numbers."""
-        engine = asdict(self.settings.engine)
-        for name in ("replicas", "gpus_per_engine", "resources", "placement_timeout_s"):
-            del engine[name]
         return {
             **asdict(self._options),
-            "engine": engine,
+            "engine": self.settings.engine.identity(),
             "context": _context_length(subject, self.settings),
             "seed": self.settings.sampling.seed,
             "resamples": self.settings.resamples,

