@@ -13,7 +13,7 @@ LOCK   ?= on
 WORKERS ?= 2
 PYTEST  = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: setup lock demo check test test-all lint unit bench clean
+.PHONY: setup lock outlook demo check test test-all lint unit bench clean
 
 setup: $(VENV)/.ready
 
@@ -24,8 +24,12 @@ $(VENV)/.ready: pyproject.toml constraints/tested.txt constraints/locked.txt scr
 lock:
 	PYTHON="$(PYTHON)" bash scripts/lock.sh
 
-demo: setup
-	PYTHON="$(BIN)/python" bash examples/smollm2/demo.sh
+# Before the set-up, for which it needs nothing.
+outlook:
+	@$(PYTHON) examples/smollm2/outlook.py
+
+demo: outlook setup
+	@PYTHON="$(BIN)/python" bash examples/smollm2/demo.sh
 
 # Three tiers, each within the next; see CONTRIBUTING.md.
 check: setup lint

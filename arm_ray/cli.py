@@ -7,21 +7,23 @@ Exit codes: 0 success, 1 an error that the message explains, 2 a wrong command l
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
-import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import arm_ray
 from arm_ray.checkpoints.naming import FORMATS, FormatOrAuto, split_source
-from arm_ray.config import EvaluateConfig, load_merge_config, read_yaml, scratch_path, validate
 from arm_ray.errors import ArmRayError, ConfigError
 from arm_ray.storage.urls import is_url, plain_path
+
+if TYPE_CHECKING:
+    from arm_ray.config import EvaluateConfig
+
+# What else a command needs is imported by the command: help comes at once, and a typing error in a
+# configuration before anything heavy is loaded.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,40 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=arm_ray.__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    merge = commands.add_parser(
-        "merge", help="merge checkpoints, or go on with a merge", description=_merge.__doc__
-    )
-    merge.add_argument("config", metavar="CONFIG.yaml")
-    merge.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="take precedence over the file"
-    )
-    merge.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
+    merge = _add_job(commands, "merge", _merge, "merge checkpoints, or go on with a merge")
     merge.add_argument(
         "--stop-after",
         type=_positive,
         metavar="N",
         help="halt after iteration N; run again to go on",
     )
-    merge.set_defaults(run=_merge)
     _add_evaluate(commands)
-    pipeline = commands.add_parser(
-        "pipeline", help="train, merge and score in one go", description=_pipeline.__doc__
-    )
-    pipeline.add_argument("config", metavar="CONFIG.yaml")
-    pipeline.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="take precedence over the file"
-    )
-    pipeline.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
-    pipeline.set_defaults(run=_pipeline)
-    attach = commands.add_parser(
-        "attach", help="follow a running training", description=_attach.__doc__
-    )
-    attach.add_argument("config", metavar="CONFIG.yaml")
-    attach.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="take precedence over the file"
-    )
-    attach.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
-    attach.set_defaults(run=_attach)
+    _add_job(commands, "pipeline", _pipeline, "train, merge and score in one go")
+    _add_job(commands, "attach", _attach, "follow a running training")
     inspect = commands.add_parser(
         "inspect",
         help="what a checkpoint is, and if it is whole",
@@ -114,13 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--format", choices=FORMATS, help="read it as that; default: as it looks")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
-    plan = commands.add_parser(
-        "plan", help="memory, disk, work and time of a merge", description=_plan.__doc__
-    )
-    plan.add_argument("config", metavar="CONFIG.yaml")
-    plan.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="take precedence over the file"
-    )
+    plan = _add_configured(commands, "plan", _plan, "memory, disk, work and time of a merge")
     plan.add_argument("--gpus", type=_positive, metavar="N", help="GPUs in all; default: enough")
     plan.add_argument(
         "--gpu-memory", type=float, metavar="GB", help="of one GPU; default: the device's"
@@ -139,8 +111,33 @@ def _parser() -> argparse.ArgumentParser:
         help="default: calibration.max_length, the most there can be",
     )
     plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.set_defaults(run=_plan)
     return parser
+
+
+def _add_configured(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    """A command of a configuration file and its overrides."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=run.__doc__)
+    command.add_argument("config", metavar="CONFIG.yaml")
+    command.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="take precedence over the file"
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_job(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    """A command of a configuration file that works on Ray."""
+    command = _add_configured(commands, name, run, text)
+    _add_address(command)
+    return command
+
+
+def _add_address(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -182,14 +179,15 @@ def _add_evaluate(commands: Any) -> None:
         metavar="section.key=value",
         help="take precedence over the file, for example evaluation.sampling.temperature=0",
     )
-    evaluate.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
+    _add_address(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
 
 def _merge(options: argparse.Namespace) -> int:
     """Merge checkpoints as the YAML file says, or go on with the run in its output directory."""
+    from arm_ray.config import load_merge_config
+
     config = load_merge_config(options.config, options.overrides)
-    # Heavy imports come after validation, so that a typing error is reported at once.
     from arm_ray.runtime.merge import merge
 
     merge(config, address=options.address, stop_after=options.stop_after)
@@ -227,6 +225,8 @@ def _inspect(options: argparse.Namespace) -> int:
     if is_url(text):
         return _inspect_url(text, options.format or named, options.json)
     path = Path(text).expanduser().absolute()
+    import json
+
     from rich.console import Console
 
     from arm_ray.checkpoints.inspect import inspect_checkpoint
@@ -251,9 +251,12 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _inspect_url(url: str, format: FormatOrAuto, as_json: bool) -> int:  # noqa: A002
+    import json
+
     from rich.console import Console
 
     from arm_ray.checkpoints.inspect import inspect_url
+    from arm_ray.config import scratch_path
     from arm_ray.report.inspection import print_inspection
 
     found = inspect_url(url, format, scratch_path(None))
@@ -330,6 +333,8 @@ def evaluate_config(options: argparse.Namespace) -> EvaluateConfig:
     Raises:
         ConfigError: It is not one, or lacks the tasks.
     """
+    from arm_ray.config import EvaluateConfig, read_yaml, validate
+
     given: list[str] = options.models
     from_file = given[0].endswith((".yaml", ".yml"))
     overrides = [*(given[1:] if from_file else []), *options.overrides]
@@ -358,12 +363,17 @@ def evaluate_config(options: argparse.Namespace) -> EvaluateConfig:
             expected="--tasks with names of benchmarks, for example --tasks gsm8k,math500",
         )
     if "output" not in content:
+        import hashlib
+        import json
+
         # Where the models are missing, the check below says so.
         asked = [content.get("models"), evaluation["tasks"]]
         text = json.dumps(asked, sort_keys=True, default=str)
         content["output"] = f"runs/evaluate-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     config = validate(EvaluateConfig, content, overrides, source=source)
     if only_lm_eval and config.evaluation.tasks == (options.lm_eval,):
+        import dataclasses
+
         without = dataclasses.replace(config.evaluation, tasks=())
         return config.model_copy(update={"evaluation": without})
     return config
@@ -426,6 +436,8 @@ def _plan(options: argparse.Namespace) -> int:
 
     The exit code is 1 where it does not fit.
     """
+    from arm_ray.config import load_merge_config
+
     config = load_merge_config(options.config, options.overrides)
     from arm_ray.planning.cluster import make_cluster
     from arm_ray.planning.plan import make_plan
@@ -439,6 +451,8 @@ def _plan(options: argparse.Namespace) -> int:
         device=options.device,
     )
     plan = make_plan(config, cluster, options.tokens_per_sample)
+    import json
+
     print(json.dumps(plan.to_dict(), indent=2) if options.json else render(plan), end="")
     if options.json:
         print()

@@ -234,3 +234,41 @@ def test_as_a_program(start: tuple[str, ...], tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: the configuration file cannot be read")
     assert "Traceback" not in done.stderr
+
+
+# What makes the difference between an answer at once and one after a second.
+HEAVY = {"pydantic", "yaml", "rich", "numpy", "torch", "ray", "transformers", "vllm"}
+LOADED = (
+    "import sys\n"
+    "from arm_ray.cli import main\n"
+    "try:\n"
+    "    code = main(sys.argv[1:])\n"
+    "except SystemExit as error:\n"
+    "    code = error.code\n"
+    "print(code, *sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "allowed"),
+    [
+        (["--help"], 0, set()),
+        (["--version"], 0, set()),
+        (["merge", "--help"], 0, set()),
+        (["merge"], 2, set()),
+        (["merge", "/nowhere.yaml"], 1, {"pydantic", "yaml"}),
+        (["merge", "WRONG"], 1, {"pydantic", "yaml"}),
+    ],
+)
+def test_help_and_errors_load_nothing_heavy(
+    tmp_path: Path, arguments: list[str], code: int, allowed: set[str]
+) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("base: a\ncandidates: [b]\noutput: c\nschedule: {max_iteration: 3}\n")
+    given = [str(wrong) if text == "WRONG" else text for text in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *given], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    ended, *loaded = done.stderr.splitlines()[-1].split()
+    assert int(ended) == code, done.stderr
+    assert HEAVY & set(loaded) <= allowed
