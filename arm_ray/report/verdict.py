@@ -57,7 +57,7 @@ def _ending(best: str, rival: str, found: Comparison, is_loss: bool) -> str:
         return f"{best} and {rival}, the best that was not merged, are equal within the error"
     if gain > 0.0:
         return f"{best} is the best model: better than {rival}, the best that was not merged"
-    return f"No merge is better than {rival}, which is the best model; of the merges {best} is"
+    return f"No merge is better than {rival}, which is the best model; the best merge is {best}"
 
 
 def _sure(found: Comparison, settings: EvaluationSettings, is_loss: bool) -> str:

