@@ -16,7 +16,7 @@ lock=constraints/locked.txt
 ours="$VENV/.made-by-setup"
 unfinished="$VENV/.unfinished"
 log="$VENV/setup.log"
-steps=5
+steps=6
 step=0
 child=
 all=
@@ -46,7 +46,7 @@ watched() {
         if [ $((SECONDS - said)) -ge 8 ]; then
             said=$SECONDS
             printf '  %d s: %s of %s packages installed\n' "$((SECONDS - began))" \
-                "$(installed)" "${all:-so far unknown}"
+                "$(installed)" "${all:-?}"
         fi
     done
     local pid=$child
@@ -168,5 +168,11 @@ else
         "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec >>"$log" 2>&1 || true
     fi
 fi
+
+# pip does this with one core. Left to the first import, it costs every process that starts meanwhile
+# seconds, and where PYTHONDONTWRITEBYTECODE is set, every process there will ever be.
+begin "byte code of all packages"
+watched "$VENV/bin/python" -m compileall -q -j 0 -x '/tests?/' "$VENV"/lib/python*/site-packages ||
+    echo "  some of it could not be made; it is made when it is needed"
 rm -f "$unfinished"
 echo "set-up: $SECONDS s"

@@ -106,8 +106,8 @@ def test_without_a_network_it_says_what_is_missing_and_begins_again(tmp_path: Pa
         code, said = set_up(venv, **NO_NETWORK)
         assert code == 1
         assert ("was interrupted: beginning again" in said) == again
-        assert "set-up 1/5: virtual environment" in said
-        assert "set-up 2/5: pip and what builds packages" in said
+        assert "set-up 1/6: virtual environment" in said
+        assert "set-up 2/6: pip and what builds packages" in said
         assert "a package could not be installed" in said
         assert re.search(r"No matching distribution found for pip==[\d.]+", said)
         assert f"(all that it said: {venv}/setup.log)" in said
