@@ -19,6 +19,7 @@ log="$VENV/setup.log"
 steps=6
 step=0
 child=
+# How many packages there will be, while some are being installed.
 all=
 
 # error WHAT GOT EXPECTED HINT
@@ -45,8 +46,8 @@ watched() {
         sleep 0.3
         if [ $((SECONDS - said)) -ge 8 ]; then
             said=$SECONDS
-            printf '  %d s: %s of %s packages installed\n' "$((SECONDS - began))" \
-                "$(installed)" "${all:-?}"
+            printf '  %d s%s\n' "$((SECONDS - began))" \
+                "${all:+: $(installed) of $all packages installed}"
         fi
     done
     local pid=$child
@@ -172,7 +173,9 @@ fi
 # pip does this with one core. Left to the first import, it costs every process that starts meanwhile
 # seconds, and where PYTHONDONTWRITEBYTECODE is set, every process there will ever be.
 begin "byte code of all packages"
+all=
+# Some packages have templates that are no Python.
 watched "$VENV/bin/python" -m compileall -q -j 0 -x '/tests?/' "$VENV"/lib/python*/site-packages ||
-    echo "  some of it could not be made; it is made when it is needed"
+    true
 rm -f "$unfinished"
 echo "set-up: $SECONDS s"

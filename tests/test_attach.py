@@ -26,10 +26,11 @@ from arm_ray.events import read_events
 from arm_ray.following import publish
 from arm_ray.following.config import AttachConfig, parse_attach_config
 from arm_ray.following.journal import open_journal
+from arm_ray.hardware import Units
 from arm_ray.runtime import attach as attach_module
 from arm_ray.runtime.attach import AttachOutcome, attach
 from tests.boards import tensorboard
-from tests.conftest import fine_tuned, save, save_tokenizer, tiny_model
+from tests.conftest import fine_tuned, save, save_tokenizer, tiny_model, write_texts
 from tests.test_merge import assert_same_bits, load_all
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")
@@ -406,3 +407,28 @@ def test_a_used_directory_of_another_run_is_refused(trainer: Trainer) -> None:
         follow(trainer.config("merge.precision.masters=false", "run.idle_timeout_s=0.3"))
     with pytest.raises(RunDirectoryError, match=r"merge\.candidates: 2 -> 3"):
         follow(trainer.config("run.idle_timeout_s=0.3", "merge.candidates=3"))
+
+
+def test_all_arrivals_are_merged_in_the_format_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tmp_path, last=40)
+    save(tiny_model("smollm2", seed=1, num_layers=2), trainer.base, torch.bfloat16)
+    merge = {
+        "base": str(trainer.base),
+        "method": {"operator": "arm"},
+        "calibration": {"path": str(write_texts(tmp_path / "texts.jsonl")), "batch_size": 4},
+        "runtime": {"layer_shards": 1},
+    }
+    config = trainer.config("run.idle_timeout_s=0.3", merge=merge)
+    # On a machine without units first, then on one that has them.
+    for steps, formats in (([10, 20], {"float32"}), ([30], {"float32", "bfloat16"})):
+        units = Units(frozenset(formats), "this CPU")
+        monkeypatch.setattr("arm_ray.runtime.merge.units_of", lambda _device, found=units: found)
+        trainer.write_all(steps)
+        follow(config)
+    assert steps_of(config) == [20, 30]
+    for step in (20, 30):
+        [run] = (config.work / "merges").glob(f"*{step}*")
+        started = [e for e in read_events(run / "events.jsonl") if e["event"] == "run_started"]
+        assert [e["compute_dtype"] for e in started] == ["float32"]

