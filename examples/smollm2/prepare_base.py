@@ -22,11 +22,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+# Bars of single tensors tell nobody anything. tqdm reads this when it is imported, by torch.
+os.environ.setdefault("TQDM_DISABLE", "1")
+
 import torch
 from rich.console import Console
 
-# Bars of single tensors tell nobody anything. tqdm reads this when it is imported.
-os.environ.setdefault("TQDM_DISABLE", "1")
 if not torch.cuda.is_available():
     # Where DeepSpeed is installed, Transformers imports it, and it would warn that it found no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
