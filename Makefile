@@ -11,7 +11,7 @@ DEVICE ?= auto
 LOCK   ?= on
 # Processes that run tests, each with a Ray of its own; a file's tests stay in one of them.
 WORKERS ?= 2
-PYTEST  = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST  = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup lock outlook demo check test test-all lint unit bench clean
 

@@ -182,10 +182,18 @@ class MergeCase:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts processes: see the tiers in CONTRIBUTING.md."""
+    """Mark what starts processes (see the tiers in CONTRIBUTING.md), and run long files first.
+
+    So that at the end no worker is left with a long one. Within a file the order stays.
+    """
+    ranks: dict[Path, int] = {}
     for item in items:
         if PROCESSES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.processes)
+        marked = [item.get_closest_marker(name) is not None for name in ("minutes", "processes")]
+        rank = (*marked, True).index(True)
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
 
 
 @pytest.fixture

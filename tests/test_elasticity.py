@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+from rich.console import Console
 
 from arm_ray.calibration.minibatch import MiniBatch, micro_batches
 from arm_ray.checkpoints import states
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError, ShardLostError, TransportError
-from arm_ray.runtime import placement
+from arm_ray.events import read_events
+from arm_ray.runtime import calls, placement
 from arm_ray.runtime.elasticity import Gangs
 from arm_ray.runtime.layer_shard import LayerShard
+from arm_ray.runtime.merge import merge
 from arm_ray.runtime.placement import Placement, ShardGang
 from arm_ray.runtime.run_directory import open_run
 from arm_ray.schedule import plan_iteration
 from tests.conftest import MergeCase
 from tests.shards import DirectShard
-from tests.test_merge import assert_same_bits
+from tests.test_calls import instance
+from tests.test_merge import assert_same_bits, load_all
 
 
 class Cluster:
@@ -248,3 +253,46 @@ def test_states_that_are_gone_are_made_again(
     assert storage.brought == ([1], {(2, 4)})
     assert [*of.merged] == [(2, 4)]
     assert "going on after iteration 1" in said[0]
+
+
+@pytest.mark.usefixtures("shards_in_process")
+@pytest.mark.parametrize("kind", ["OutOfMemoryError", "NodeDiedError", "WorkerCrashedError"])
+@pytest.mark.parametrize("within", [False, True], ids=["of the call", "of what it was given"])
+def test_a_merge_goes_on_whatever_ray_says_of_a_lost_shard(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch, kind: str, within: bool
+) -> None:
+    """Also where its memory monitor ended the shard, to the bits of an undisturbed run."""
+    case.make()
+    merge(case.config(output="untroubled"), console=Console(quiet=True))
+    lost = instance(getattr(ray.exceptions, kind), "the node ran low on memory")
+    error = ray.exceptions.RayTaskError("forward", "…", lost) if within else lost
+    answers = [0]
+
+    def get(refs: list[Any], timeout: float | None = None) -> list[Any]:
+        answers[0] += 1
+        if answers[0] == 12:
+            raise error
+        return list(ray.get(refs, timeout=timeout))
+
+    monkeypatch.setattr(calls, "ray", SimpleNamespace(get=get))
+    outcome = merge(case.config(), console=Console(quiet=True))
+    assert answers[0] > 12
+    events = read_events(outcome.run / "events.jsonl")
+    said = [event["message"] for event in events if event["event"] == "warning"]
+    assert [text for text in said if "going on with a new set" in text]
+    assert_same_bits(load_all(case.root / "untroubled" / "model"), load_all(outcome.run / "model"))
+
+
+@pytest.mark.usefixtures("shards_in_process")
+def test_a_shard_that_is_lost_again_and_again_ends_in_our_error(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.make()
+    lost = instance(ray.exceptions.OutOfMemoryError, "the node ran low on memory")
+
+    def get(_refs: list[Any], timeout: float | None = None) -> list[Any]:
+        raise lost
+
+    monkeypatch.setattr(calls, "ray", SimpleNamespace(get=get))
+    with pytest.raises(ShardLostError, match=r"low on memory(?s:.*)more runtime\.layer_shards"):
+        merge(case.config(), console=Console(quiet=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,13 @@ def test_a_training_keeps_what_it_began_with(tmp_path: Path, machine: Any) -> No
     assert "nothing to do" in told("precision=float32")
     with pytest.raises(RunDirectoryError, match="precision: float32 -> bfloat16"):
         told("precision=bfloat16")
+    # A run of before there was `auto` has it in its configuration alone.
+    (tmp_path / "out" / "precision.json").unlink()
+    file = tmp_path / "out" / "config.yaml"
+    file.write_text(file.read_text().replace("precision: auto", "precision: float32"))
+    assert "precision: float32" in file.read_text()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    assert "precision: float32 (auto: as the run began)" in told()
     values["output"] = str(tmp_path / "fast")
     told("steps=2", "save_steps=2")
     assert began(tmp_path / "fast") == "bfloat16"
@@ -135,7 +143,7 @@ def test_zero_3_on_cpus_trains_in_float32(tmp_path: Path, machine: Any) -> None:
     values = content(tmp_path, tmp_path, tmp_path / "out") | {"precision": "auto"}
     config = make_config(values, "runtime.zero_stage=3")
     workers = train._Workers(2, "cpu", 1)
-    settled = train._with_precision(config, "auto", workers, lambda _: None, lambda _: None)
+    settled = train._with_precision(config, "auto", None, workers, lambda _: None, lambda _: None)
     assert settled.precision == "float32"
 
 

@@ -463,12 +463,12 @@ def test_what_an_engine_is_told(shards: Path) -> None:
     assert source.path == str(zero.config_directory)
     assert source.given == f"zero:{zero.path}"
     assert model_source(base).given == str(base.path)
-    from arm_ray.evaluation.vllm_worker import _opened
+    from arm_ray.evaluation.vllm_worker import open_weights
 
     bare = open_source(shards / "dcp-tied" / "checkpoint-3", base, masters=False)
     told = model_source(bare)
     assert (told.path, told.masters) == (str(base.path), False)
-    found = _opened(Path(told.path), told.weights, told.base, told.masters)
+    found = open_weights(Path(told.path), told.weights, told.base, told.masters)
     assert_equal(found.read(found.tensors), bare.read(bare.tensors))
 
 

@@ -94,7 +94,7 @@ def run_pipeline(
         load_tasks(config.evaluation)
     others = _other_data(stages)
     _tell_overlaps(stages, others, console, events)
-    with ray_kept(_local_slots(stages)):
+    with ray_kept(_local_slots(stages), {"job": "pipeline", "output": str(stages.output)}):
         scores = _run_stages(stages, others, stage, address, console)
     directory = Path(stages.evaluation([]).output)
     told = verdict(scores, directory, stages.merges, config.evaluation)

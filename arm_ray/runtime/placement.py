@@ -36,6 +36,7 @@ from arm_ray.runtime.transport import (
 )
 
 NAMESPACE = "arm_ray"
+_PLACEMENT_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class _KeptRay:
 
     stack: contextlib.ExitStack
     slots: int
+    about: Mapping[str, str]
 
 
 _kept: _KeptRay | None = None
-_PLACEMENT_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def ray_session(
         return
     if _kept is not None:
         # Stays up for whoever comes next.
-        _kept.stack.enter_context(_joined_or_started(address, max(cpu_slots, _kept.slots), about))
+        slots = max(cpu_slots, _kept.slots)
+        _kept.stack.enter_context(_joined_or_started(address, slots, _kept.about))
         yield
         return
     with _joined_or_started(address, cpu_slots, about):
@@ -133,17 +135,18 @@ def ray_session(
 
 
 @contextlib.contextmanager
-def ray_kept(cpu_slots: int) -> Iterator[None]:
+def ray_kept(cpu_slots: int, about: Mapping[str, str]) -> Iterator[None]:
     """Have the Ray of the first `ray_session` within the context stay up until the context ends.
 
     So a job of several stages starts Ray once, and not at all where nothing is left to do.
 
     Args:
         cpu_slots: CPU slots that a Ray that is started here has at least.
+        about: What runs, as for `ray_session`; it takes the place of what the stages say.
     """
     global _kept
     with contextlib.ExitStack() as stack:
-        _kept = _KeptRay(stack, cpu_slots)
+        _kept = _KeptRay(stack, cpu_slots, about)
         try:
             yield
         finally:

@@ -194,8 +194,9 @@ def _run(
 ) -> list[Path]:
     console = console or Console(stderr=True)
     started = time.monotonic()
-    asked = config.precision
-    config = _as_begun(_absolute(config))
+    config = _absolute(config)
+    asked, began = config.precision, _began_with(config.output)
+    config = _as_begun(config)
     check_installed(config.tracking)
 
     def told(line: str) -> None:
@@ -229,7 +230,7 @@ def _run(
             ray_session(address, _local_slots(config), about),
         ):
             workers = _plan_workers(config)
-            config = _with_precision(config, asked, workers, told, warn)
+            config = _with_precision(config, asked, began, workers, told, warn)
             if address is None and "RAY_ADDRESS" not in os.environ and workers.device == "cpu":
                 _check_host(config, model, workers, prepared)
             point = resume_point(output, missing) if config.save_optimizer else None
@@ -263,24 +264,41 @@ def _run(
 
 
 def _as_begun(config: Any) -> Any:
-    """The configuration with the precision that a run in its output began with, where it is auto.
-
-    `config.yaml` of the run has it as it was asked for.
-    """
-    found = recorded(config.output)
+    """The configuration with the precision that a run in its output began with, if it is auto."""
+    found = _began_with(config.output)
     if found is None or config.precision != "auto":
         return config
     return config.model_copy(update={"precision": found})
 
 
+def _began_with(output: Path) -> str | None:
+    """The precision of the run in a directory; None where there is none, or it is not settled."""
+    found = recorded(output)
+    if found is not None or not (output / CONFIG_NAME).is_file():
+        return found
+    # Before there was `auto`, what a run was asked for was what it took.
+    asked = read_yaml(output / CONFIG_NAME).get("precision")
+    return asked if asked in ("float32", "bfloat16") else None
+
+
 def _with_precision(
     config: Any,
     asked: str,
+    began: str | None,
     workers: _Workers,
     told: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> Any:
-    """The configuration with its precision settled; `asked` is what the user wrote."""
+    """The configuration with its precision settled.
+
+    Args:
+        config: As the run will take it but for this.
+        asked: What the user wrote.
+        began: What the run in the directory took, if there is one.
+        workers: Where they are.
+        told: Called with a line for people.
+        warn: Called with a warning.
+    """
     on_cpu = workers.device == "cpu"
     # DeepSpeed has no bfloat16 there.
     only_float32 = on_cpu and config.runtime.zero_stage == 3
@@ -291,6 +309,7 @@ def _with_precision(
         lambda: units_of(workers.device),
         told,
         warn,
+        began,
     )
     return config.model_copy(update={"precision": chosen})
 
