@@ -22,6 +22,7 @@ from arm_ray.runtime.layer_shard import LayerShard
 from arm_ray.runtime.merge import merge
 from arm_ray.runtime.placement import Placement, ShardGang
 from arm_ray.runtime.run_directory import open_run
+from arm_ray.runtime.state_storage import NodeStorage
 from arm_ray.schedule import plan_iteration
 from tests.conftest import MergeCase
 from tests.shards import DirectShard
@@ -91,6 +92,41 @@ def test_lost_shards_are_replaced_as_long_as_there_is_progress(
     # Two before iteration 1 was finished, then three in a row: one more than allowed.
     assert counts == [3, 3, 2, 2, 2]
     assert [text[-8:] for text in said] == ["(1 of 2)", "(2 of 2)", "(1 of 2)", "(2 of 2)"]
+
+
+def test_a_node_that_is_gone_is_left_out_and_one_with_shards_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Files:
+        """What serves a node's files, with one answer to all."""
+
+        def __init__(self, answer: object) -> None:
+            self.groups = self.remove = self
+            self._answer = answer
+
+        def remote(self, *_arguments: object) -> object:
+            return self._answer
+
+    def get(given: Any, timeout: float | None = None) -> Any:
+        for answer in given if isinstance(given, list) else [given]:
+            if isinstance(answer, Exception):
+                raise answer
+        return given
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", lambda _actor: None)
+    gone = Files(ray.exceptions.ActorUnschedulableError("its node is dead"))
+    storage = object.__new__(NodeStorage)
+    storage._home, storage._gang = "home", ShardGang([], "object_store", ["shard"])
+    storage._files = {"home": Files({(1, 0)}), "shard": Files(set()), "earlier": gone}
+    assert storage._ask("groups") == {"home": {(1, 0)}, "shard": set()}
+    assert list(storage._files) == ["home", "shard"]
+    storage._files["shard"] = gone
+    with pytest.raises(ShardLostError, match="what serves a node's files was lost"):
+        storage._ask("groups")
+    # Of a complete run nothing is lost with the node: it must not begin again.
+    storage._fingerprints = {}
+    storage.close(is_complete=True)
 
 
 def test_a_broken_transfer_is_tried_again_before_the_object_store(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from ray import exceptions
 
 from arm_ray.errors import (
     ArmRayError,
+    DiskSpaceError,
     ShardLostError,
     TransportError,
     WorkerError,
@@ -39,6 +41,8 @@ LOST = _kinds(
 )
 # What it raises for a tensor that did not arrive.
 _NOT_DELIVERED = _kinds("RayDirectTransportError", "RayChannelError")
+_FRAME = re.compile(r'File "([^"]+)", (line \d+, in \S+)')
+_NODE = re.compile(r"\(pid=\d+, ip=([^,)]+)")
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ class Callee:
         lost: What is raised where it is gone.
         memory_hint: What to do if it ran out of memory.
         sends_tensors: Whether calls wait for tensors of others of its kind.
+        counts_room: Whether it writes what a run counts the room for, where the disk is full.
     """
 
     name: str
     lost: type[WorkerError]
     memory_hint: str
     sends_tensors: bool = False
+    counts_room: bool = False
 
 
 SHARD = Callee(
@@ -64,6 +70,13 @@ SHARD = Callee(
     "use more runtime.layer_shards or nodes; run the same command again to go on after the last "
     "complete iteration",
     sends_tensors=True,
+    counts_room=True,
+)
+NODE_FILES = Callee(
+    "what serves a node's files",
+    ShardLostError,
+    "give its node more; run the same command again to go on after the last complete iteration",
+    counts_room=True,
 )
 EVALUATOR = Callee(
     "an evaluator",
@@ -84,76 +97,103 @@ def get_results(
 
     Raises:
         ArmRayError: As an actor raised it.
-        OSError: The disk is full.
+        OSError: The disk is full, of a callee whose run counts the room.
+        DiskSpaceError: The disk of another callee is full.
         TransportError: A tensor was not delivered.
         WorkerError: Of the kind `callee.lost`, an actor was lost, or what it held; otherwise, one
             failed unexpectedly, or gave no answer in time.
     """
     try:
         return list(ray.get(list(refs), timeout=timeout_s))
-    except exceptions.GetTimeoutError:
-        # It is a TimeoutError as well, which from an actor means something else.
+    except exceptions.RayTaskError as error:
+        # First: it is raised in the class of its cause too, which says something of another call.
+        raise _of_task(error, callee) from error
+    except exceptions.GetTimeoutError as error:
         raise WorkerError(
             f"{callee.name} gave no answer in time",
-            got=f"nothing within {timeout_s:g} s",
+            got=None if timeout_s is None else f"nothing within {timeout_s:g} s",
             hint="raise the key timeout_s of its section, or look at Ray's logs of the actor",
-        ) from None
-    except exceptions.RayTaskError as error:
-        raise _of_task(error, error.cause, callee) from error
+        ) from error
     except exceptions.RayError as error:
         raise _of_ray(error, callee) from error
 
 
-def _of_task(error: Exception, cause: Any, callee: Callee) -> Exception:
+def _of_task(error: exceptions.RayTaskError, callee: Callee) -> Exception:
     """What to raise for an exception within a call."""
+    cause: Any = error.cause
+    while isinstance(cause, exceptions.RayTaskError):
+        # What the call was given is what another one raised.
+        cause = cause.cause
     if isinstance(cause, ArmRayError):
         return cause
     if callee.sends_tensors and isinstance(cause, TimeoutError):
         return _not_delivered(cause)
-    if isinstance(cause, exceptions.RayError) and not isinstance(cause, exceptions.RayTaskError):
+    if isinstance(cause, exceptions.RayError):
         # What the call was given was on another actor, or its node.
-        return _of_ray(cause, callee)
-    if isinstance(cause, OSError):
-        if is_disk_full(cause):
+        return _of_ray(cause, callee, _place(error))
+    if isinstance(cause, OSError) and is_disk_full(cause):
+        if callee.counts_room:
             return cause
+        return DiskSpaceError(
+            f"{callee.name} has no room on its disk",
+            got=cause,
+            hint="free some; run the same command again to go on",
+        )
+    if isinstance(cause, OSError):
         return WorkerError(
             f"{callee.name} cannot read or write a file",
             got=cause,
             hint="check the disk; run the same command again to go on",
         )
-    return _unexpected(cause or error, callee)
+    return _unexpected(cause or error, callee, _place(error))
 
 
-def _of_ray(error: Exception, callee: Callee) -> Exception:
+def _of_ray(error: Exception, callee: Callee, place: str | None = None) -> Exception:
     """What to raise for an exception of Ray's own."""
     # Nobody else kills actors: Ray ends both sides of a transfer that failed.
     is_killed = isinstance(error, exceptions.RayActorError) and "ray.kill" in str(error)
     if callee.sends_tensors and (is_killed or isinstance(error, _NOT_DELIVERED)):
         return _not_delivered(error)
-    if isinstance(error, LOST):
+    # One that cannot be made would fail in another place as well.
+    is_unmade = isinstance(error, exceptions.RayActorError) and error.actor_init_failed
+    if isinstance(error, LOST) and not is_unmade:
         return callee.lost(
             f"{callee.name} was lost",
             got=_short(error),
             hint=f"if it ran out of memory, {callee.memory_hint}",
         )
-    return _unexpected(error, callee)
+    return _unexpected(error, callee, place)
 
 
-def _unexpected(error: BaseException, callee: Callee) -> WorkerError:
+def _unexpected(error: BaseException, callee: Callee, place: str | None) -> WorkerError:
     return WorkerError(
         f"{callee.name} failed unexpectedly",
+        where=place,
         got=f"{type(error).__name__}: {_short(error)}",
         hint="run the same command again to go on; Ray's logs of the actor say more",
     )
 
 
+def _place(error: exceptions.RayTaskError) -> str | None:
+    """The line of code that failed, and its node's address; None where Ray does not tell."""
+    # Of an error in the class of its cause Ray keeps the text alone.
+    text = str(error)
+    frames, node = _FRAME.findall(text), _NODE.search(text)
+    if not frames:
+        return None
+    file, line = frames[-1]
+    return f"{file}, {line}" + (f", on {node[1]}" if node else "")
+
+
 def _not_delivered(error: BaseException) -> TransportError:
     return TransportError(
         "hidden states did not reach the next layer shard",
-        got=_short(error, 300),
+        got=_short(error),
         hint="set runtime.transport to object_store and run the same command again to go on",
     )
 
 
-def _short(error: BaseException, length: int = 500) -> str:
-    return " ".join(str(error).split())[:length]
+def _short(error: BaseException) -> str:
+    """An error's text in a line, without the middle of a long one: a traceback's end says most."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 500 else f"{text[:250]} … {text[-250:]}"

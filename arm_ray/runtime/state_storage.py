@@ -25,8 +25,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig, state_settings
-from arm_ray.errors import PlacementError, ShardLostError
-from arm_ray.runtime.calls import get_results
+from arm_ray.errors import ArmRayError, PlacementError
+from arm_ray.runtime.calls import NODE_FILES, get_results
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.node_files import NodeFiles
 from arm_ray.runtime.placement import ShardGang, node_names, this_node
@@ -158,10 +158,10 @@ class NodeStorage(StateStorage):
         answers = {}
         for node, ref in refs.items():
             try:
-                answers[node] = ray.get(ref)
-            except RayError:
+                [answers[node]] = get_results([ref], NODE_FILES)
+            except ArmRayError:
                 if node in {self._home, *self._gang.nodes}:
-                    get_results([ref])
+                    raise
                 del self._files[node]
         return answers
 
@@ -246,7 +246,8 @@ class NodeStorage(StateStorage):
         if all(self._in_run(iteration, group) for group in self._groups):
             group_of = {n: g.index for g in self._inputs.layout.groups for n in g.tensors}
             state = states.state_directory(self._run.path, iteration)
-            get_results([home.export.remote(partial, file, state, group_of) for file in files])
+            exported = [home.export.remote(partial, file, state, group_of) for file in files]
+            get_results(exported, NODE_FILES)
             return
         model = [SharedWeightFile(partial / file.name, file.specs) for file in files]
         for file in model:
@@ -263,7 +264,8 @@ class NodeStorage(StateStorage):
 
     def close(self, *, is_complete: bool) -> None:
         """Let go of what belongs to the gang; of a complete run, of all that is on the nodes."""
-        with contextlib.suppress(RayError):
+        # A complete run has nothing more to lose with a node.
+        with contextlib.suppress(ArmRayError):
             if is_complete:
                 self._ask("remove", list(self._fingerprints.values()))
         for files in self._files.values():
@@ -332,7 +334,7 @@ def storage_of(
             )
     yield StateStorage(run, inputs, gang, specs)
     if run.is_complete and not all(given.is_local for given in inputs.checkpoints.values()):
-        with contextlib.suppress(ShardLostError):
+        with contextlib.suppress(ArmRayError):
             get_results([actor.remove_copies.remote() for actor in gang.actors])
 
 
