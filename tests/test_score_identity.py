@@ -13,7 +13,7 @@ from arm_ray.evaluation.engine import ModelSource
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings, TaskSettings
 from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.runtime import lm_eval
-from arm_ray.runtime.scoring import KnownScores, Subject
+from arm_ray.runtime.scoring import KnownScores, Subject, engine_kind
 from tests.conftest import MergeCase
 
 # Another value of each key, so that a new key is looked at here.
@@ -66,3 +66,24 @@ def test_each_key_of_the_engine_decides_for_both_or_for_neither(base: MergeCase)
         after = digests(base, replace(EngineSettings(), **{name: value}))
         expected = name not in WITHOUT_INFLUENCE
         assert [new != old for new, old in zip(after, before, strict=True)] == [expected] * 2, name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    ],
+)
+def test_each_file_of_a_tokenizer_counts(base: MergeCase, name: str) -> None:
+    """For lm_eval's numbers, and for which model goes into the engine of another one."""
+    directory = str(base.root / "base")
+    kind, [_, of_lm_eval] = engine_kind(directory, directory), digests(base, EngineSettings())
+    file = base.root / "base" / name
+    # A tokenizer that reads the same: more space after it.
+    file.write_bytes((file.read_bytes() if file.is_file() else b"{}") + b"\n")
+    assert engine_kind(directory, directory) != kind
+    assert digests(base, EngineSettings())[1] != of_lm_eval

@@ -22,7 +22,6 @@ from arm_ray.evaluation.settings import EngineSettings
 from arm_ray.hardware import Units, cpu_units, gpu_units
 from arm_ray.storage.urls import is_url
 
-# Long contexts cost memory for caches that short benchmarks never use.
 _LONGEST_DEFAULT = 8192
 # Tokens that end an answer in one chat format or another; a base model's configuration may name
 # only one of them, and then it runs on after the other.
@@ -161,11 +160,8 @@ class Engine:
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE", "x").strip():
             del os.environ["VLLM_CPU_KVCACHE_SPACE"]
         started = time.monotonic()
-        config = _read_config(Path(model))
         self._on_gpu = _has_gpu()
-        self.max_model_len = settings.max_model_len or min(
-            int(config.get("max_position_embeddings") or _LONGEST_DEFAULT), _LONGEST_DEFAULT
-        )
+        self.max_model_len = context_length(model, settings)
         if not self._on_gpu:
             _check_host_memory(Path(model), settings)
         self._llm = _start(model, tokenizer, settings, self.max_model_len, self._on_gpu)
@@ -337,6 +333,17 @@ class Engine:
         known = tokenizer.get_added_vocab()
         found |= {known[token] for token in _END_TOKENS if token in known}
         return sorted(int(i) for i in found if i is not None)
+
+
+def context_length(model: str, settings: EngineSettings) -> int:
+    """Longest prompt and completion together of an engine for a model, in tokens.
+
+    Raises:
+        EvaluationError: There is no model.
+    """
+    of_model = int(_read_config(Path(model)).get("max_position_embeddings") or _LONGEST_DEFAULT)
+    # Long contexts cost memory for caches that short benchmarks never use.
+    return settings.max_model_len or min(of_model, _LONGEST_DEFAULT)
 
 
 def preferred_dtypes(model: str) -> tuple[str, ...]:

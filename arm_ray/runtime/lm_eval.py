@@ -21,7 +21,7 @@ from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.config import EvaluateConfig
 from arm_ray.errors import ArmRayError, EvaluationError, WorkerError
 from arm_ray.evaluation.encode import uses_chat
-from arm_ray.evaluation.engine import _LONGEST_DEFAULT, Completion, LoadReport, Request
+from arm_ray.evaluation.engine import Completion, LoadReport, Request, context_length
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.events import EventLog, ModelScored
 from arm_ray.report.trackers import check_installed
@@ -40,7 +40,8 @@ from arm_ray.runtime.placement import outliving
 from arm_ray.runtime.progress import LINE_INTERVAL_S, duration
 from arm_ray.runtime.scoring import (
     Subject,
-    architecture,
+    engine_kind,
+    tokenizer_digest,
     vllm_version,
     with_dtype,
     with_recorded_dtype,
@@ -52,12 +53,6 @@ if TYPE_CHECKING:
 
 FILE_NAME = "lm_eval.json"
 _ATTEMPTS = 3
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
 # Of the machine and the working directory, nothing about the scores.
 _DROPPED = ("pretty_env_info", "git_hash", "upper_git_hash", "samples")
 
@@ -183,7 +178,7 @@ class _OneEngine:
 
     def __init__(self, gang: EvaluatorGang, first: Subject, told: Callable[[str], None]) -> None:
         self._gang, self._told = gang, told
-        self._kind: str | None = _kind(first)
+        self._kind: str | None = engine_kind(first.source.path, first.tokenizer)
         self._subject = first
 
     def load(self, subject: Subject) -> LoadReport:
@@ -193,7 +188,7 @@ class _OneEngine:
             EvaluationError: Not even a fresh engine takes them in.
         """
         self._subject = subject
-        wanted = _kind(subject)
+        wanted = engine_kind(subject.source.path, subject.tokenizer)
         if self._kind != wanted:
             self._restart()
         # Until it has gone well, what the engine holds is nothing to go on with.
@@ -245,7 +240,7 @@ class _OneEngine:
         subject = self._subject
         engine = self._gang.start_engine(0, subject.source.path, subject.tokenizer)
         get_results([engine.ready.remote()], EVALUATOR)
-        self._kind = _kind(subject)
+        self._kind = engine_kind(subject.source.path, subject.tokenizer)
 
 
 class _Run:
@@ -276,7 +271,7 @@ class _Run:
             **self._described(subject),
             "include_path": None,  # what is in it counts
             "definitions": self._tasks_digest,
-            "tokenizer": _tokenizer_digest(subject.tokenizer),
+            "tokenizer": tokenizer_digest(subject.tokenizer),
             "weights": subject.identity,
         }
         text = json.dumps(content, sort_keys=True, default=str)
@@ -301,7 +296,7 @@ class _Run:
         lm = EngineLM(
             engine,
             load_tokenizer(subject.tokenizer),
-            _context_length(subject, self.settings),
+            context_length(subject.source.path, self.settings.engine),
             seed=self.settings.sampling.seed,
             chunk_size=self.settings.engine.chunk_size,
             told=_Lines(subject.name, self._told),
@@ -393,7 +388,7 @@ class _Run:
         return {
             **asdict(self._options),
             "engine": self.settings.engine.identity(),
-            "context": _context_length(subject, self.settings),
+            "context": context_length(subject.source.path, self.settings.engine),
             "seed": self.settings.sampling.seed,
             "resamples": self.settings.resamples,
             "vllm": vllm_version(),
@@ -485,27 +480,6 @@ def open_lm_eval(options: LmEvalOptions) -> OpenTasks:
             hint="pip install arm-ray[lm-eval]",
         ) from None
     return open_tasks(options.tasks, options.include_path, options.num_fewshot)
-
-
-def _kind(subject: Subject) -> str:
-    """What must agree for a model to go into a running engine: shapes, and the tokenizer."""
-    return architecture(subject.source.path) + _tokenizer_digest(subject.tokenizer)
-
-
-def _tokenizer_digest(directory: str) -> str:
-    state = hashlib.sha256()
-    for name in _TOKENIZER_FILES:
-        file = Path(directory) / name
-        if file.is_file():
-            state.update(name.encode() + file.read_bytes())
-    return state.hexdigest()
-
-
-def _context_length(subject: Subject, settings: EvaluationSettings) -> int:
-    """Tokens of the engine's context, as `Engine` decides it."""
-    content = json.loads((Path(subject.source.path) / "config.json").read_text(encoding="utf-8"))
-    longest = int(content.get("max_position_embeddings") or _LONGEST_DEFAULT)
-    return settings.engine.max_model_len or min(longest, _LONGEST_DEFAULT)
 
 
 def _lm_eval_version() -> str:

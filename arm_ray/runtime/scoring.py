@@ -62,6 +62,13 @@ from arm_ray.runtime.progress import LINE_INTERVAL_S
 
 _ATTEMPTS = 3
 _POLL_S = 0.5
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
 # Keys of config.json that say nothing about the shapes of the weights.
 _NO_ARCHITECTURE = (
     "dtype",
@@ -260,7 +267,7 @@ class ScoringService:
     ) -> None:
         self._settings, self._tasks, self._directory = settings, tasks, directory
         self._gang, self._told, self._wrote = gang, told, wrote
-        started = architecture(model) + tokenizer_digest(tokenizer)
+        started = engine_kind(model, tokenizer)
         self._architecture = [started] * len(gang.engines)
         self._loaded: list[str | None] = [None] * len(gang.engines)
         self._busy_engines: set[int] = set()
@@ -459,7 +466,7 @@ class ScoringService:
         if self._loaded[index] == subject.name:
             return
         self._loaded[index] = None
-        wanted = architecture(subject.source.path) + tokenizer_digest(subject.tokenizer)
+        wanted = engine_kind(subject.source.path, subject.tokenizer)
         if self._architecture[index] != wanted:
             self._restart(index, subject)
             self._architecture[index] = wanted
@@ -676,6 +683,19 @@ def write_table(directory: Path, table: Mapping[str, Any]) -> None:
     write_json(directory / "scores.json", table)
 
 
+def engine_kind(model: str, tokenizer: str) -> str:
+    """What must agree for a model to go into a running engine: shapes, and the tokenizer.
+
+    Args:
+        model: Its directory, with a configuration.
+        tokenizer: Directory of its tokenizer.
+
+    Raises:
+        EvaluationError: There is no model.
+    """
+    return architecture(model) + tokenizer_digest(tokenizer)
+
+
 def architecture(model: str) -> str:
     """What of a model's configuration must agree for its weights to go into a running engine."""
     try:
@@ -692,11 +712,12 @@ def architecture(model: str) -> str:
 
 
 def tokenizer_digest(directory: str) -> str:
-    """SHA-256 of what decides a tokenizer's ids and end tokens."""
+    """SHA-256 of what decides a tokenizer's ids, end tokens and chat template."""
     digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json"):
-        path = Path(directory) / name
-        digest.update(path.read_bytes() if path.is_file() else b"-")
+    for name in _TOKENIZER_FILES:
+        file = Path(directory) / name
+        if file.is_file():
+            digest.update(name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 
