@@ -379,6 +379,22 @@ def test_a_checkpoint_that_is_written_to_in_place_is_not_published(
     assert [p.name for p in (config.work / "checkpoints").iterdir()] == ["step-000010"]
 
 
+def test_a_run_that_is_done_needs_no_ray(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer.write_all([50, 60])
+    config = trainer.config()
+    first, _ = follow(config)
+
+    def refuse(*_: object) -> Any:
+        raise AssertionError("there is nothing to do")
+
+    for name in ("ray_session", "telemetry", "ArrivalScoring"):
+        monkeypatch.setattr(attach_module, name, refuse)
+    again, told = follow(config)
+    assert again == first
+    assert (first.reason, steps_of(config)) == ("finished", [60])
+    assert "the run is over" in told
+
+
 def test_nothing_for_long_ends_it(trainer: Trainer) -> None:
     outcome, told = follow(trainer.config("run.idle_timeout_s=0.5"))
     assert outcome.reason == "idle"

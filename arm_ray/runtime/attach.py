@@ -120,15 +120,18 @@ def attach(
         )
         slots = local_slots(sample.runtime, 1) + local_evaluator_slots(config.evaluation)
         with contextlib.ExitStack() as stack:
-            about = {"job": "attach", "output": str(config.work)}
-            stack.enter_context(ray_session(address, slots, about))
-            parameters = config.model_dump(mode="json", exclude={"tracking"})
-            stack.enter_context(
-                telemetry(events, config.tracking, work, config.name, say, parameters=parameters)
-            )
-            scoring = None
-            if config.evaluation is not None:
-                made = ArrivalScoring(
+
+            def start() -> ArrivalScoring | None:
+                about = {"job": "attach", "output": str(config.work)}
+                stack.enter_context(ray_session(address, slots, about))
+                parameters = config.model_dump(mode="json", exclude={"tracking"})
+                listening = telemetry(
+                    events, config.tracking, work, config.name, say, parameters=parameters
+                )
+                stack.enter_context(listening)
+                if config.evaluation is None:
+                    return None
+                scoring = ArrivalScoring(
                     config.evaluation,
                     config.sharing,
                     tasks,
@@ -138,27 +141,34 @@ def attach(
                     events,
                     say,
                 )
-                scoring = stack.enter_context(made)
+                return stack.enter_context(scoring)
+
             journal = open_journal(work)
-            attacher = _Attacher(config, journal, events, scoring, criterion, console, say)
+            attacher = _Attacher(config, journal, events, start, criterion, console, say)
             return attacher.run()
 
 
 class _Attacher:
-    """One session of following a run."""
+    """One session of following a run.
+
+    Args:
+        start: Has Ray and all that listens run, and says what scores; called once there is
+            something to do, or to wait for.
+    """
 
     def __init__(
         self,
         config: AttachConfig,
         journal: Journal,
         events: EventLog,
-        scoring: ArrivalScoring | None,
+        start: Callable[[], ArrivalScoring | None],
         criterion: Criterion | None,
         console: Console,
         say: Callable[[str], None],
     ) -> None:
         self._config, self._journal, self._events = config, journal, events
-        self._scoring, self._criterion = scoring, criterion
+        self._start, self._is_started, self._criterion = start, False, criterion
+        self._scoring: ArrivalScoring | None = None
         self._console, self._say = console, say
         self._directory = config.work / "checkpoints"
         self._snapshots: dict[int, Snapshot] = {}
@@ -196,19 +206,28 @@ class _Attacher:
         while True:
             # Before the new ones are collected: what it knows then is collected as well.
             is_finished = follower.is_finished
+            if follower.has_news:
+                # What is written down of it is for those that listen too.
+                self._have_ray()
             self._collect(follower)
             arrival = self._journal.unfinished or self._next()
+            if arrival is None and is_finished:
+                return "finished"
+            self._have_ray()
             if arrival is not None:
                 self._process(arrival)
                 last_work = time.monotonic()
                 continue
-            if is_finished:
-                return "finished"
             limit = self._config.run.idle_timeout_s
             idle = min(follower.idle_s, time.monotonic() - last_work)
             if limit is not None and idle >= limit:
                 return "idle"
             follower.wait(min(self._config.run.poll_s, limit or self._config.run.poll_s))
+
+    def _have_ray(self) -> None:
+        if not self._is_started:
+            self._scoring = self._start()
+            self._is_started = True
 
     def _adopt(self) -> None:
         """Take up the snapshots of an earlier session."""

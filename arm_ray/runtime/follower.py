@@ -94,6 +94,12 @@ class Follower:
         with self._changed:
             return self._is_finished
 
+    @property
+    def has_news(self) -> bool:
+        """Whether something was taken since the last `drain`."""
+        with self._changed:
+            return bool(self._new)
+
     def drain(self) -> list[Taken]:
         """What was taken since the last call, by step.
 
