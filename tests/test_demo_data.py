@@ -93,8 +93,8 @@ def test_configurations_fit_together():
     # The training alone is the pipeline's.
     assert alone.identity() == stages.training.identity()
     assert alone.output.resolve() == stages.training.output
-    # The two merges have the same inputs and the same first iteration but for the operator; ARM goes
-    # on, and has its state chosen.
+    # The two merges have the same inputs and the same first iteration but for the operator; ARM
+    # goes on, and has its state chosen.
     first, second = (m.model_dump() for m in stages.merges.values())
     assert (first["method"].pop("operator"), second["method"].pop("operator")) == (
         "task_arithmetic",
