@@ -21,6 +21,7 @@ from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.errors import ArmRayError, ConfigError, MismatchError, NotACheckpointError
 from arm_ray.events import read_events
+from arm_ray.hardware import Units
 from arm_ray.merging.method import open_method
 from arm_ray.model.group import GroupRunner
 from arm_ray.planning import workload as counts
@@ -75,6 +76,13 @@ QWEN: dict[str, dict[str, Any]] = {
         "intermediate_size": 29568,
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def _all_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted by hand here is in the base's format, whatever units this machine has."""
+    units = Units(frozenset({"float32", "bfloat16", "float16"}), "this CPU")
+    monkeypatch.setattr("arm_ray.planning.devices.cpu_units", lambda: units)
 
 
 def qwen_parameters(size: str) -> int:
