@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from arm_ray.runtime.attach import AttachOutcome, attach
 from tests.boards import tensorboard
 from tests.conftest import fine_tuned, save, save_tokenizer, tiny_model, write_texts
 from tests.test_merge import assert_same_bits, load_all
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")
 
@@ -131,10 +132,19 @@ def test_a_run_is_followed_from_its_first_checkpoint_to_its_last(tmp_path: Path)
     trainer = Trainer(tmp_path, limit=2)
     config = trainer.config("run.start=latest")
 
+    def is_held(step: int) -> bool:
+        return any((config.work / "checkpoints").glob(f"step-{step:06d}*"))
+
+    def is_published(step: int) -> bool:
+        return step in publish.published(config.published)
+
     def train() -> None:
         for step in trainer.models:
             trainer.write(step)
-            time.sleep(2.0)
+            # The trainer removes what is old: it has to be held by then.
+            wait_for(partial(is_held, step), "a snapshot")
+            if step % 20 == 0:
+                wait_for(partial(is_published, step), "a publication")
 
     thread = threading.Thread(target=train)
     thread.start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,9 +107,10 @@ def test_the_number_of_engines_and_lost_ones_change_nothing(
         if subject.name == "later" and not killed:
             killed.append(index)
             actor = service._gang.engines[index]
-            threading.Timer(0.05, lambda: ray.kill(actor)).start()
+            killing = threading.Timer(0.05, lambda: ray.kill(actor))
+            killing.start()
             ray.kill(service._gang.graders[0])
-            time.sleep(0.2)
+            killing.join()
 
     monkeypatch.setattr(scoring.ScoringService, "_prepare", prepare_and_kill)
     engine = {**ENGINE, "replicas": 2}

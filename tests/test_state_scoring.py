@@ -25,6 +25,7 @@ from arm_ray.runtime import scoring, state_scoring
 from arm_ray.runtime.driver import StreamingDriver
 from arm_ray.runtime.merge import MergeOutcome, merge
 from tests.conftest import SERVED, MergeCase
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")
 
@@ -126,7 +127,8 @@ def test_late_scores_select_the_same_state(
         if manifest.iteration == 5:
             # The scores of 3 and 4 come within one iteration.
             gate.set()
-            time.sleep(1.0)
+            scores = (case.root / "run").rglob
+            wait_for(lambda: any(scores("state-0004/held.json")), "the score of state 4")
 
     monkeypatch.setattr(StreamingDriver, "_publish", delayed)
     options = ("keep_states=last", "schedule.max_iterations=6")
@@ -206,6 +208,7 @@ def test_closing_does_not_wait_for_an_engine(
     import ray
 
     case.make("smollm2", sizes=SERVED)
+    in_flight = case.root / "in-flight"
 
     @ray.remote(num_cpus=0)
     class Sleeper:
@@ -218,6 +221,7 @@ def test_closing_does_not_wait_for_an_engine(
             return LoadReport(version, 0.0, Canary((1,), 0.0))
 
         def log_likelihoods(self, samples: object) -> object:
+            in_flight.touch()
             time.sleep(600)
 
     sleeper = Sleeper.remote()
@@ -234,7 +238,7 @@ def test_closing_does_not_wait_for_an_engine(
     begun = {}
 
     def stop(self: StreamingDriver, manifest: states.StateManifest) -> None:
-        time.sleep(2.0)
+        wait_for(in_flight.exists, "a call in flight")
         begun["at"] = time.monotonic()
         raise ArmRayError("the merge fails")
 

@@ -127,7 +127,7 @@ class Follower:
     def _work(self) -> None:
         try:
             while not self._closing.is_set():
-                self._look()
+                self.look()
                 self._closing.wait(self._settings.poll_s)
         except _ClosingError:
             return
@@ -136,7 +136,8 @@ class Follower:
                 self._problem = error
                 self._changed.notify_all()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Look once at the run and take what is new, as the thread does every `poll_s`."""
         try:
             found = self._watcher.scan()
         except OSError as error:

@@ -247,7 +247,6 @@ def test_sigterm_before_the_cluster_is_complete(allocation: Allocation) -> None:
     wait_for(allocation.seen / "log")
     while len(allocation.log("ray")) < 3:
         time.sleep(0.05)
-    time.sleep(0.3)
     running.send_signal(signal.SIGTERM)
     output, _ = running.communicate(timeout=60)
     assert running.returncode == 143, output

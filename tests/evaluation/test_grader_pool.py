@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from arm_ray.errors import ConfigError, EvaluationError
 from arm_ray.evaluation.grading.pool import GraderPool, GradingItem, Verdict
+from tests.waiting import cpu_ticks, has_ended, is_met, wait_for
 
 STUBBORN = "tests.evaluation.stubborn_worker"
 RIGHT = GradingItem(r"\boxed{\frac{1}{2}}", "0.5")
@@ -34,16 +34,7 @@ def pids(pool: GraderPool) -> list[int]:
 
 
 def is_gone(pid: int, within_s: float = 10.0) -> bool:
-    until = time.monotonic() + within_s
-    while time.monotonic() < until:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.1)
-    return False
+    return is_met(lambda: has_ended(pid), within_s)
 
 
 def test_verdicts_come_in_order() -> None:
@@ -171,7 +162,9 @@ def test_workers_go_when_the_parent_is_killed(busy: bool) -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        time.sleep(1.0)
+        begun = cpu_ticks(pid)
+        if busy:
+            wait_for(lambda: cpu_ticks(pid) > begun, "the worker is busy")
         parent.kill()
     # A busy one is stuck in C; the system ends it by the CPU time that it may use.
     assert is_gone(pid, within_s=40 if busy else 10)

@@ -19,6 +19,7 @@ from arm_ray.evaluation.code.pool import in_order
 from arm_ray.evaluation.code.programs import Program
 from arm_ray.evaluation.code.sandbox import Sandbox
 from tests.evaluation.sandbox_common import QUICK, processes_left, sandbox
+from tests.waiting import is_met, wait_for
 
 __all__ = ["sandbox"]
 ROOT = Path(__file__).parent.parent.parent
@@ -269,16 +270,13 @@ sandbox.run("import os, time; os.fork(); time.sleep(60)")
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     uid = child.stdout.readline().strip()
-    time.sleep(1.0)
+    wait_for(lambda: uid == "None" or _processes_of(int(uid)) >= 2, "the program runs")
     child.kill()
     child.wait()
     child.stdout.close()
     if uid == "None":
         pytest.skip("an ordinary user's programs cannot be told from its other processes")
-    deadline = time.monotonic() + 10
-    while _processes_of(int(uid)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert _processes_of(int(uid)) == 0
+    assert is_met(lambda: _processes_of(int(uid)) == 0)
     assert processes_left(sandbox) == []
 
 

@@ -47,6 +47,11 @@ class Session:
         ours = root / "ours"
         self.follower = Follower(config, root / "run", ours, {}, first_step, self.told.append)
 
+    def look(self) -> None:
+        """Look without the thread, as often as it takes to see what is complete."""
+        for _ in range(2):
+            self.follower.look()
+
     def until(self, count: int) -> list[Taken]:
         found: list[Taken] = []
         deadline = time.monotonic() + 20
@@ -79,13 +84,13 @@ def test_steps_before_the_first_wanted_one_are_never_taken(
 ) -> None:
     write_step(tmp_path / "run", 10)
     session = Session(tmp_path, lambda _complete: 100)
-    with session.follower:
-        session.follower.wait_for_start()
-        for step in (90, 100):
-            write_step(tmp_path / "run", step)
-        assert [taken.snapshot.step for taken in session.until(1)] == [100]
-        time.sleep(0.3)
-        assert session.follower.drain() == []
+    session.look()
+    for step in (90, 100):
+        write_step(tmp_path / "run", step)
+    session.look()
+    assert [taken.snapshot.step for taken in session.follower.drain()] == [100]
+    session.look()
+    assert session.follower.drain() == []
 
 
 def test_a_run_that_begins_later_is_taken_from_its_first_step(tmp_path: Path) -> None:
@@ -99,12 +104,11 @@ def test_a_run_that_begins_later_is_taken_from_its_first_step(tmp_path: Path) ->
 def test_no_more_are_held_than_allowed(tmp_path: Path) -> None:
     hf(tmp_path / "run", 10)
     session = Session(tmp_path, lambda _complete: 0, max_held=2)
-    with session.follower:
-        session.follower.wait_for_start()
-        for step in (20, 30, 40, 50):
-            hf(tmp_path / "run", step)
-            time.sleep(0.3)
-        found = session.follower.drain()
+    session.look()
+    for step in (20, 30, 40, 50):
+        hf(tmp_path / "run", step)
+        session.look()
+    found = session.follower.drain()
     # What was there at the start has its turn in any case.
     assert [taken.snapshot.step for taken in found] == [10, 40, 50]
     assert [s.step for s in snapshots(tmp_path / "ours")] == [10, 40, 50]

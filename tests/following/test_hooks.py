@@ -6,7 +6,6 @@ import http.server
 import json
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from arm_ray.following.hooks import HookSettings, run_hook
+from tests.waiting import has_ended, is_met
 
 PAYLOAD = {"event": "arrival_published", "step": 120, "path": "/published/step-000120"}
 
@@ -102,16 +102,15 @@ def test_what_goes_wrong_is_told_and_raises_nothing(settings: dict[str, Any], sa
 
 
 def test_a_command_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
-    mark = tmp_path / "still-here"
-    child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+    written = tmp_path / "pid"
     program = (
-        "import subprocess, sys, time\n"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"pathlib.Path({str(written)!r}).write_text(str(child.pid))\n"
         "time.sleep(60)\n"
     )
     settings = HookSettings(command=(sys.executable, "-c", program), timeout_s=1.0, retries=0)
-    started = time.monotonic()
     result = run_hook(settings, PAYLOAD)
     assert "no end within 1 s" in result.problems[0]
-    time.sleep(max(0.0, started + 5.0 - time.monotonic()))
-    assert not mark.exists()
+    child = int(written.read_text())
+    assert is_met(lambda: has_ended(child))
