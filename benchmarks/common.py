@@ -44,14 +44,27 @@ def machine() -> dict[str, Any]:
     }
 
 
-def timed(function: Callable[[], Any], repeats: int, warm_up: int = 1) -> float:
-    """Median seconds of a call, after some that do not count."""
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(
+    function: Callable[[], Any],
+    repeats: int,
+    warm_up: int = 1,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 -- a constant
+) -> float:
+    """Median seconds of a call on a device, after some that do not count."""
     for _ in range(warm_up):
         function()
     seconds = []
     for _ in range(repeats):
+        synchronise(device)
         started = time.perf_counter()
         function()
+        synchronise(device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
 
@@ -62,6 +75,7 @@ def report(
     rows: Sequence[dict[str, Any]],
     goals: Sequence[tuple[str, bool]],
     more: Mapping[str, Any] | None = None,
+    command: str | None = None,
 ) -> None:
     """Print the rows as a table and the goals with their outcome, and write both as JSON.
 
@@ -71,6 +85,7 @@ def report(
         rows: Column -> value; all with the same columns.
         goals: What was aimed at, with the measured figure in words, and whether it was reached.
         more: What the file holds beside the rows.
+        command: What made it; None: `python -m benchmarks.NAME`.
     """
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
@@ -84,7 +99,7 @@ def report(
     RESULTS.mkdir(exist_ok=True)
     content = {
         "benchmark": name,
-        "command": f"python -m benchmarks.{name}",
+        "command": command or f"python -m benchmarks.{name}",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "rows": list(rows),

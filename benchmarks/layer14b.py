@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -34,25 +34,16 @@ from arm_ray.merging.settings import MethodSettings
 from arm_ray.merging.similarity import similarity_sums
 from arm_ray.model.group import GroupRunner, Wanted, output_shifts
 from arm_ray.model.layout import ModelLayout, is_layer_tensor, model_layout
-from benchmarks.common import report
+from benchmarks.common import report, synchronise
+from benchmarks.random_models import SHAPES
 
 SAMPLES = 64
 STATES = 3
 LAYERS = 48
 MICRO_BATCH_TOKENS = 4096
 VOCABULARY = 152064
-SHAPE = {
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-}
-QUICK_SHAPE = {
-    "hidden_size": 256,
-    "intermediate_size": 640,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-}
+CPU = torch.device("cpu")
+SHAPE, QUICK_SHAPE = SHAPES["14b"], SHAPES["tiny"]
 
 
 @dataclass(frozen=True)
@@ -168,41 +159,45 @@ def projection(layers: Work, outside: int, states: int, gpus: Accelerators) -> d
 
 
 class Stopwatch:
-    """Adds up seconds by stage."""
+    """Adds up seconds by stage, with what a stage has left to the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
+        self._device = device
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time spent in the block to a stage."""
+        synchronise(self._device)
         started = time.perf_counter()
         yield
+        synchronise(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def make_layout(shape: Mapping[str, int]) -> ModelLayout:
+def make_layout(shape: Mapping[str, Any]) -> ModelLayout:
     """A model of one decoder layer; its vocabulary does not matter here."""
     options = {**shape, "num_hidden_layers": 1, "vocab_size": 256, "tie_word_embeddings": False}
-    config = AutoConfig.for_model("qwen2", **options)
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
     return model_layout(config)
 
 
-def make_states(layout: ModelLayout) -> list[dict[str, Tensor]]:
+def make_states(layout: ModelLayout, device: torch.device) -> list[dict[str, Tensor]]:
     """A random base and candidates close to it."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(shape: Sequence[int], scale: float) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.bfloat16, device=device)
+        return drawn * scale
+
     base: dict[str, Tensor] = {}
     for name, shape in layout.shapes.items():
         if is_layer_tensor(name):
-            random = torch.randn(shape, generator=generator, dtype=torch.bfloat16) * 0.02
+            random = draw(shape, 0.02)
             base[name] = torch.ones_like(random) if "norm" in name else random
     result = [base]
     for _ in range(STATES - 1):
-        changed = {
-            name: tensor
-            + torch.randn(tensor.shape, generator=generator, dtype=torch.bfloat16) * 0.002
-            for name, tensor in base.items()
-        }
+        changed = {name: tensor + draw(tensor.shape, 0.002) for name, tensor in base.items()}
         result.append(changed)
     return result
 
@@ -218,7 +213,7 @@ def forward_all(
         parts = []
         for start in range(0, samples, rows):
             micro = hidden[start : start + rows]
-            lengths = torch.full((len(micro),), tokens, dtype=torch.int64)
+            lengths = torch.full((len(micro),), tokens, device=hidden.device)
             parts.append(runner.forward(weights, micro, lengths, wanted).means)
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         result.append(joined)
@@ -311,28 +306,35 @@ def outside_seconds(elements: int) -> float:
 
 
 def measure(
-    layout: ModelLayout, tokens: int, rounds: int, folder: Path
+    layout: ModelLayout,
+    tokens: int,
+    rounds: int,
+    folder: Path | None,
+    device: torch.device = CPU,
 ) -> tuple[dict[str, float], int]:
-    """Median seconds of each stage of one layer, and the bytes written."""
-    states = make_states(layout)
-    device, group = torch.device("cpu"), layout.groups[0]
-    runner = GroupRunner(layout, group, device, torch.bfloat16)
+    """Median seconds of each stage of one layer, and the bytes written; without a folder none."""
+    states = make_states(layout, device)
+    runner = GroupRunner(layout, layout.groups[0], device, torch.bfloat16)
     nothing = Wanted(means=False)
     hidden = torch.randn(
-        SAMPLES, tokens, layout.config.hidden_size, generator=torch.Generator().manual_seed(1)
-    ).to(torch.bfloat16)
+        (SAMPLES, tokens, layout.config.hidden_size),
+        generator=torch.Generator(device).manual_seed(1),
+        dtype=torch.bfloat16,
+        device=device,
+    )
     forward_all(runner, states[:1], hidden[:4], nothing)
     collected: dict[str, list[float]] = {}
     num_bytes = 0
     for number in range(rounds):
-        watch = Stopwatch()
+        watch = Stopwatch(device)
         with watch.stage("forward"):
             forward_all(runner, states, hidden, nothing)
         with watch.stage("with capture"):
             means = forward_all(runner, states, hidden, Wanted())
         merged = merge_layer(layout, states, means, watch)
-        with watch.stage("write"):
-            num_bytes = write(merged, folder)
+        if folder is not None:
+            with watch.stage("write"):
+                num_bytes = write(merged, folder)
         if number == 0:
             check(states, means, merged, "model.layers.0.self_attn.k_proj.weight")
         for stage, seconds in watch.seconds.items():

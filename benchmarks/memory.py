@@ -27,34 +27,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.random_models import SHAPES, write_checkpoint
 
 GIB = 1 << 30
 ROOT = Path("runs/bench")
 SAMPLES = 64
 # Random, around this many tokens.
 MEAN_TOKENS = 50
-CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "dtype": "bfloat16",
-}
+SHAPE = SHAPES["3b"]
 _STATUS = {
     "VmHWM": "peak_rss",
     "VmRSS": "rss",
@@ -120,68 +105,6 @@ class MemoryWatch:
             found |= parse_kilobytes(rollup, {"Pss": "pss"})
         for name, value in found.items():
             self.peaks[name] = max(value, self.peaks.get(name, 0))
-
-
-def shape_config(layers: int) -> dict[str, Any]:
-    """Qwen2.5-3B's configuration with so many layers."""
-    return {**CONFIG, "num_hidden_layers": layers}
-
-
-def file_parts(sizes: Mapping[str, int], max_bytes: int) -> Iterator[tuple[str, ...]]:
-    """Consecutive tensors in files of at most `max_bytes`, unless one tensor is larger."""
-    part: list[str] = []
-    total = 0
-    for name, size in sizes.items():
-        if part and total + size > max_bytes:
-            yield tuple(part)
-            part, total = [], 0
-        part.append(name)
-        total += size
-    if part:
-        yield tuple(part)
-
-
-def write_checkpoint(
-    path: Path, layers: int, seed: int, base: Path | None = None, max_file_bytes: int = 5 * 10**8
-) -> None:
-    """Write random bfloat16 weights tensor by tensor; with `base`, those plus small changes."""
-    import torch
-    from transformers import AutoConfig
-
-    from arm_ray.checkpoints.huggingface import INDEX_NAME, open_checkpoint
-    from arm_ray.checkpoints.weight_file import TensorSpec, write_json, write_weight_file
-    from arm_ray.model.layout import model_layout
-
-    if (path / INDEX_NAME).exists():
-        return
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    write_json(path / "config.json", shape_config(layers))
-    layout = model_layout(AutoConfig.from_pretrained(path))
-    origin = open_checkpoint(base) if base else None
-    generator = torch.Generator().manual_seed(seed)
-
-    def values(spec: TensorSpec) -> torch.Tensor:
-        if origin is not None:
-            old = origin.read([spec.name])[spec.name]
-            noise = torch.randn(spec.shape, generator=generator, dtype=torch.bfloat16)
-            return old + noise.mul_(0.002)
-        if "norm" in spec.name:
-            return torch.ones(spec.shape, dtype=torch.bfloat16)
-        return torch.randn(spec.shape, generator=generator, dtype=torch.bfloat16).mul_(0.02)
-
-    specs = {n: TensorSpec(n, torch.bfloat16, shape) for n, shape in layout.shapes.items()}
-    sizes = {name: spec.num_bytes for name, spec in specs.items()}
-    parts = list(file_parts(sizes, max_file_bytes))
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate(parts):
-        name = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
-        chosen = [specs[tensor] for tensor in part]
-        write_weight_file(path / name, chosen, (values(spec) for spec in chosen))
-        weight_map |= dict.fromkeys(part, name)
-    # Last: a directory with an index is a whole checkpoint.
-    total = sum(sizes.values())
-    write_json(path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def forget_pages(paths: Sequence[Path]) -> None:
@@ -363,8 +286,9 @@ def main() -> int:
         print(f"too little disk: {free / 1e9:.0f} GB free", file=sys.stderr)
         return 1
     print(f"writing or reusing checkpoints of {parameters / 1e9:.2f} B parameters", flush=True)
-    write_checkpoint(base, layers, seed=1)
-    write_checkpoint(candidate, layers, seed=2, base=base)
+    shape = {**SHAPE, "num_hidden_layers": layers}
+    write_checkpoint(base, shape, seed=1)
+    write_checkpoint(candidate, shape, seed=2, base=base)
     rows = []
     for residency in ("disk", "device"):
         rows.append(measure(residency, layers, arguments.limit_gib, base, candidate))
@@ -372,7 +296,7 @@ def main() -> int:
     if arguments.clean:
         for path in (base, candidate):
             shutil.rmtree(path)
-    if arguments.quick or layers != CONFIG["num_hidden_layers"]:
+    if arguments.quick or layers != SHAPE["num_hidden_layers"]:
         print("a short run: nothing is recorded")
         return 0
     disk = rows[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import layer14b, linear, memory
+from benchmarks import layer14b, linear, memory, random_models
 
 
 def test_steps_apart_counts_numbers_between():
@@ -80,9 +80,9 @@ def test_watch_of_this_process():
 
 def test_files_hold_all_tensors_in_order():
     sizes = {"a": 3, "b": 3, "c": 9, "d": 1}
-    parts = list(memory.file_parts(sizes, 6))
+    parts = list(random_models.file_parts(sizes, 6))
     assert parts == [("a", "b"), ("c",), ("d",)]
-    assert list(memory.file_parts({}, 6)) == []
+    assert list(random_models.file_parts({}, 6)) == []
 
 
 def test_how_a_child_ended():
