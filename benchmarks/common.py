@@ -17,8 +17,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import arm_ray
+
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("arm-ray", "torch", "transformers", "ray", "safetensors", "numpy")
+_PACKAGES = ("torch", "transformers", "ray", "safetensors", "numpy")
 
 
 def machine() -> dict[str, Any]:
@@ -40,7 +42,7 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(pages / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {"arm-ray": arm_ray.__version__, **{n: metadata.version(n) for n in _PACKAGES}},
     }
 
 

@@ -73,6 +73,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, nothing is recorded")
     parser.add_argument("--root", type=Path, default=Path("runs/bench/gpu"), help="for models")
+    parser.add_argument("--runs", type=Path, help="for merged states; default: the same")
     parser.add_argument("--minutes", type=float, default=9.0, help="then no more merge begins")
     arguments = parser.parse_args()
     if not (torch.cuda.is_available() or arguments.quick):
@@ -80,16 +81,21 @@ def main() -> int:
         return 1
     until = time.monotonic() + 60.0 * arguments.minutes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    root = arguments.root.resolve()
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free / 1e9
+    root, runs = (
+        Path(path).resolve() for path in (arguments.root, arguments.runs or arguments.root)
+    )
+    places = {}
+    for name, path in (("models", root), ("states", runs)):
+        path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path).free / 1e9
+        places[name] = f"{whole.file_system(path)}, {free:.0f} GB free"
     started = time.monotonic()
 
     def say(what: Any) -> None:
         text = what if isinstance(what, str) else json.dumps(what)
         print(f"{time.monotonic() - started:6.1f} s  {text}", flush=True)
 
-    say(f"{free:.0f} GB free at {root}")
+    say(places)
     rates = measure_rates(device, quick=arguments.quick)
     say(asdict(rates))
     parts: dict[str, tuple[str, Callable[[], list[dict[str, Any]]], Callable[..., Goals]]] = {
@@ -105,7 +111,7 @@ def main() -> int:
         ),
         "merge": (
             "Merges of a base and two candidates, 64 samples of 1024 tokens an iteration",
-            lambda: whole.measure_all(root, quick=arguments.quick, until=until, say=say),
+            lambda: whole.measure_all(root, runs, quick=arguments.quick, until=until, say=say),
             merge_goals,
         ),
     }
@@ -117,7 +123,7 @@ def main() -> int:
                 say(row)
             say(f"{part}: a short run, nothing is recorded" if rows else f"{part}: nothing")
             continue
-        found, more = goals(rows), {"rates": asdict(rates)}
+        found, more = goals(rows), {"rates": asdict(rates), "places": places}
         report(f"gpu-{part}", title, rows, found, more, f"python -m benchmarks.gpu --only {part}")
     return 0
 

@@ -184,12 +184,19 @@ def configuration(case: Case, inputs: Path, output: Path, tokens: int) -> MergeC
     )
 
 
-def measure(case: Case, root: Path, tokens: int, console: Console) -> dict[str, Any]:
+def file_system(path: Path) -> str:
+    """The kind of the file system that a path is on, as Linux calls it."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    above = [mount for mount in mounts if path.is_relative_to(mount[1])]
+    return max(above, key=lambda mount: len(mount[1]))[2]
+
+
+def measure(case: Case, root: Path, runs: Path, tokens: int, console: Console) -> dict[str, Any]:
     """Merge as a case says; returns its row."""
     started = time.perf_counter()
     inputs = write_inputs(case, root, tokens)
     written_s = time.perf_counter() - started
-    output = root / "run"
+    output = runs / "run"
     config = configuration(case, inputs, output, tokens)
     row = _run(case, config, tokens, console)
     if case.twice:
@@ -247,11 +254,14 @@ def _digest(model: Path) -> str:
     return digest.hexdigest()
 
 
-def measure_all(root: Path, *, quick: bool, until: float, say: Any) -> list[dict[str, Any]]:
+def measure_all(
+    root: Path, runs: Path, *, quick: bool, until: float, say: Any
+) -> list[dict[str, Any]]:
     """A row for each case; those are left out that would begin after `until`.
 
     Args:
-        root: Where inputs and runs go.
+        root: Where inputs go.
+        runs: Where merged states and models go.
         quick: Tiny models.
         until: `time.monotonic()` after which nothing more begins.
         say: Called with a row, or a line, as soon as there is one.
@@ -267,7 +277,7 @@ def measure_all(root: Path, *, quick: bool, until: float, say: Any) -> list[dict
                     say(f"left out, for want of time: {case.name}")
                     continue
                 try:
-                    rows.append(measure(case, root, tokens, console))
+                    rows.append(measure(case, root, runs, tokens, console))
                     say(rows[-1])
                 except Exception as error:  # the other cases may work
                     say(f"FAILED {case.name}: {type(error).__name__}: {error}")
