@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from arm_ray.model.layout import EMBEDDING, LayerGroup, ModelLayout, is_layer_tensor
 
 # Elements of an activation that are in float32 at once, in a buffer that is used again: writing to
-# new memory would cost more than the sum itself.
-_FLOAT32_ELEMENTS = 1 << 20
+# new memory would cost more than the sum itself. Few on a CPU, so that they stay in cache; many
+# elsewhere, where each operation costs a launch.
+_FLOAT32_ELEMENTS = {"cpu": 1 << 20}
+_FLOAT32_ELEMENTS_ELSEWHERE = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ class MaskedMeans:
             whole = value.abs() if absolute else value
             return torch.bmm(self._weights, whole)[:, 0, :]
         batch, tokens, width = value.shape
-        step = max(1, min(batch, _FLOAT32_ELEMENTS // (tokens * width)))
+        elements = _FLOAT32_ELEMENTS.get(value.device.type, _FLOAT32_ELEMENTS_ELSEWHERE)
+        step = max(1, min(batch, elements // (tokens * width)))
         if self._buffer.numel() < step * tokens * width or self._buffer.device != value.device:
             self._buffer = torch.empty(step * tokens * width, device=value.device)
         mean = value.new_empty(batch, 1, width, dtype=torch.float32)

@@ -18,6 +18,7 @@ from arm_ray.planning.devices import GB
 from arm_ray.planning.workload import (
     FLOAT32,
     LINEAR_PIECE,
+    LINEAR_PIECE_GPU,
     StateUse,
     Workload,
     state_uses,
@@ -129,7 +130,9 @@ class _Walk:
         self, workload: Workload, groups: range, runtime: RuntimeConfig, on_gpu: bool
     ) -> None:
         self._workload, self._groups, self._on_gpu = workload, groups, on_gpu
-        self._residency, self._threads = runtime.residency, runtime.threads
+        self._residency = runtime.residency
+        # On a GPU one piece is merged after the other.
+        self._threads = 1 if on_gpu else runtime.threads
         self._object_store = runtime.transport == "object_store"
         self._host, self._gpu, self._mapped = Peak(), Peak(), 0
         self._is_first = groups[0] == 0
@@ -184,7 +187,8 @@ class _Walk:
         """One group of a merge without forward passes: all iterations, piece by piece."""
         workload = self._workload
         names = workload.layout.groups[group].tensors
-        piece = min(LINEAR_PIECE, max(map(workload.elements, names)))
+        largest = LINEAR_PIECE_GPU if self._on_gpu else LINEAR_PIECE
+        piece = min(largest, max(map(workload.elements, names)))
         states = len(workload.dtypes) + workload.schedule.max_iterations
         stored = self._place_stored(set(workload.dtypes), group)
         # Every state's piece in float32, and the sum, difference and cast of one iteration.

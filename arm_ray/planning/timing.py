@@ -191,8 +191,9 @@ class Clock:
         if device.is_gpu:
             write += new_bytes / self._host
         if self._moves:
-            # Each state's rows are cast on the host and moved in float32.
-            elementwise += len(use.read) * new_bytes / self._host
+            # Each state's rows are moved as they are stored, and cast there.
+            moved = sum(workload.group_bytes(state, group) for state in use.read)
+            elementwise += moved / self._host
         ahead = self._residency == "disk"
         states = use.read if ahead else use.loaded
         read = sum(workload.group_bytes(s, group) for s in states) / self._disk_read

@@ -564,9 +564,10 @@ class LayerShard:
         """`map` over pieces, as many at a time as there are threads, in order.
 
         The products of one tensor are too small to share: each piece has one thread to itself, so
-        what comes out does not depend on how many there are.
+        what comes out does not depend on how many there are. A GPU takes one operation after the
+        other anyway, and torch's CUDA factorisations must not begin in two threads at once.
         """
-        if self._spec.threads == 1:
+        if self._spec.threads == 1 or self._device.type != "cpu":
             yield from map(work, items)
             return
         running: deque[Future[_R]] = deque()

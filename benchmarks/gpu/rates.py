@@ -23,6 +23,7 @@ class Rates:
         memory: Bytes a second of a copy within its memory, read and written.
         to_host: Bytes a second to pageable host memory.
         from_host: Bytes a second from pageable host memory.
+        from_locked: The same from page-locked memory.
     """
 
     bf16: float
@@ -31,6 +32,7 @@ class Rates:
     memory: float
     to_host: float
     from_host: float
+    from_locked: float
 
 
 def measure_rates(device: torch.device, *, quick: bool) -> Rates:
@@ -53,6 +55,7 @@ def measure_rates(device: torch.device, *, quick: bool) -> Rates:
         memory=2.0 * copied(target, source),
         to_host=copied(host, source),
         from_host=copied(target, host),
+        from_locked=copied(target, host.pin_memory() if device.type == "cuda" else host),
     )
 
 
