@@ -22,6 +22,7 @@ from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.errors import ArmRayError, ConfigError, MismatchError, NotACheckpointError
 from arm_ray.events import read_events
 from arm_ray.hardware import Units
+from arm_ray.merging import similarity
 from arm_ray.merging.method import open_method
 from arm_ray.model.group import GroupRunner
 from arm_ray.planning import workload as counts
@@ -211,6 +212,9 @@ def test_constants_are_those_of_the_runtime() -> None:
     assert driver._MAX_MICRO_BATCH_SAMPLES == counts.MAX_MICRO_BATCH_SAMPLES
     assert layer_shard._PIECE == counts.PIECE
     assert linear._PIECE == counts.LINEAR_PIECE
+    assert linear._PIECE_GPU == counts.LINEAR_PIECE_GPU
+    assert similarity._BLOCK == counts.COMPARE_BLOCK
+    assert similarity._BLOCK_GPU == counts.COMPARE_BLOCK_GPU
 
 
 def test_states_in_memory_follow_the_schedule(case: MergeCase) -> None:
@@ -412,10 +416,18 @@ def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
         "samples": large(tmp_path, "14b", "calibration.batch_size=256"),
         "micro-batch": large(tmp_path, "14b", "runtime.micro_batch_tokens=131072"),
         "compute": large(tmp_path, "14b", "precision.compute_dtype=float32"),
-        "threads": large(tmp_path, "14b", "runtime.threads=4"),
     }
     for name, config in more.items():
         assert needs(config)["gpu"] > usual, name
+    # A GPU merges one piece after the other; the threads of a CPU, as many as there are.
+    threads = large(tmp_path, "14b", "runtime.threads=4")
+    assert needs(threads)["gpu"] == usual
+    workload, _ = open_workload(threads)
+    on_cpu = [
+        actor_memory(workload, range(10, 12), config.runtime, on_gpu=False).host.total
+        for config in (large(tmp_path, "14b"), threads)
+    ]
+    assert on_cpu[0] < on_cpu[1]
     by_shards = [needs(large(tmp_path, "14b"), n)["gpu"] for n in (1, 2, 4, 8, 16, 48)]
     assert by_shards == sorted(by_shards, reverse=True)
 

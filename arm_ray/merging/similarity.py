@@ -12,9 +12,8 @@ from torch import Tensor
 from arm_ray.merging.alignment import aligned
 
 # Elements per inner product; the products add up in float64. On a CPU few enough that operands stay
-# in cache; elsewhere, where each call costs a launch, many. A float32 sum is accurate for both.
-_BLOCK = {"cpu": 1 << 16}
-_BLOCK_ELSEWHERE = 1 << 24
+# in cache; on a GPU, where each call costs a launch, many. A float32 sum is accurate for both.
+_BLOCK, _BLOCK_GPU = 1 << 16, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def similarity_sums(new: Tensor, previous: Tensor, base: Tensor) -> SimilaritySu
     sums = torch.zeros(5, dtype=torch.float64, device=new.device)
     from_base = previous is base
     flat = [t.reshape(-1) for t in (new, previous, base)]
-    block = _BLOCK.get(new.device.type, _BLOCK_ELSEWHERE)
+    block = _BLOCK if new.device.type == "cpu" else _BLOCK_GPU
     for start in range(0, new.numel(), block):
         w, p, b = (aligned(t[start : start + block]) for t in flat)
         change = w - p

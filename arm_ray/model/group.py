@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from arm_ray.model.layout import EMBEDDING, LayerGroup, ModelLayout, is_layer_tensor
 
 # Elements of an activation that are in float32 at once, in a buffer that is used again: writing to
-# new memory would cost more than the sum itself. Few on a CPU, so that they stay in cache; many
-# elsewhere, where each operation costs a launch.
-_FLOAT32_ELEMENTS = {"cpu": 1 << 20}
-_FLOAT32_ELEMENTS_ELSEWHERE = 1 << 27
+# new memory would cost more than the sum itself. Few on a CPU, so that they stay in cache; many on
+# a GPU, where each operation costs a launch.
+_FLOAT32_ELEMENTS, _FLOAT32_ELEMENTS_GPU = 1 << 20, 1 << 27
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class MaskedMeans:
             whole = value.abs() if absolute else value
             return torch.bmm(self._weights, whole)[:, 0, :]
         batch, tokens, width = value.shape
-        elements = _FLOAT32_ELEMENTS.get(value.device.type, _FLOAT32_ELEMENTS_ELSEWHERE)
+        elements = _FLOAT32_ELEMENTS if value.device.type == "cpu" else _FLOAT32_ELEMENTS_GPU
         step = max(1, min(batch, elements // (tokens * width)))
         if self._buffer.numel() < step * tokens * width or self._buffer.device != value.device:
             self._buffer = torch.empty(step * tokens * width, device=value.device)

@@ -33,12 +33,11 @@ from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
 from arm_ray.runtime.weights import WeightStore
 from arm_ray.schedule import BASE, IterationPlan
 
-# Elements merged at once. On a CPU a piece of every state in use should stay in cache; elsewhere,
+# Elements merged at once. On a CPU a piece of every state in use should stay in cache; on a GPU,
 # where each operation costs a launch, it should be large.
-_PIECE = {"cpu": 1 << 17}
-_PIECE_ELSEWHERE = 1 << 24
+_PIECE, _PIECE_GPU = 1 << 17, 1 << 24
 # The same where numbers of a whole tensor are taken.
-_MEASURED_PIECE = {"cpu": 1 << 20}
+_MEASURED_PIECE = 1 << 20
 # Up to this a tensor is measured and merged whole, by one thread, and read once.
 _LARGEST_WHOLE = 1 << 23
 
@@ -164,9 +163,10 @@ class _GroupMerge:
             self.pieces([plan], [tensor], measured, made)
 
     def _items(
-        self, tensors: Sequence[TensorSpec], sizes: Mapping[str, int], measures_tensors: bool
+        self, tensors: Sequence[TensorSpec], elements: int, measures_tensors: bool
     ) -> Iterator[Rows]:
-        elements = sizes.get(self.store.device.type, _PIECE_ELSEWHERE)
+        if self.store.device.type != "cpu":
+            elements = _PIECE_GPU
         for tensor in tensors:
             pieces = pieces_of(self.spec, tensor, elements, measures_tensors=measures_tensors)
             for rows in pieces:
