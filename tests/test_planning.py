@@ -45,7 +45,7 @@ from arm_ray.planning.sources import open_workload
 from arm_ray.planning.timing import Placement
 from arm_ray.planning.workload import Workload, group_work, state_uses
 from arm_ray.planning.workspace import merge_workspace
-from arm_ray.runtime import driver, layer_shard, linear
+from arm_ray.runtime import driver, layer_shard, linear, write_behind
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge import merge
 from arm_ray.runtime.shard_spec import ShardSpec
@@ -213,6 +213,7 @@ def test_constants_are_those_of_the_runtime() -> None:
     assert layer_shard._PIECE == counts.PIECE
     assert linear._PIECE == counts.LINEAR_PIECE
     assert linear._PIECE_GPU == counts.LINEAR_PIECE_GPU
+    assert write_behind._WRITERS == counts.WRITERS
     assert similarity._BLOCK == counts.COMPARE_BLOCK
     assert similarity._BLOCK_GPU == counts.COMPARE_BLOCK_GPU
 

@@ -22,6 +22,7 @@ from arm_ray.runtime import placement
 from arm_ray.runtime.calls import get_results
 from arm_ray.runtime.merge import MergeOutcome, merge
 from arm_ray.runtime.run_directory import Room, RunDirectory, open_run
+from arm_ray.runtime.write_behind import WriteBehind
 from tests.conftest import MergeCase
 from tests.shards import DirectShard
 from tests.test_merge import assert_same_bits, load_all
@@ -47,10 +48,14 @@ def no_space_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(WeightFileWriter, "write", write)
 
 
+@pytest.mark.parametrize("writes_behind", [False, True])
 @pytest.mark.parametrize("forward", [True, False])
 def test_a_shard_leaves_no_half_group(
-    case: MergeCase, monkeypatch: pytest.MonkeyPatch, forward: bool
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch, forward: bool, writes_behind: bool
 ) -> None:
+    if writes_behind:
+        behind = WriteBehind(torch.device("cuda"))
+        monkeypatch.setattr("arm_ray.runtime.layer_shard.WriteBehind", lambda _device: behind)
     case.make()
     overrides = () if forward else (LINEAR,)
     whole = DirectShard(case.config(*overrides, output="whole"))

@@ -19,6 +19,7 @@ from arm_ray.planning.workload import (
     FLOAT32,
     LINEAR_PIECE,
     LINEAR_PIECE_GPU,
+    WRITERS,
     StateUse,
     Workload,
     state_uses,
@@ -304,9 +305,9 @@ class _Walk:
         return tokens * (2 * item * hidden + max(norm, attention, mlp))
 
     def _transfer_bytes(self) -> int:
-        """Host buffers for one tensor on its way to the disk, and from host memory."""
+        """Host buffers for tensors on their way to the disk, and one from host memory."""
         largest = max(largest_piece(self._workload, group) for group in self._groups)
-        return FLOAT32 * largest * (1 if self._residency == "device" else 2)
+        return FLOAT32 * largest * (WRITERS + (0 if self._residency == "device" else 1))
 
 
 def _larger(peak: Peak, terms: Terms, when: str) -> Peak:

@@ -24,6 +24,8 @@ MAX_MICRO_BATCH_SAMPLES = 64
 PIECE = 1 << 24
 LINEAR_PIECE = 1 << 17
 LINEAR_PIECE_GPU = 1 << 24
+# Pieces on their way from a GPU to the disk.
+WRITERS = 4
 # Elements of one block of the comparison of states, and the small operations it takes.
 COMPARE_BLOCK = 1 << 16
 COMPARE_BLOCK_GPU = 1 << 24

@@ -53,6 +53,7 @@ from arm_ray.runtime.scratch import Elsewhere
 from arm_ray.runtime.shard_spec import GroupReport, ShardSpec, ShardUsage
 from arm_ray.runtime.transport import pack_tensor, unpack_tensor
 from arm_ray.runtime.weights import WeightStore
+from arm_ray.runtime.write_behind import WriteBehind
 from arm_ray.schedule import BASE, IterationPlan, states_read_after
 
 # Elements of a tensor that are merged at once where it needs no activations.
@@ -90,6 +91,7 @@ class LayerShard:
         self._workers = ThreadPoolExecutor(
             spec.threads, initializer=torch.set_num_threads, initargs=(1,)
         )
+        self._behind = WriteBehind(self._device)
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flushes: list[Future[None]] = []
         self._last_wanted = sys.maxsize
@@ -313,6 +315,7 @@ class LayerShard:
         directory = states.state_directory(self._spec.run, plan.iteration)
         similarity: list[SimilaritySums] = []
         kept: dict[str, list[Tensor]] = {}
+        writes: list[Future[None]] = []
         rotated, deficient = 0, []
         specs = group_specs(self._spec.layout, group)
         pieces = (
@@ -328,7 +331,7 @@ class LayerShard:
                     group_writer(directory, group, specs, is_read_again=is_read_again)
                 )
                 for spec, result, sums in self._in_order(
-                    partial(self._merge_piece, plan, group, writer), pieces
+                    partial(self._merge_piece, plan, group, writer, writes), pieces
                 ):
                     similarity.append(sums)
                     rotated += result.rotated
@@ -336,10 +339,10 @@ class LayerShard:
                     if self._store.keeps_new_states:
                         kept.setdefault(spec.name, []).append(result.tensor)
                 # The disk catches up while the next groups are computed.
-                self._flushes.append(self._flusher.submit(stack.pop_all().close))
+                self._flushes.append(self._flusher.submit(_close, stack.pop_all(), writes))
         except BaseException:
             # The error is not told while earlier groups are still on their way to the disk.
-            wait(self._flushes)
+            wait([*writes, *self._flushes])
             raise
         if group == self._spec.groups[-1]:
             self._wait_until_durable()
@@ -441,7 +444,15 @@ class LayerShard:
         """
         torch.set_num_threads(self._spec.threads)
         reports = merge_linear(
-            self._spec, self._store, plans, group, written, model, known or {}, self._in_order
+            self._spec,
+            self._store,
+            plans,
+            group,
+            written,
+            model,
+            known or {},
+            self._in_order,
+            self._behind,
         )
         members = self._spec.layout.groups[group].tensors
         exported = (s.num_bytes for file in model for s in file.specs if s.name in members)
@@ -583,13 +594,14 @@ class LayerShard:
         plan: IterationPlan,
         group: int,
         writer: WeightFileWriter,
+        writes: list[Future[None]],
         piece: tuple[TensorSpec, Callable[[], TensorInputs]],
     ) -> tuple[TensorSpec, MergedTensor, SimilaritySums]:
         spec, inputs = piece
         given = inputs()
         result = self._spec.method.merge(given)
         sums = self._compare(plan, group, given, result)
-        writer.write(spec.name, given.rows.start, result.tensor)
+        writes += self._behind.write(writer.write, spec.name, given.rows.start, result.tensor)
         return spec, result, sums
 
     def _compare(
@@ -603,3 +615,11 @@ class LayerShard:
         if not sums.is_finite:
             raise not_finite(inputs.name, plan)
         return sums
+
+
+def _close(files: contextlib.ExitStack, writes: Sequence[Future[None]]) -> None:
+    """Close a group's file once all of it is written; what failed leaves no file."""
+    with files:
+        wait(writes)
+        for write in writes:
+            write.result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from math import prod
 
@@ -31,6 +32,7 @@ from arm_ray.runtime.pieces import (
 )
 from arm_ray.runtime.shard_spec import GroupReport, ShardSpec
 from arm_ray.runtime.weights import WeightStore
+from arm_ray.runtime.write_behind import Write, WriteBehind
 from arm_ray.schedule import BASE, IterationPlan
 
 # Elements merged at once. On a CPU a piece of every state in use should stay in cache; on a GPU,
@@ -55,6 +57,7 @@ def merge_linear(
     model: Sequence[SharedWeightFile],
     known: Mapping[str, object],
     each: Each,
+    behind: WriteBehind,
 ) -> list[GroupReport]:
     """Run consecutive iterations on one layer group; see `LayerShard.merge_linear`.
 
@@ -67,6 +70,7 @@ def merge_linear(
         model: The weight files of the final model.
         known: What is known of the whole model.
         each: `map`, in order, which may run several pieces at a time.
+        behind: What writes them.
     """
     started = time.monotonic()
     num_bytes = [0 for _ in plans]
@@ -80,13 +84,17 @@ def merge_linear(
                 writers[plan.iteration] = writer
                 num_bytes[position] = writer.num_bytes
         files = [stack.enter_context(file.open()) for file in model]
-        merge = _GroupMerge(spec, store, group, plans[-1].iteration, writers, files, each)
+        merge = _GroupMerge(spec, store, group, plans[-1].iteration, writers, files, each, behind)
+        # Before the files are closed, whatever happens.
+        stack.callback(merge.wait_until_written)
         large = []
         if spec.method.tensor_rounds(1):
             large = [tensor for tensor in tensors if prod(tensor.shape) > _LARGEST_WHOLE]
         merge.pieces(plans, [tensor for tensor in tensors if tensor not in large], known, {})
         for tensor in large:
             merge.iteration_by_iteration(plans, tensor, known)
+        for write in merge.writes:
+            write.result()
     store.release(group, (), lambda _state: False)
     share = (time.monotonic() - started) / len(plans)
     return [
@@ -101,6 +109,7 @@ class _GroupMerge:
 
     Attributes:
         last: The last iteration, whose result goes into the final model.
+        writes: What is being written.
         sums: Iteration -> the comparisons of states, piece by piece.
     """
 
@@ -111,6 +120,8 @@ class _GroupMerge:
     writers: Mapping[int, WeightFileWriter]
     files: Sequence[SharedWriter]
     each: Each
+    behind: WriteBehind
+    writes: list[Future[None]] = field(default_factory=list)
     sums: dict[int, list[SimilaritySums]] = field(default_factory=dict)
 
     def pieces(
@@ -133,19 +144,25 @@ class _GroupMerge:
             tensor, rows = item
             merged, sums = self._run_piece(plans, tensor, rows, known, made)
             for plan, result in zip(plans, merged, strict=True):
+                files: list[Write] = []
                 if plan.iteration in self.writers:
-                    self.writers[plan.iteration].write(tensor.name, rows.start, result)
+                    files.append(self.writers[plan.iteration].write)
                 if plan.output in made:
                     made[plan.output][rows] = result
-                for file in self.files if plan.iteration == self.last else ():
-                    if tensor.name in file:
-                        file.write(tensor.name, rows.start, result)
+                if plan.iteration == self.last:
+                    files += [file.write for file in self.files if tensor.name in file]
+                for write in files:
+                    self.writes.extend(self.behind.write(write, tensor.name, rows.start, result))
             return sums
 
         for sums in self.each(run, self._items(tensors, _PIECE, MEASURED in known)):
             assert isinstance(sums, list)
             for plan, part in zip(plans, sums, strict=True):
                 self.sums.setdefault(plan.iteration, []).append(part)
+
+    def wait_until_written(self) -> None:
+        """Wait until nothing is being written."""
+        wait(self.writes)
 
     def iteration_by_iteration(
         self, plans: Sequence[IterationPlan], tensor: TensorSpec, known: Mapping[str, object]

@@ -74,11 +74,11 @@ class Case:
 
 # Of a 7B's 28 layers so many that all residencies fit one machine of 80 and 128 GB of memory.
 CASES = [
+    Case("1.5b", None, "task_arithmetic"),
+    Case("1.5b", None, iterations=3, twice=True),
     Case("7b", 8),
     Case("7b", 8, residency="host", iterations=3),
     Case("7b", 8, residency="disk", iterations=3),
-    Case("1.5b", None, twice=True),
-    Case("1.5b", None, "task_arithmetic"),
 ]
 QUICK_CASES = [
     Case("tiny", None, "task_arithmetic", iterations=2),
