@@ -87,7 +87,7 @@ def report(
         rows: Column -> value; all with the same columns.
         goals: What was aimed at, with the measured figure in words, and whether it was reached.
         more: What the file holds beside the rows.
-        command: What made it; None: `python -m benchmarks.NAME`.
+        command: As for `record`.
     """
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
@@ -98,6 +98,26 @@ def report(
     console.print(table)
     for goal, reached in goals:
         console.print(f"{'reached' if reached else 'MISSED '}  {goal}", highlight=False)
+    record(name, rows, goals, more, command)
+    console.print(f"written: benchmarks/results/{name}.json", highlight=False)
+
+
+def record(
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    goals: Sequence[tuple[str, bool]],
+    more: Mapping[str, Any] | None = None,
+    command: str | None = None,
+) -> None:
+    """Write results as JSON; see `report`.
+
+    Args:
+        name: Of the benchmark.
+        rows: Its rows.
+        goals: What was aimed at, and whether it was reached.
+        more: What else the file holds.
+        command: What made it; None: `python -m benchmarks.NAME`.
+    """
     RESULTS.mkdir(exist_ok=True)
     content = {
         "benchmark": name,
@@ -110,7 +130,6 @@ def report(
     }
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    console.print(f"written: benchmarks/results/{name}.json", highlight=False)
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import benchmarks.gpu.__main__ as gpu
 from benchmarks import layer14b, linear, memory, random_models
+from benchmarks.gpu import rotation
+from benchmarks.gpu.rates import Rates
 
 
 def test_steps_apart_counts_numbers_between():
@@ -112,3 +115,24 @@ def test_a_tiny_layer_is_merged_as_the_operator_does(tmp_path: Path):
     stages = {"forward", "capture", "activations", "factorisation", "products", "similarity"}
     assert stages <= set(seconds)
     assert num_bytes == (tmp_path / "group.safetensors").stat().st_size
+
+
+def test_the_gpu_benchmark_holds_a_rotation_to_float64():
+    rates = Rates(*[1e12] * 7)
+    row = rotation._measure(torch.device("cpu"), rates, 96, 40)
+    assert row["relative error"] < 1e-6
+    assert row["diagonal not negative"]
+    assert row["same bits twice"]
+    assert gpu.rotation_goals([row, {**row, "same bits twice": False}])[2][1] is False
+
+
+def test_goals_of_merges_on_a_gpu():
+    row = {
+        "merge": "m",
+        "same bits twice": True,
+        "iterations, s": 11.0,
+        "planned, s": 10.0,
+        "GPU peak, GB": 3.0,
+        "planned, GB": 2.0,
+    }
+    assert [reached for _, reached in gpu.merge_goals([row])] == [True, True, False]

@@ -20,22 +20,23 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import report
+from benchmarks.common import record, report
 from benchmarks.gpu import layer, rotation, whole
 from benchmarks.gpu.rates import measure_rates
 
 PARTS = ("rotation", "layer", "merge")
+Row = dict[str, Any]
 Goals = list[tuple[str, bool]]
 
 
-def rotation_goals(rows: list[dict[str, Any]]) -> Goals:
+def rotation_goals(rows: list[Row]) -> Goals:
     """What the rotation is held to."""
     worst = max(row["relative error"] for row in rows)
     return [
@@ -45,13 +46,13 @@ def rotation_goals(rows: list[dict[str, Any]]) -> Goals:
     ]
 
 
-def layer_goals(rows: list[dict[str, Any]]) -> Goals:
+def layer_goals(rows: list[Row]) -> Goals:
     """What a layer is held to."""
     worst = max(row["of the floors"] for row in rows)
     return [(f"an iteration takes at most 1.25 of its floors: {worst:.2f}", worst <= 1.25)]
 
 
-def merge_goals(rows: list[dict[str, Any]]) -> Goals:
+def merge_goals(rows: list[Row]) -> Goals:
     """What whole merges are held to."""
     repeated = [row for row in rows if row["same bits twice"] != ""]
     goals: Goals = [("the same bits of two runs", all(r["same bits twice"] for r in repeated))]
@@ -98,7 +99,7 @@ def main() -> int:
     say(places)
     rates = measure_rates(device, quick=arguments.quick)
     say(asdict(rates))
-    parts: dict[str, tuple[str, Callable[[], list[dict[str, Any]]], Callable[..., Goals]]] = {
+    parts: dict[str, tuple[str, Callable[[], Iterator[Row]], Callable[[list[Row]], Goals]]] = {
         "rotation": (
             "Rotation on the GPU, 64 samples, against the CPU in float64",
             lambda: rotation.measure(device, rates, quick=arguments.quick),
@@ -117,17 +118,22 @@ def main() -> int:
     }
     for part in arguments.only:
         title, measure, goals = parts[part]
-        rows = measure()
+        more = {"rates": asdict(rates), "places": places}
+        command = f"python -m benchmarks.gpu --only {part}"
+        rows: list[Row] = []
+        for row in measure():
+            say(row)
+            rows.append(row)
+            if not arguments.quick:
+                # Time may end at any moment.
+                record(f"gpu-{part}", rows, goals(rows), more, command)
         if torch.cuda.is_available():
             # Another process merges next, and wants the memory.
             torch.cuda.empty_cache()
         if arguments.quick or not rows:
-            for row in rows if part != "merge" else []:
-                say(row)
             say(f"{part}: a short run, nothing is recorded" if rows else f"{part}: nothing")
             continue
-        found, more = goals(rows), {"rates": asdict(rates), "places": places}
-        report(f"gpu-{part}", title, rows, found, more, f"python -m benchmarks.gpu --only {part}")
+        report(f"gpu-{part}", title, rows, goals(rows), more, command)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -17,13 +18,14 @@ TOKENS, QUICK_TOKENS = 1024, 16
 _ROTATION = ("activations", "factorisation", "products")
 
 
-def measure_layers(device: torch.device, rates: Rates, *, quick: bool) -> list[dict[str, Any]]:
+def measure_layers(device: torch.device, rates: Rates, *, quick: bool) -> Iterator[dict[str, Any]]:
     """A row for each model.
 
     The floor of the forward passes is their operations at the bfloat16 rate. That of the merge is
     its bytes: each state read once in bfloat16, the new one written once in float32.
     """
-    return [_measure(device, rates, name, quick) for name in (QUICK_MODELS if quick else MODELS)]
+    for name in QUICK_MODELS if quick else MODELS:
+        yield _measure(device, rates, name, quick)
 
 
 def _measure(device: torch.device, rates: Rates, name: str, quick: bool) -> dict[str, Any]:

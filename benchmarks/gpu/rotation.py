@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ SHAPES = [(896, 896), (1536, 1536), (3584, 3584), (5120, 5120), (13824, 5120), (
 QUICK_SHAPES = [(96, 64), (200, 120)]
 
 
-def measure(device: torch.device, rates: Rates, *, quick: bool) -> list[dict[str, Any]]:
+def measure(device: torch.device, rates: Rates, *, quick: bool) -> Iterator[dict[str, Any]]:
     """A row for each shape.
 
     The floor of the factorisation is its `4 d_out N²` operations at the float64 rate; that of the
     product the larger of its operations at the float32 rate and of reading the task vector twice
     and writing it once.
     """
-    return [_measure(device, rates, *shape) for shape in (QUICK_SHAPES if quick else SHAPES)]
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        yield _measure(device, rates, *shape)
 
 
 def _measure(device: torch.device, rates: Rates, d_out: int, d_in: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -259,8 +259,8 @@ def _digest(model: Path) -> str:
 
 
 def measure_all(
-    root: Path, runs: Path, *, quick: bool, until: float, say: Any
-) -> list[dict[str, Any]]:
+    root: Path, runs: Path, *, quick: bool, until: float, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     """A row for each case; those are left out that would begin after `until`.
 
     Args:
@@ -268,9 +268,8 @@ def measure_all(
         runs: Where merged states and models go.
         quick: Tiny models.
         until: `time.monotonic()` after which nothing more begins.
-        say: Called with a row, or a line, as soon as there is one.
+        say: Called with a line about a case that has no row.
     """
-    rows: list[dict[str, Any]] = []
     tokens = 16 if quick else 1024
     console = Console(width=120)
     cases = QUICK_CASES if quick else CASES
@@ -281,9 +280,7 @@ def measure_all(
                     say(f"left out, for want of time: {case.name}")
                     continue
                 try:
-                    rows.append(measure(case, root, runs, tokens, console))
-                    say(rows[-1])
+                    yield measure(case, root, runs, tokens, console)
                 except Exception as error:  # the other cases may work
                     say(f"FAILED {case.name}: {type(error).__name__}: {error}")
             shutil.rmtree(inputs, ignore_errors=True)
-    return rows
