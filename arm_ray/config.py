@@ -234,6 +234,11 @@ class MergeConfig(Section):
     """What the checkpoints and merged states are scored on, beside the merge."""
     tracking: TrackingConfig = TrackingConfig()
 
+    def with_compute_dtype(self, dtype: str) -> MergeConfig:
+        """The same with `precision.compute_dtype` settled."""
+        precision = self.precision.model_copy(update={"compute_dtype": dtype})
+        return self.model_copy(update={"precision": precision})
+
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, every key written out."""
         content = self.model_dump(mode="json")

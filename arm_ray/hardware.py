@@ -120,6 +120,15 @@ def gpu_units(capability: Sequence[int] | None, name: str) -> Units:
     return Units(frozenset(formats), name or "this GPU")
 
 
+def own_gpu_units() -> Units | None:
+    """Of this machine's first GPU; None where torch finds none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return gpu_units(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+
+
 def all_of(found: Sequence[Units], where: str) -> Units:
     """What all of several devices multiply by themselves."""
     return Units(

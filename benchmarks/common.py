@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 import arm_ray
 
 RESULTS = Path(__file__).parent / "results"
+DEMO = Path(__file__).parents[1] / "examples/smollm2/pipeline.yaml"
 _PACKAGES = ("torch", "transformers", "ray", "safetensors", "numpy")
+
+
+def demo_candidates() -> list[str]:
+    """The checkpoints that the demo merges, which `make demo` has left."""
+    demo = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    return [f"{demo['output']}/train/checkpoint-{step}" for step in demo["candidates"]]
 
 
 def machine() -> dict[str, Any]:

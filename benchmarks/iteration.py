@@ -33,7 +33,7 @@ from arm_ray.runtime.merge import shard_specs
 from arm_ray.runtime.placement import Placement
 from arm_ray.schedule import plan_iteration
 from arm_ray.training.data import read_path
-from benchmarks.common import report
+from benchmarks.common import demo_candidates, report
 
 RUNS = Path("runs/smollm2")
 OUTPUT = Path("runs/bench/iteration")
@@ -46,7 +46,7 @@ def configuration(threads: int) -> MergeConfig:
     return parse_merge_config(
         {
             "base": str(RUNS / "base"),
-            "candidates": [str(RUNS / "train" / f"checkpoint-{step}") for step in (40, 60)],
+            "candidates": demo_candidates(),
             "output": str(OUTPUT),
             "calibration": {"path": str(DATA), "batch_size": SAMPLES},
             "schedule": {"anchor_iterations": 1, "max_iterations": 1},

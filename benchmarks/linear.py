@@ -39,12 +39,12 @@ from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.layer_shard import LayerShard
 from arm_ray.runtime.shard_spec import ShardSpec
 from arm_ray.schedule import plan_iteration
-from benchmarks.common import report
+from benchmarks.common import demo_candidates, report
 from benchmarks.memory import MemoryWatch
 
 ROOT = Path("runs/bench")
 BASE = Path("runs/smollm2/base")
-CANDIDATES = (Path("runs/smollm2/train/checkpoint-40"), Path("runs/smollm2/train/checkpoint-60"))
+CANDIDATES = tuple(Path(path) for path in demo_candidates())
 MERGEKIT = ROOT / "mergekit-venv"
 THREADS = 2
 MEMORY_GOAL = 0.5

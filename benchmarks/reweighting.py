@@ -16,12 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import report
+from benchmarks.common import demo_candidates, report
 
 MODELS = {
     "base": "runs/smollm2/base",
-    "checkpoint-40": "runs/smollm2/train/checkpoint-40",
-    "checkpoint-60": "runs/smollm2/train/checkpoint-60",
+    **{Path(path).name: path for path in demo_candidates()},
 }
 TOKENIZER = MODELS["base"]
 QUESTIONS = Path("examples/smollm2/data/heldout.jsonl")
@@ -32,7 +31,7 @@ GOAL = 0.25
 
 def main() -> int:
     """Run the benchmark; returns the exit code."""
-    if not Path(MODELS["checkpoint-60"]).is_dir():
+    if not all(Path(path).is_dir() for path in MODELS.values()):
         print("run `make demo` first: its models are used here", file=sys.stderr)
         return 2
     reloaded = _in_process(["reload"])

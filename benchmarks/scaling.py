@@ -40,7 +40,7 @@ from arm_ray.runtime.merge import merge, shard_specs
 from arm_ray.runtime.placement import Placement
 from arm_ray.schedule import IterationPlan, plan_iteration
 from arm_ray.training.data import read_path
-from benchmarks.common import RESULTS, report
+from benchmarks.common import RESULTS, demo_candidates, report
 
 RUNS = Path("runs/smollm2")
 OUTPUT = Path("runs/bench/scaling")
@@ -66,7 +66,7 @@ def configuration(shards: int, output: Path) -> MergeConfig:
     return parse_merge_config(
         {
             "base": str(RUNS / "base"),
-            "candidates": [str(RUNS / "train" / f"checkpoint-{step}") for step in (40, 60)],
+            "candidates": demo_candidates(),
             "output": str(output),
             "keep_states": "last",
             "calibration": {"path": str(DATA), "batch_size": SAMPLES},

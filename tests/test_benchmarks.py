@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 import benchmarks.gpu.__main__ as gpu
-from benchmarks import layer14b, linear, memory, random_models
+from benchmarks import common, layer14b, linear, memory, random_models
 from benchmarks.gpu import rotation
 from benchmarks.gpu.rates import Rates
 
@@ -115,6 +116,13 @@ def test_a_tiny_layer_is_merged_as_the_operator_does(tmp_path: Path):
     stages = {"forward", "capture", "activations", "factorisation", "products", "similarity"}
     assert stages <= set(seconds)
     assert num_bytes == (tmp_path / "group.safetensors").stat().st_size
+
+
+def test_benchmarks_take_what_the_demo_leaves():
+    demo = yaml.safe_load(common.DEMO.read_text(encoding="utf-8"))
+    steps = [int(path.rsplit("-", 1)[1]) for path in common.demo_candidates()]
+    assert len(steps) == 2
+    assert set(steps) < set(demo["train"]["save_steps"])
 
 
 def test_the_gpu_benchmark_holds_a_rotation_to_float64():

@@ -19,7 +19,7 @@ from typing import Any
 from arm_ray.checkpoints.naming import split_source
 from arm_ray.errors import EvaluationError
 from arm_ray.evaluation.settings import EngineSettings
-from arm_ray.hardware import Units, cpu_units, gpu_units
+from arm_ray.hardware import cpu_units, own_gpu_units
 from arm_ray.storage.urls import is_url
 
 _LONGEST_DEFAULT = 8192
@@ -356,14 +356,6 @@ def preferred_dtypes(model: str) -> tuple[str, ...]:
     return ("float16", "bfloat16") if stored == "float16" else ("bfloat16",)
 
 
-def _units(on_gpu: bool) -> Units:
-    if not on_gpu:
-        return cpu_units()
-    import torch
-
-    return gpu_units(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
-
-
 def _start(
     model: str,
     tokenizer: str,
@@ -383,7 +375,8 @@ def _start(
         ) from None
     dtype: str = settings.dtype
     if dtype == "auto":
-        dtype, _ = _units(on_gpu).choose(*preferred_dtypes(model))
+        units = (own_gpu_units() if on_gpu else None) or cpu_units()
+        dtype, _ = units.choose(*preferred_dtypes(model))
     arguments: dict[str, Any] = {
         "model": model,
         "tokenizer": tokenizer,

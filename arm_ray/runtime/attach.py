@@ -455,8 +455,7 @@ class _Attacher:
         began = recorded(config.work)
         if merge.precision.compute_dtype != "auto" or began is None:
             return merge
-        precision = merge.precision.model_copy(update={"compute_dtype": began})
-        return merge.model_copy(update={"precision": precision})
+        return merge.with_compute_dtype(began)
 
     def _form(self, arrival: Arrival) -> str:
         """In words, what the checkpoints are merged into."""

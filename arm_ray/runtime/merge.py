@@ -269,11 +269,8 @@ def _with_compute_dtype(
         warn,
         _began_with(run),
     )
-    precision = config.precision.model_copy(update={"compute_dtype": chosen})
-    return (
-        config.model_copy(update={"precision": precision}),
-        replace(inputs, compute_dtype=getattr(torch, chosen)),
-    )
+    settled = replace(inputs, compute_dtype=getattr(torch, chosen))
+    return config.with_compute_dtype(chosen), settled
 
 
 def _began_with(run: RunDirectory) -> str | None:

@@ -10,7 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arm_ray.checkpoints.weight_file import write_json
-from arm_ray.hardware import Units, all_of, cpu_units, gpu_units
+from arm_ray.hardware import Units, all_of, cpu_units, gpu_units, own_gpu_units
 from arm_ray.runtime.calls import get_results
 
 RECORD_NAME = "precision.json"
@@ -43,10 +43,9 @@ def units_of(device: str) -> Units:
 
 
 def _gpus() -> Units:
-    import torch
-
-    if torch.cuda.is_available():
-        return gpu_units(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+    own = own_gpu_units()
+    if own is not None:
+        return own
     # The driver's node may have none. Ray knows the cluster's by their names.
     known = ray.cluster_resources() if ray.is_initialized() else {}
     names = [name.removeprefix(_ACCELERATOR) for name in known if name.startswith(_ACCELERATOR)]

@@ -297,8 +297,7 @@ def _with_recorded_dtype(config: MergeConfig, path: Path) -> MergeConfig:
     found = recorded(path)
     if found is None or config.precision.compute_dtype != "auto":
         return config
-    precision = config.precision.model_copy(update={"compute_dtype": found})
-    return config.model_copy(update={"precision": precision})
+    return config.with_compute_dtype(found)
 
 
 def _existing_config(path: Path) -> MergeConfig | None:
