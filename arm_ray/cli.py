@@ -111,6 +111,14 @@ def _parser() -> argparse.ArgumentParser:
         help="default: calibration.max_length, the most there can be",
     )
     plan.add_argument("--json", action="store_true", help="print JSON")
+    keys = commands.add_parser(
+        "config", help="what a configuration key means", description=_config.__doc__
+    )
+    keys.add_argument(
+        "key", nargs="?", metavar="KEY", help="schedule.window_size; a section: all its keys"
+    )
+    keys.add_argument("--markdown", action="store_true", help="print docs/configuration.md")
+    keys.set_defaults(run=_config)
     return parser
 
 
@@ -213,6 +221,19 @@ def _attach(options: argparse.Namespace) -> int:
     from arm_ray.runtime.attach import attach
 
     attach(config, address=options.address)
+    return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    """Print what a configuration key means, takes, defaults to, and what reads it."""
+    from arm_ray import config_keys
+
+    if options.markdown:
+        print(config_keys.as_markdown(), end="")
+    elif options.key is None:
+        print(config_keys.listing())
+    else:
+        print(config_keys.describe(config_keys.find_keys(options.key)))
     return 0
 
 

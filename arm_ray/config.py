@@ -57,6 +57,7 @@ class CalibrationConfig(Section):
     path: str
     """A JSON Lines or Parquet file, a directory or URL of them, or a Hugging Face dataset id."""
     format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
+    """What a row holds; auto: as its columns say."""
     batch_size: PositiveInt = 64
     """Samples in an iteration's mini-batch (N)."""
     max_length: PositiveInt = 1024
@@ -64,10 +65,15 @@ class CalibrationConfig(Section):
     shuffle: bool = True
     """False: the mini-batches are the rows in file order."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the order of the rows."""
     text_column: str = "text"
+    """Column of plain text, for `format: text`."""
     prompt_column: str = "prompt"
+    """Column of the prompt, for `format: prompt_completion`."""
     completion_column: str = "completion"
+    """Column of the completion, for `format: prompt_completion`."""
     messages_column: str = "messages"
+    """Column of the chat's messages, for `format: messages`."""
 
 
 class ScheduleConfig(Section):
@@ -79,9 +85,15 @@ class ScheduleConfig(Section):
     """Iterations before the first one, where this continues an earlier merge: they have used up as
     many mini-batches and random draws."""
     anchor_iterations: Annotated[int, Field(ge=0)] = 3
+    """The first iterations, which merge the candidates into the state before (Eq. 4); the others
+    merge a sliding window of states (Eq. 5). 0: the window begins with the candidates."""
     window_size: Annotated[int, Field(ge=2)] = 2
+    """States in the sliding window, n; the oldest of them is the reference."""
     window_divisor: Literal["n", "n_minus_1"] = "n"
+    """What the sum over the window is divided by: n, as in Eq. 5, or the number of task vectors,
+    which is n - 1 because the reference's own is zero."""
     max_iterations: PositiveInt = 6
+    """Iterations in all; `tolerance` may end them earlier."""
     tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1.0e-4
     """Stop once 1 - cos(W_t - W_base, W_(t-1) - W_base) is at most this; 0 never stops early."""
 
@@ -107,7 +119,10 @@ class PrecisionConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Where and with what the merge runs. Only `IDENTITY_KEYS` have an influence on the bits."""
+    """Where and with what the merge runs.
+
+    Only `threads`, `micro_batch_tokens` and `device` have an influence on the bits.
+    """
 
     layer_shards: Literal["auto"] | PositiveInt = "auto"
     """Actors that share the layers; auto: one per GPU, or one per CPU slot without GPUs."""
@@ -178,6 +193,7 @@ class MlflowConfig(Section):
     """A run in MLflow: needs the extra `mlflow`."""
 
     experiment: str = "arm_ray"
+    """Name of the experiment that the run belongs to."""
     tracking_uri: str | None = None
     """Address of the server; null: MLFLOW_TRACKING_URI, else MLflow's own default."""
 
@@ -186,6 +202,7 @@ class WandbConfig(Section):
     """A run in Weights & Biases: needs the extra `wandb`."""
 
     project: str = "arm_ray"
+    """Name of the project that the run belongs to."""
     entity: str | None = None
     """User or team; null: the default of whoever is logged in."""
     mode: Literal["online", "offline"] = "online"
@@ -207,6 +224,7 @@ class MergeConfig(Section):
     base: str
     """A directory, hub id or URL, as all checkpoints: of any format, perhaps as `FORMAT:PATH`."""
     candidates: Annotated[list[str], Field(min_length=1)]
+    """The checkpoints that are merged, in the order of the training."""
     output: str
     """The run directory, or the URL that it is uploaded to: see docs/storage.md."""
     initial_state: str | None = None

@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "training": CORE | {"calibration", "checkpoints", "evaluation"},
     "following": CORE | {"checkpoints", "evaluation"},
     "runtime": PURE | {"following", "planning", "training"},
-    "cli": PURE | {"following", "planning", "runtime", "training"},
+    "config_keys": CORE | {"following", "merging", "training"},
+    "cli": PURE | {"config_keys", "following", "planning", "runtime", "training"},
 }
 # Rooms that may import Ray, and the one module that does so when it is called.
 RAY_ROOMS = {"runtime"}

@@ -27,6 +27,7 @@ class SamplingSettings:
     temperature: Annotated[float, Ge(0.0)] = 0.7
     """0 is greedy; then one completion a problem is drawn, whatever `repeats` says."""
     top_p: Annotated[float, Gt(0.0), Le(1.0)] = 0.8
+    """Tokens are drawn from the likeliest ones whose probabilities add up to this."""
     max_tokens: Annotated[int, Ge(1)] = 4096
     """Longest completion, in tokens."""
     repeats: Annotated[int, Ge(1)] = 5
@@ -52,7 +53,9 @@ class TaskSettings:
     limit: Annotated[int, Ge(1)] | None = None
     """The first problems alone, for a quick look."""
     question_column: str = "question"
+    """Column of the question, of one's own data."""
     answer_column: str = "answer"
+    """Column of the right answer, of one's own data."""
     grader: GraderName | None = None
     """For one's own questions; default: `math`."""
     scorer: str | None = None
@@ -71,10 +74,15 @@ class TaskSettings:
     """Whether the prompt goes through the tokenizer's chat template; auto: where it has one, and
     the benchmark does not say otherwise."""
     temperature: Annotated[float, Ge(0.0)] | None = None
+    """As in `sampling`, for this task."""
     top_p: Annotated[float, Gt(0.0), Le(1.0)] | None = None
+    """As in `sampling`, for this task."""
     max_tokens: Annotated[int, Ge(1)] | None = None
+    """As in `sampling`, for this task."""
     repeats: Annotated[int, Ge(1)] | None = None
+    """As in `sampling`, for this task."""
     stop: tuple[str, ...] | None = None
+    """As in `sampling`, for this task."""
     pass_at: tuple[Annotated[int, Ge(1)], ...] = (1,)
     """k of pass@k, for code; each at most `repeats`."""
 
@@ -114,6 +122,7 @@ class EngineSettings:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine."""
     placement_timeout_s: Annotated[float, Gt(0.0)] = 300.0
+    """Longest time that the cluster may take to have room for the engines."""
     timeout_s: Annotated[float, Gt(0.0)] = 3600.0
     """Longest time for one chunk, a start or a reload; an engine that is silent for longer is
     started anew."""

@@ -73,6 +73,7 @@ class DareSettings:
     then: Literal["task_arithmetic", "ties", "average"] = "task_arithmetic"
     """The operator that merges the thinned task vectors."""
     seed: Annotated[int, Ge(0)] = 0
+    """Of the random choice; each tensor, candidate and iteration draws its own."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class LoreSettings:
     mu: Annotated[float, Ge(0.0)] = 0.01
     """Weight of the nuclear norm; singular values shrink by half of it in every step."""
     steps: Annotated[int, Ge(1)] = 10
+    """Rounds in which base and task vectors are estimated in turn."""
     combine: Literal["mean", "sum"] = "mean"
     """How the low-rank task vectors are added up."""
 
@@ -197,6 +199,7 @@ class OtaSettings:
     """For each candidate a directory with Adam's `exp_avg_sq` under the names of the weights, in
     `model.safetensors` or in files with an index as a model has them."""
     power: Annotated[float, Gt(0.0)] = 0.5
+    """The weight of an entry is its second moment to this power."""
     epsilon: Annotated[float, Gt(0.0)] = 1.0e-26
     """Added to the weights, so that entries without any history take the plain mean."""
     density: Annotated[float, Gt(0.0), Le(1.0)] = 1.0
@@ -250,6 +253,7 @@ class AlphaRLSettings:
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
     rank: Annotated[int, Ge(1)] = 1
+    """Directions of each task vector that are kept."""
     alpha: Annotated[float, Gt(0.0)] = 1.0
     """Multiplies the norm."""
     others: Literal["drop", "keep"] = "drop"
@@ -262,8 +266,9 @@ class MethodSettings:
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
     operator: str = "arm"
+    """How task vectors become one update: see docs/operators.md."""
     coefficient: Annotated[float, Gt(0.0), Le(2.0)] = 0.7
-    """λ."""
+    """λ: the update is multiplied by it."""
     rotate: Literal["auto"] | bool = "auto"
     """Whether task vectors are rotated by their activation shift first; auto: only for `arm`."""
     rotation: RotationSettings = field(default_factory=RotationSettings)
@@ -309,13 +314,19 @@ class MethodSettings:
         return self.rotates or bool({"aim", "acm"} & set(self.steps))
 
     @property
-    def unused_sections(self) -> list[str]:
-        """Sections that say something although nothing here reads them."""
+    def sections_read(self) -> set[str]:
+        """The sections that the operator, its steps and the edit read."""
         used = {*self.steps, self.edit}
         if self.operator == "arm" or self.rotate is True:
             used.add("rotation")
         if self.operator not in OPERATOR_NAMES:
             used.add("options")
+        return used
+
+    @property
+    def unused_sections(self) -> list[str]:
+        """Sections that say something although nothing here reads them."""
+        used = self.sections_read
         default = MethodSettings()
         return [
             entry.name

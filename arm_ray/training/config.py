@@ -38,24 +38,32 @@ class DataConfig(Section):
     path: str
     """A JSON Lines or Parquet file, a directory of them, or a Hugging Face dataset id."""
     format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
+    """What a row holds; auto: as its columns say."""
     prompt_column: str = "prompt"
+    """Column of the prompt, for `format: prompt_completion`."""
     completion_column: str = "completion"
+    """Column of the completion, for `format: prompt_completion`."""
     text_column: str = "text"
+    """Column of plain text, for `format: text`."""
     messages_column: str = "messages"
+    """Column of the chat's messages, for `format: messages`."""
 
 
 class LoraConfig(Section):
     """Training of a low-rank adapter instead of all weights: W + (alpha / rank) B A."""
 
     rank: PositiveInt = 16
+    """Rows of A and columns of B."""
     alpha: Positive = 32.0
+    """The adapter's product is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the adapter's inputs that are set to zero in training."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Names of modules, `q_proj` say; `all-linear`: every linear module but the `lm_head`."""
 
 
 class TrainRuntimeConfig(Section):
-    """Where and with what the training runs. Only the keys in `IDENTITY_KEYS` decide the result."""
+    """Where and with what the training runs. Only `zero_stage` decides the result."""
 
     workers: Literal["auto"] | PositiveInt = "auto"
     """Processes that share a batch; auto: one per GPU of the cluster, or one without GPUs."""
@@ -85,9 +93,11 @@ class TrainingConfig(Section):
     """Directory of the run: checkpoints, log and resolved configuration."""
     data: DataConfig
     learning_rate: Positive
+    """Of AdamW, after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the linear warm-up; `linear` and `cosine` fall to zero at the last step."""
     warmup_steps: Count = 0
+    """Steps over which the learning rate rises from zero, linearly."""
     steps: PositiveInt | None = None
     """Optimizer steps of the whole schedule; or give `epochs`."""
     epochs: Positive | None = None
@@ -108,7 +118,9 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Of AdamW; norms and biases have none."""
     gradient_clip: Positive = 1.0
+    """Longest gradient; a longer one is scaled down to this norm."""
     seed: Count = 0
+    """Of the order of the rows, and of whatever else is random."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; auto: bfloat16 where the devices multiply it by themselves, else
     float32; a run that goes on keeps what it began with. Weights and AdamW's moments are float32;
@@ -122,6 +134,8 @@ class TrainingConfig(Section):
     apart_from: list[str] = Field(default_factory=list)
     """Data (calibration, validation, benchmarks) whose questions must not be trained on."""
     on_overlap: Literal["error", "drop", "warn"] = "drop"
+    """What happens where the training rows hold such questions: an error, these rows are left out,
+    or they are kept with a warning."""
     stop_after: PositiveInt | None = None
     """Halt after this step of the schedule; a later run with a larger value, or none, goes on."""
     log_every: PositiveInt = 5
@@ -208,14 +222,19 @@ class GrpoConfig(TrainingConfig):
     """`math` compares the final answer with `answer_column`; `path/file.py:function` is called
     with (completion text, row) and returns a number."""
     answer_column: str = "answer"
+    """Column of the right answer."""
     math_mode: Literal["strict", "qwen_compat"] = "strict"
+    """Which of the two math graders decides: see docs/evaluation.md."""
     num_generations: Annotated[int, Field(ge=2)] = 8
     """Completions of each prompt. `batch_size` counts completions."""
     max_prompt_length: PositiveInt = 1024
     """Tokens; longer prompts are handled by `too_long`."""
     too_long: Literal["error", "drop"] = "drop"
+    """What happens to longer prompts."""
     max_completion_length: PositiveInt = 256
+    """Longest completion, in tokens."""
     temperature: Positive = 1.0
+    """At which completions are drawn."""
     beta: Annotated[float, Field(ge=0.0)] = 0.0
     """Of the Kullback-Leibler penalty against the starting model; 0 loads no second model."""
     generation: Literal["auto", "vllm", "transformers"] = "auto"

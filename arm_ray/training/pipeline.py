@@ -49,6 +49,7 @@ class SplitConfig(DataConfig):
     """Part -> its share; `train` and `calibration` are used by the stages of these names, and all
     of them are files `data/PART.jsonl` of the output."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the choice which question goes into which part."""
 
 
 class PipelineConfig(Section):
@@ -61,6 +62,7 @@ class PipelineConfig(Section):
     data: SplitConfig | None = None
     """Split these data first; null: `train.data` and `calibration` name their own."""
     job: Literal["sft", "grpo"] = "sft"
+    """How the base is trained."""
     train: dict[str, Any]
     """Keys of the training job, without `model` and `output`."""
     candidates: Annotated[list[PositiveInt], Field(min_length=1)]
