@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from arm_ray.errors import ConfigError, StorageError
 from arm_ray.evaluation.settings import EvaluationSettings
@@ -51,13 +58,28 @@ class Section(BaseModel):
     )
 
 
-class CalibrationConfig(Section):
-    """Where the calibration samples come from and how they become mini-batches."""
+class DataConfig(Section):
+    """Where rows of text are, and which of their columns are used."""
 
     path: str
-    """A JSON Lines or Parquet file, a directory or URL of them, or a Hugging Face dataset id."""
+    """A JSON Lines or Parquet file (perhaps gzipped), a directory, glob pattern or URL of them, a
+    directory written by `datasets.save_to_disk`, or a Hugging Face dataset id: `owner/name`,
+    `owner/name/config`; each with an optional `:split`."""
     format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
     """What a row holds; auto: as its columns say."""
+    prompt_column: str = "prompt"
+    """Column of the prompt, for `format: prompt_completion`."""
+    completion_column: str = "completion"
+    """Column of the completion, for `format: prompt_completion`."""
+    text_column: str = "text"
+    """Column of plain text, for `format: text`."""
+    messages_column: str = "messages"
+    """Column of the chat's messages, for `format: messages`."""
+
+
+class CalibrationConfig(DataConfig):
+    """Where the calibration samples come from and how they become mini-batches."""
+
     batch_size: PositiveInt = 64
     """Samples in an iteration's mini-batch (N)."""
     max_length: PositiveInt = 1024
@@ -66,14 +88,6 @@ class CalibrationConfig(Section):
     """False: the mini-batches are the rows in file order."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the order of the rows."""
-    text_column: str = "text"
-    """Column of plain text, for `format: text`."""
-    prompt_column: str = "prompt"
-    """Column of the prompt, for `format: prompt_completion`."""
-    completion_column: str = "completion"
-    """Column of the completion, for `format: prompt_completion`."""
-    messages_column: str = "messages"
-    """Column of the chat's messages, for `format: messages`."""
 
 
 class ScheduleConfig(Section):
@@ -104,10 +118,12 @@ class ScheduleConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Number formats."""
+    """Number formats.
 
-    merge_dtype: Literal["float32"] = "float32"
-    """Of the states between iterations and of the update; bf16 would lose most of a late update."""
+    States between iterations, and updates, are always float32: bfloat16 would lose most of a late
+    update.
+    """
+
     compute_dtype: DTypeOrAuto = "auto"
     """Of the forward pass; auto: the base's where the devices multiply it by themselves, else
     float32. A run that goes on elsewhere keeps it."""
@@ -116,6 +132,14 @@ class PrecisionConfig(Section):
     masters: bool = True
     """Read float32 masters where a checkpoint has them, as DeepSpeed's and FSDP's shards do; false:
     the weights in the model's own dtype."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_merge_dtype(cls, content: Any) -> Any:
+        """Take the configuration of a run that began when this key, of one value, was there."""
+        if isinstance(content, dict) and content.get("merge_dtype") == "float32":
+            return {key: value for key, value in content.items() if key != "merge_dtype"}
+        return content
 
 
 class RuntimeConfig(Section):

@@ -63,7 +63,12 @@ def test_the_smallest_configuration_has_the_paper_s_settings() -> None:
     assert config.calibration is not None
     assert config.calibration.batch_size == 64
     assert config.method.rotation.sign == "positive_diagonal"
-    assert config.precision.merge_dtype == "float32"
+
+
+def test_runs_of_older_versions_have_a_key_that_is_no_more() -> None:
+    assert parse(precision={"merge_dtype": "float32"}) == parse()
+    [line] = problems(precision={"merge_dtype": "bfloat16"})
+    assert line.startswith("precision.merge_dtype")
 
 
 @pytest.mark.parametrize(

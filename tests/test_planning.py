@@ -319,7 +319,7 @@ def test_a_slow_stage_decides_and_a_queue_forms_before_it() -> None:
     # When the sixth arrives at 6 s, the first was taken at 1 s and the second at 4 s.
     assert found.most_waiting == (0, 4)
     assert found.utilisation == pytest.approx((6 / 19, 18 / 19))
-    assert found.speed_up == pytest.approx(24 / 19)
+    assert found.efficiency == pytest.approx(24 / 19 / 2)
 
 
 def test_chunks_merge_before_the_next_chunk_and_only_the_last_one_sends() -> None:

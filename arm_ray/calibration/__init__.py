@@ -1,6 +1,5 @@
 """Calibration data: from files or a data set to a fixed stream of tokenised mini-batches.
 
-* ``settings``: what to read and how, as one small dataclass.
 * ``sources``: what a path or a data set id points at.
 * ``files``: indexing and reading of JSON Lines and Parquet files.
 * ``formats``: from a row to a sample (text, prompt and completion, chat messages).
@@ -13,11 +12,9 @@ Importing this package imports neither Ray nor transformers.
 """
 
 from arm_ray.calibration.minibatch import MicroBatch, MiniBatch, micro_batches
-from arm_ray.calibration.settings import CalibrationSettings
 from arm_ray.calibration.stream import CalibrationStream, open_stream
 
 __all__ = [
-    "CalibrationSettings",
     "CalibrationStream",
     "MicroBatch",
     "MiniBatch",

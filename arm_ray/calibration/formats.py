@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from arm_ray.calibration.settings import CalibrationSettings
+from arm_ray.config import DataConfig
 from arm_ray.errors import CalibrationError
 
 # Column of tool definitions that chat templates take beside the messages.
@@ -67,9 +67,7 @@ class ChatSample:
     tools: list[Any] | None = None
 
 
-def choose_layout(
-    settings: CalibrationSettings, columns: Mapping[str, bool], where: object
-) -> Layout:
+def choose_layout(settings: DataConfig, columns: Mapping[str, bool], where: object) -> Layout:
     """Decides which columns of the data make a sample.
 
     All columns of all rows decide, not the first row alone, so that the choice depends neither

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from arm_ray.calibration.files import Chunk
 from arm_ray.calibration.formats import Layout, choose_layout
 from arm_ray.calibration.minibatch import MiniBatch, row_order, stream_positions
-from arm_ray.calibration.settings import CalibrationSettings
 from arm_ray.calibration.sources import FileSource, find_source, load_dataset
 from arm_ray.calibration.tasks import Job, dataset_task, files_task, index_task, unpacked
+from arm_ray.config import CalibrationConfig
 from arm_ray.errors import CalibrationError, WorkerError
 
 _logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class CalibrationStream:
 
 
 def open_stream(
-    settings: CalibrationSettings,
+    settings: CalibrationConfig,
     tokenizer_path: str | os.PathLike[str],
     *,
     needed_batches: int | None = None,
@@ -273,7 +273,7 @@ def _raise_first(results: list[dict[str, Any]], key: str) -> None:
 
 
 def _collect(
-    settings: CalibrationSettings,
+    settings: CalibrationConfig,
     num_rows: int,
     order: NDArray[np.int64],
     layout: Layout,
@@ -311,7 +311,7 @@ def _collect(
 
 
 def _warnings(
-    settings: CalibrationSettings, num_rows: int, num_used: int, truncated: int
+    settings: CalibrationConfig, num_rows: int, num_used: int, truncated: int
 ) -> list[str]:
     found = []
     if settings.batch_size > num_rows:

@@ -75,11 +75,6 @@ class Simulation:
     efficiency: float
     most_waiting: tuple[int, ...]
 
-    @property
-    def speed_up(self) -> float:
-        """Over one actor that does all the work and sends nothing."""
-        return self.efficiency * len(self.busy_s)
-
 
 def simulate(iterations: Sequence[IterationTimes], lookahead: int) -> Simulation:
     """Run a schedule.

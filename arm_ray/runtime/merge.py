@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 
 import arm_ray
-from arm_ray.calibration.settings import CalibrationSettings
 from arm_ray.calibration.stream import CalibrationStream, open_stream
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.adapter_export import adapter_bytes
@@ -335,10 +334,9 @@ def _open_calibration(
             where="calibration",
             hint="name a dataset in calibration.path",
         )
-    settings = CalibrationSettings(**config.calibration.model_dump())
     needed = config.schedule.offset + config.schedule.max_iterations
     stream = open_stream(
-        settings,
+        config.calibration,
         inputs.tokenizer,
         needed_batches=needed,
         # Whether nodes share storage is known for certain only once shards are placed.

@@ -271,7 +271,6 @@ class ScoringService:
         self._architecture = [started] * len(gang.engines)
         self._loaded: list[str | None] = [None] * len(gang.engines)
         self._busy_engines: set[int] = set()
-        self._busy_graders: set[int] = set()
         self._reports: dict[str, LoadReport] = {}
         self._known = KnownScores(settings, tasks, directory)
         self._queue: queue.Queue[Subject | None] = queue.Queue()

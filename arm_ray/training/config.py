@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field
 
 from arm_ray.config import (
+    DataConfig,
     LocalPath,
     PositiveInt,
     Section,
@@ -30,23 +31,6 @@ from arm_ray.presets import merged
 ConfigT = TypeVar("ConfigT", bound="TrainingConfig")
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
-
-
-class DataConfig(Section):
-    """Where the training rows are, and which of their columns are used."""
-
-    path: str
-    """A JSON Lines or Parquet file, a directory of them, or a Hugging Face dataset id."""
-    format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
-    """What a row holds; auto: as its columns say."""
-    prompt_column: str = "prompt"
-    """Column of the prompt, for `format: prompt_completion`."""
-    completion_column: str = "completion"
-    """Column of the completion, for `format: prompt_completion`."""
-    text_column: str = "text"
-    """Column of plain text, for `format: text`."""
-    messages_column: str = "messages"
-    """Column of the chat's messages, for `format: messages`."""
 
 
 class LoraConfig(Section):

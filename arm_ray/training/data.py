@@ -20,10 +20,9 @@ from arm_ray.calibration.formats import (
     missing_column,
     to_sample,
 )
-from arm_ray.calibration.settings import CalibrationSettings
 from arm_ray.calibration.sources import DatasetSource, find_source, load_dataset
+from arm_ray.config import DataConfig
 from arm_ray.errors import CalibrationError
-from arm_ray.training.config import DataConfig
 
 IGNORED = -100
 """Label of a token that carries no loss."""
@@ -148,20 +147,12 @@ def layout_of(data: DataConfig, columns: Mapping[str, bool]) -> Layout:
         CalibrationError: A column asked for is missing, or none is known.
     """
     names = (data.prompt_column, data.completion_column)
-    settings = CalibrationSettings(
-        data.path,
-        format=data.format,
-        text_column=data.text_column,
-        prompt_column=names[0],
-        completion_column=names[1],
-        messages_column=data.messages_column,
-    )
     if data.format == "auto" and names != ("prompt", "completion"):
         # Who names columns wants those, and not whatever else the rows would do for.
         for name in names:
             if name not in columns:
                 raise missing_column(name, columns, data.path, "data")
-    return choose_layout(settings, columns, data.path)
+    return choose_layout(data, columns, data.path)
 
 
 def question_of(row: Mapping[str, Any], layout: Layout) -> str:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from arm_ray.config import (
+    DataConfig,
     EvaluateConfig,
     LocalPath,
     MergeConfig,
@@ -32,7 +33,6 @@ from arm_ray.config import (
 from arm_ray.errors import ConfigError
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.training.config import (
-    DataConfig,
     GrpoConfig,
     SftConfig,
     TrainingConfig,

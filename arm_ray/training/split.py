@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from arm_ray.checkpoints.weight_file import atomic_file
+from arm_ray.config import DataConfig
 from arm_ray.errors import CalibrationError, ConfigError
-from arm_ray.training.config import DataConfig
 from arm_ray.training.data import PlacedRow, layout_of, question_of, read_data, read_path
 
 _NO_WORD = re.compile(r"[\W_]+")

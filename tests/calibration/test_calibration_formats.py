@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from arm_ray.calibration.formats import ChatSample, Layout, TextSample, choose_layout, to_sample
-from arm_ray.calibration.settings import CalibrationSettings
+from arm_ray.config import CalibrationConfig, DataConfig, validate
 from arm_ray.errors import CalibrationError, ConfigError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -12,7 +12,7 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"
 def layout(columns, **settings):
     if not isinstance(columns, dict):
         columns = dict.fromkeys(columns, True)
-    return choose_layout(CalibrationSettings(path="d", **settings), columns, "d")
+    return choose_layout(DataConfig(path="d", **settings), columns, "d")
 
 
 @pytest.mark.parametrize(
@@ -113,5 +113,5 @@ def test_bad_rows_are_named(row, columns, message):
     [{"batch_size": 0}, {"max_length": 0}, {"seed": -1}, {"batch_size": True}, {"format": "csv"}],
 )
 def test_settings_out_of_range(wrong):
-    with pytest.raises(ConfigError, match=f"calibration.{next(iter(wrong))}"):
-        CalibrationSettings(path="d", **wrong)
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        validate(CalibrationConfig, {"path": "d", **wrong}, source="test")

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from calibration_helpers import WORDS, save_tokenizer
 
-from arm_ray.calibration import CalibrationSettings, open_stream
+from arm_ray.calibration import open_stream
 from arm_ray.calibration import stream as stream_module
+from arm_ray.config import CalibrationConfig
 from arm_ray.errors import CalibrationError, WorkerError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -38,7 +39,7 @@ def word(number: int) -> int:
 
 
 def opened(path, tokenizer_path, needed_batches=None, **settings):
-    settings = CalibrationSettings(path=str(path), **{"shuffle": False, **settings})
+    settings = CalibrationConfig(path=str(path), **{"shuffle": False, **settings})
     return open_stream(settings, tokenizer_path, needed_batches=needed_batches)
 
 

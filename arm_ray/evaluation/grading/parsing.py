@@ -80,11 +80,6 @@ def read_latex(text: str) -> Any:
     return sympy_latex.convert_relation(parser.math().relation())
 
 
-def has_latex_grammar() -> bool:
-    """Whether `read_latex` can work here at all."""
-    return _GRAMMAR is not None
-
-
 # --- Python notation ------------------------------------------------------------------------
 
 # Where SymPy keeps what writes files, opens windows, evaluates text or changes its own state.
