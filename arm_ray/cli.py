@@ -196,7 +196,7 @@ def _merge(options: argparse.Namespace) -> int:
     from arm_ray.config import load_merge_config
 
     config = load_merge_config(options.config, options.overrides)
-    from arm_ray.runtime.merge import merge
+    from arm_ray.runtime.merge.run import merge
 
     merge(config, address=options.address, stop_after=options.stop_after)
     return 0
@@ -218,7 +218,7 @@ def _attach(options: argparse.Namespace) -> int:
     from arm_ray.following.config import load_attach_config
 
     config = load_attach_config(options.config, options.overrides)
-    from arm_ray.runtime.attach import attach
+    from arm_ray.runtime.attach.run import attach
 
     attach(config, address=options.address)
     return 0
@@ -323,11 +323,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     console = Console()
     if not options.lm_eval:
-        from arm_ray.runtime.evaluate import evaluate
+        from arm_ray.runtime.scoring.evaluate import evaluate
 
         evaluate(config, address=options.address, console=console)
         return 0
-    from arm_ray.runtime.lm_eval import LmEvalOptions, evaluate_lm_eval, open_lm_eval
+    from arm_ray.runtime.scoring.lm_eval import LmEvalOptions, evaluate_lm_eval, open_lm_eval
 
     lm_eval = LmEvalOptions(
         _names(options.lm_eval),
@@ -339,7 +339,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     # A wrong name is told before the benchmarks, which may take hours.
     tasks = open_lm_eval(lm_eval)
     if config.evaluation.tasks:
-        from arm_ray.runtime.evaluate import evaluate
+        from arm_ray.runtime.scoring.evaluate import evaluate
 
         evaluate(config, address=options.address, console=console)
     evaluate_lm_eval(config, lm_eval, tasks, address=options.address, console=console)

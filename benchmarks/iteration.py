@@ -28,9 +28,9 @@ from arm_ray.calibration.minibatch import MicroBatch, MiniBatch, micro_batches, 
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.merging.method import open_method
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.layer_shard import LayerShard
-from arm_ray.runtime.merge import shard_specs
-from arm_ray.runtime.placement import Placement
+from arm_ray.runtime.merge.run import shard_specs
+from arm_ray.runtime.shards.layer_shard import LayerShard
+from arm_ray.runtime.shards.placement import Placement
 from arm_ray.schedule import plan_iteration
 from arm_ray.training.data import read_path
 from benchmarks.common import demo_candidates, report

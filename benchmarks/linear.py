@@ -34,10 +34,10 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.merging.method import open_method
-from arm_ray.runtime.driver import sum_in_order
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.layer_shard import LayerShard
-from arm_ray.runtime.shard_spec import ShardSpec
+from arm_ray.runtime.merge.driver import sum_in_order
+from arm_ray.runtime.shards.layer_shard import LayerShard
+from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.schedule import plan_iteration
 from benchmarks.common import demo_candidates, report
 from benchmarks.memory import MemoryWatch

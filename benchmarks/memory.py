@@ -127,8 +127,8 @@ def merge_in_this_process(base: Path, candidate: Path, run: Path, residency: str
     from arm_ray.merging.method import open_method
     from arm_ray.merging.settings import MethodSettings
     from arm_ray.runtime.inputs import open_inputs
-    from arm_ray.runtime.layer_shard import LayerShard
-    from arm_ray.runtime.shard_spec import ShardSpec
+    from arm_ray.runtime.shards.layer_shard import LayerShard
+    from arm_ray.runtime.shards.spec import ShardSpec
     from arm_ray.schedule import plan_iteration
 
     def tell(stage: str, started: float) -> float:

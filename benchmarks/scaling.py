@@ -35,9 +35,9 @@ from arm_ray.merging.method import open_method
 from arm_ray.model.partition import balanced_partition
 from arm_ray.planning.simulator import ChunkTimes, IterationTimes, ShardTimes, simulate
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.layer_shard import LayerShard
-from arm_ray.runtime.merge import merge, shard_specs
-from arm_ray.runtime.placement import Placement
+from arm_ray.runtime.merge.run import merge, shard_specs
+from arm_ray.runtime.shards.layer_shard import LayerShard
+from arm_ray.runtime.shards.placement import Placement
 from arm_ray.schedule import IterationPlan, plan_iteration
 from arm_ray.training.data import read_path
 from benchmarks.common import RESULTS, demo_candidates, report

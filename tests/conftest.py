@@ -227,7 +227,7 @@ def shards_in_process(
 ) -> None:
     """Layer shards are no actors, unless the test is marked so (see `tests.in_process`)."""
     if request.node.get_closest_marker("actors") is None:
-        monkeypatch.setattr("arm_ray.runtime.merge.placed_shards", in_process.placed_shards)
+        monkeypatch.setattr("arm_ray.runtime.merge.run.placed_shards", in_process.placed_shards)
 
 
 @pytest.fixture(params=["in process", pytest.param("ray train", marks=pytest.mark.minutes)])
@@ -248,9 +248,9 @@ def engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """
     if request.param == "plain":
         if request.node.get_closest_marker("actors") is None:
-            gang = "arm_ray.runtime.evaluator.EvaluatorGang"
+            gang = "arm_ray.runtime.scoring.evaluator.EvaluatorGang"
             monkeypatch.setattr(gang, in_process.PlainEvaluators)
-        monkeypatch.setattr("arm_ray.runtime.evaluator.EngineActor", PlainEngineActor)
+        monkeypatch.setattr("arm_ray.runtime.scoring.evaluator.EngineActor", PlainEngineActor)
     return str(request.param)
 
 

@@ -19,10 +19,10 @@ import transformers
 from arm_ray.config import RuntimeConfig
 from arm_ray.evaluation.graders import Grader
 from arm_ray.evaluation.settings import EvaluationSettings
-from arm_ray.runtime.evaluator import EvaluatorGang
-from arm_ray.runtime.layer_shard import LayerShard
-from arm_ray.runtime.placement import Placement, ShardGang
-from arm_ray.runtime.shard_spec import ShardSpec
+from arm_ray.runtime.scoring.evaluator import EvaluatorGang
+from arm_ray.runtime.shards.layer_shard import LayerShard
+from arm_ray.runtime.shards.placement import Placement, ShardGang
+from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.runtime.train import _worker
 from tests.doubles.plain_engine import PlainEngineActor
 
@@ -55,7 +55,7 @@ def placed_shards(
     _warn: Callable[[str], None],
     _has_shrunk: Callable[[], bool] = lambda: False,
 ) -> Iterator[ShardGang]:
-    """Stands for `arm_ray.runtime.placement.placed_shards`."""
+    """Stands for `arm_ray.runtime.shards.placement.placed_shards`."""
     home = str(ray.get_runtime_context().get_node_id())
     actors = [Actor(LayerShard(spec)) for spec in specs]
     yield ShardGang(actors, "object_store", [home for _ in specs])

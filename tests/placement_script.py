@@ -18,8 +18,8 @@ from rich.console import Console
 
 from arm_ray.config import parse_merge_config
 from arm_ray.errors import PlacementError
-from arm_ray.runtime import merge as merging
-from arm_ray.runtime import placement
+from arm_ray.runtime.merge import run as merging
+from arm_ray.runtime.shards import placement
 
 
 def main() -> None:

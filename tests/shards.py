@@ -14,11 +14,11 @@ from arm_ray.calibration.minibatch import MiniBatch, micro_batches
 from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig
 from arm_ray.merging.method import open_method
-from arm_ray.runtime.driver import sum_in_order
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
-from arm_ray.runtime.layer_shard import LayerShard
-from arm_ray.runtime.merge import shard_specs
-from arm_ray.runtime.placement import Placement
+from arm_ray.runtime.merge.driver import sum_in_order
+from arm_ray.runtime.merge.run import shard_specs
+from arm_ray.runtime.shards.layer_shard import LayerShard
+from arm_ray.runtime.shards.placement import Placement
 from arm_ray.schedule import merge_sizes, plan_iteration
 
 Weights = dict[str, torch.Tensor]

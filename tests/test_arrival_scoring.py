@@ -15,9 +15,9 @@ from arm_ray.evaluation.engine import ModelSource
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
 from arm_ray.events import EventLog
 from arm_ray.following.config import SharingConfig
-from arm_ray.runtime import arrival_scoring
-from arm_ray.runtime.arrival_scoring import ArrivalScoring
-from arm_ray.runtime.scoring import Subject
+from arm_ray.runtime.attach import arrival_scoring
+from arm_ray.runtime.attach.arrival_scoring import ArrivalScoring
+from arm_ray.runtime.scoring.service import Subject
 
 FIRST = Subject("base", ModelSource("/base"), "/base", "x")
 

@@ -27,8 +27,8 @@ from arm_ray.following import publish
 from arm_ray.following.config import AttachConfig, parse_attach_config
 from arm_ray.following.journal import open_journal
 from arm_ray.hardware import Units
-from arm_ray.runtime import attach as attach_module
-from arm_ray.runtime.attach import AttachOutcome, attach
+from arm_ray.runtime.attach import run as attach_module
+from arm_ray.runtime.attach.run import AttachOutcome, attach
 from tests.boards import tensorboard
 from tests.conftest import fine_tuned, save, save_tokenizer, tiny_model, write_texts
 from tests.test_merge import assert_same_bits, load_all
@@ -450,7 +450,9 @@ def test_all_arrivals_are_merged_in_the_format_of_the_first(
     # On a machine without units first, then on one that has them.
     for steps, formats in (([10, 20], {"float32"}), ([30], {"float32", "bfloat16"})):
         units = Units(frozenset(formats), "this CPU")
-        monkeypatch.setattr("arm_ray.runtime.merge.units_of", lambda _device, found=units: found)
+        monkeypatch.setattr(
+            "arm_ray.runtime.merge.run.units_of", lambda _device, found=units: found
+        )
         trainer.write_all(steps)
         follow(config)
     assert steps_of(config) == [20, 30]

@@ -18,7 +18,7 @@ from arm_ray.errors import (
     TransportError,
     WorkerError,
 )
-from arm_ray.runtime.calls import EVALUATOR, LOST, NODE_FILES, SHARD, Callee, get_results
+from arm_ray.runtime.cluster.calls import EVALUATOR, LOST, NODE_FILES, SHARD, Callee, get_results
 
 # All that there are, so that one of a later Ray is looked at.
 ALL = [

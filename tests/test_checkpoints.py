@@ -40,7 +40,7 @@ from arm_ray.errors import (
 from arm_ray.merging.method import open_method
 from arm_ray.model.layout import ModelLayout, base_dtype, check_layout, load_config, model_layout
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.layer_shard import LayerShard, ShardSpec
+from arm_ray.runtime.shards.layer_shard import LayerShard, ShardSpec
 from tests.conftest import FAMILIES, MergeCase, save, tiny_model
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

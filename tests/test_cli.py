@@ -45,13 +45,13 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[MergeConfig, dict[str,
     """What the library was asked for, in place of doing it."""
     asked: list[tuple[MergeConfig, dict[str, Any]]] = []
     monkeypatch.setattr(
-        "arm_ray.runtime.merge.merge", lambda config, **options: asked.append((config, options))
+        "arm_ray.runtime.merge.run.merge", lambda config, **options: asked.append((config, options))
     )
     return asked
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
-    monkeypatch.setattr("arm_ray.runtime.merge.merge", lambda *_args, **_options: action())
+    monkeypatch.setattr("arm_ray.runtime.merge.run.merge", lambda *_args, **_options: action())
 
 
 def test_it_hands_over_the_configuration_and_options(config: Path, merges) -> None:

@@ -11,7 +11,7 @@ from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ConfigError, MismatchError
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.merge import merge
+from arm_ray.runtime.merge.run import merge
 from tests.conftest import MergeCase, save, tiny_model
 from tests.test_merge import assert_same_bits, load_all
 

@@ -16,13 +16,14 @@ from arm_ray.checkpoints import states
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError, ShardLostError, TransportError
 from arm_ray.events import read_events
-from arm_ray.runtime import calls, placement
-from arm_ray.runtime.elasticity import Gangs
-from arm_ray.runtime.layer_shard import LayerShard
-from arm_ray.runtime.merge import merge
-from arm_ray.runtime.placement import Placement, ShardGang
-from arm_ray.runtime.run_directory import open_run
-from arm_ray.runtime.state_storage import NodeStorage
+from arm_ray.runtime.cluster import calls
+from arm_ray.runtime.merge.elasticity import Gangs
+from arm_ray.runtime.merge.run import merge
+from arm_ray.runtime.merge.state_storage import NodeStorage
+from arm_ray.runtime.output.run_directory import open_run
+from arm_ray.runtime.shards import placement
+from arm_ray.runtime.shards.layer_shard import LayerShard
+from arm_ray.runtime.shards.placement import Placement, ShardGang
 from arm_ray.schedule import plan_iteration
 from tests.conftest import MergeCase
 from tests.shards import DirectShard

@@ -1,4 +1,4 @@
-"""Nothing is silent for long: see `arm_ray.runtime.heartbeat`."""
+"""Nothing is silent for long: see `arm_ray.runtime.session.heartbeat`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from arm_ray.runtime import heartbeat as module
-from arm_ray.runtime.heartbeat import Silence, activity, heartbeat
+from arm_ray.runtime.session import heartbeat as module
+from arm_ray.runtime.session.heartbeat import Silence, activity, heartbeat
 
 
 class Pipe(io.StringIO):

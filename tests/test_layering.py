@@ -75,8 +75,8 @@ MODULES = [p for p in sources("arm_ray") if p != ROOT / "arm_ray" / "__init__.py
 def test_there_is_something_to_check() -> None:
     assert {room_of(p) for p in MODULES} >= {"errors", "merging", "checkpoints", "model", "runtime"}
     assert "arm_ray.errors.ConfigError" in imports(ROOT / "arm_ray" / "config.py")
-    assert "arm_ray.runtime.merge.merge" in imports(ROOT / "arm_ray" / "cli.py")
-    assert "arm_ray.runtime.merge.merge" not in imports(ROOT / "arm_ray" / "cli.py", True)
+    assert "arm_ray.runtime.merge.run.merge" in imports(ROOT / "arm_ray" / "cli.py")
+    assert "arm_ray.runtime.merge.run.merge" not in imports(ROOT / "arm_ray" / "cli.py", True)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -23,8 +23,8 @@ from arm_ray.evaluation.engine import ModelSource
 from arm_ray.evaluation.lm_eval_bridge import EngineLM, open_tasks
 from arm_ray.evaluation.settings import EngineSettings
 from arm_ray.events import read_events
-from arm_ray.runtime import lm_eval as module
-from arm_ray.runtime.lm_eval import LmEvalOptions, evaluate_lm_eval, shown_scores
+from arm_ray.runtime.scoring import lm_eval as module
+from arm_ray.runtime.scoring.lm_eval import LmEvalOptions, evaluate_lm_eval, shown_scores
 from tests.conftest import SERVED, MergeCase, save_tokenizer
 from tests.evaluation.test_engine import Served
 from tests.evaluation.test_lm_eval_bridge import (
@@ -277,7 +277,7 @@ def test_an_output_that_holds_something_else_is_left_alone(case: MergeCase) -> N
         evaluate_lm_eval(config, LmEvalOptions(("choices",), str(tasks)))
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr("arm_ray.runtime.placement.in_submitted_job", lambda: True)
+        patch.setattr("arm_ray.runtime.shards.placement.in_submitted_job", lambda: True)
         relative = config.model_copy(update={"output": "out"})
         with pytest.raises(ConfigError, match="relative path"):
             evaluate_lm_eval(relative, LmEvalOptions(("choices",), str(tasks)))

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arm_ray.config import MergeConfig
 from arm_ray.events import read_events
-from arm_ray.runtime.merge import MergeOutcome, merge
-from arm_ray.runtime.placement import placed_shards
+from arm_ray.runtime.merge.run import MergeOutcome, merge
+from arm_ray.runtime.shards.placement import placed_shards
 from tests import in_process, reference
 from tests.conftest import FAMILIES, MergeCase
 
@@ -36,7 +36,7 @@ def both_ways(
 ) -> None:
     """What is computed is the same in this process; dozens of actors take minutes to start."""
     if request.param == "actors":
-        monkeypatch.setattr("arm_ray.runtime.merge.placed_shards", placed_shards)
+        monkeypatch.setattr("arm_ray.runtime.merge.run.placed_shards", placed_shards)
 
 
 def run(config: MergeConfig, **options: Any) -> MergeOutcome:
@@ -229,7 +229,7 @@ def test_actors_give_the_bits_of_shards_in_this_process(
     run(case.config(*shards, output="actors"))
     events = read_events(case.root / "actors" / "events.jsonl")
     assert [e for e in events if e["event"] == "warning" and "transport" in e["message"]] == []
-    monkeypatch.setattr("arm_ray.runtime.merge.placed_shards", in_process.placed_shards)
+    monkeypatch.setattr("arm_ray.runtime.merge.run.placed_shards", in_process.placed_shards)
     run(case.config(*shards, output="here"))
     for name in ("states/0001", "states/0004", "model"):
         assert_same_bits(load_all(case.root / "actors" / name), load_all(case.root / "here" / name))
@@ -370,10 +370,10 @@ def test_every_state_is_a_model_in_float32(case: MergeCase) -> None:
 def test_a_shard_holds_its_own_layers_only(case: MergeCase) -> None:
     from arm_ray.merging.method import open_method
     from arm_ray.runtime.inputs import open_inputs
-    from arm_ray.runtime.layer_shard import LayerShard
-    from arm_ray.runtime.merge import shard_specs
-    from arm_ray.runtime.placement import Placement
-    from arm_ray.runtime.run_directory import open_run
+    from arm_ray.runtime.merge.run import shard_specs
+    from arm_ray.runtime.output.run_directory import open_run
+    from arm_ray.runtime.shards.layer_shard import LayerShard
+    from arm_ray.runtime.shards.placement import Placement
 
     case.make("mistral", num_layers=4)
     config = case.config("runtime.layer_shards=2")

@@ -22,8 +22,8 @@ from arm_ray.events import read_events
 from arm_ray.model.layout import load_config, model_layout
 from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.plan import make_plan
-from arm_ray.runtime.adapter import write_adapter
-from arm_ray.runtime.merge import merge
+from arm_ray.runtime.merge.adapter import write_adapter
+from arm_ray.runtime.merge.run import merge
 from tests import reference
 from tests.conftest import MergeCase, save, tiny_model
 from tests.shards import DirectShard, Weights

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from arm_ray.config import parse_merge_config
-from arm_ray.runtime.merge import merge
+from arm_ray.runtime.merge.run import merge
 from tests.conftest import ROOT, MergeCase
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")

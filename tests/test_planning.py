@@ -45,10 +45,11 @@ from arm_ray.planning.sources import open_workload
 from arm_ray.planning.timing import Placement
 from arm_ray.planning.workload import Workload, group_work, state_uses
 from arm_ray.planning.workspace import merge_workspace
-from arm_ray.runtime import driver, layer_shard, linear, write_behind
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.merge import merge
-from arm_ray.runtime.shard_spec import ShardSpec
+from arm_ray.runtime.merge import driver
+from arm_ray.runtime.merge.run import merge
+from arm_ray.runtime.shards import layer_shard, linear, write_behind
+from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.schedule import BASE, states_needed_after
 from tests.conftest import (
     ROOT,

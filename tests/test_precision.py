@@ -19,9 +19,10 @@ from arm_ray.hardware import Units
 from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.devices import find_device
 from arm_ray.planning.plan import make_plan
-from arm_ray.runtime import precision, train
-from arm_ray.runtime.evaluate import evaluate
-from arm_ray.runtime.merge import merge
+from arm_ray.runtime import train
+from arm_ray.runtime.merge.run import merge
+from arm_ray.runtime.output import precision
+from arm_ray.runtime.scoring.evaluate import evaluate
 from tests.conftest import SERVED, MergeCase
 from tests.training.common import content, make_base, make_config, make_rows
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from arm_ray.config import parse_merge_config
-from arm_ray.runtime.merge import merge
+from arm_ray.runtime.merge.run import merge
 from tests import reference
 from tests.conftest import ROOT
 from tests.test_merge import load_all, relative_error

@@ -18,11 +18,11 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import WeightFileWriter
 from arm_ray.errors import DiskSpaceError, WorkerError
 from arm_ray.events import read_events
-from arm_ray.runtime import placement
-from arm_ray.runtime.calls import get_results
-from arm_ray.runtime.merge import MergeOutcome, merge
-from arm_ray.runtime.run_directory import Room, RunDirectory, open_run
-from arm_ray.runtime.write_behind import WriteBehind
+from arm_ray.runtime.cluster.calls import get_results
+from arm_ray.runtime.merge.run import MergeOutcome, merge
+from arm_ray.runtime.output.run_directory import Room, RunDirectory, open_run
+from arm_ray.runtime.shards import placement
+from arm_ray.runtime.shards.write_behind import WriteBehind
 from tests.conftest import MergeCase
 from tests.shards import DirectShard
 from tests.test_merge import assert_same_bits, load_all
@@ -55,7 +55,9 @@ def test_a_shard_leaves_no_half_group(
 ) -> None:
     if writes_behind:
         behind = WriteBehind(torch.device("cuda"))
-        monkeypatch.setattr("arm_ray.runtime.layer_shard.WriteBehind", lambda _device: behind)
+        monkeypatch.setattr(
+            "arm_ray.runtime.shards.layer_shard.WriteBehind", lambda _device: behind
+        )
     case.make()
     overrides = () if forward else (LINEAR,)
     whole = DirectShard(case.config(*overrides, output="whole"))

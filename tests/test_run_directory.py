@@ -19,8 +19,8 @@ from arm_ray.checkpoints.weight_file import TensorSpec, write_json
 from arm_ray.config import MergeConfig, load_merge_config, parse_merge_config
 from arm_ray.errors import DiskSpaceError, RunDirectoryError
 from arm_ray.events import Warned, read_events
-from arm_ray.runtime.pieces import group_writer
-from arm_ray.runtime.run_directory import Room, RunDirectory, open_run
+from arm_ray.runtime.output.run_directory import Room, RunDirectory, open_run
+from arm_ray.runtime.shards.pieces import group_writer
 from arm_ray.schedule import plan_iteration
 
 Configure = Callable[..., MergeConfig]

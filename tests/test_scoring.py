@@ -24,10 +24,10 @@ from arm_ray.errors import (
 )
 from arm_ray.evaluation.records import Record, read_records, read_scores
 from arm_ray.events import read_events
-from arm_ray.runtime import scoring
-from arm_ray.runtime.evaluate import evaluate
-from arm_ray.runtime.merge import MergeOutcome, merge
-from arm_ray.runtime.run_directory import locked
+from arm_ray.runtime.merge.run import MergeOutcome, merge
+from arm_ray.runtime.output.run_directory import locked
+from arm_ray.runtime.scoring import service as scoring
+from arm_ray.runtime.scoring.evaluate import evaluate
 from tests.conftest import SERVED, MergeCase
 from tests.test_merge import load_all
 from tests.test_peft_merge import write_adapters, write_dense
@@ -160,7 +160,7 @@ def test_nothing_is_started_where_everything_is_scored(
         raise AssertionError("Ray or an engine is started")
 
     for name in ("ray_session", "scoring_service"):
-        monkeypatch.setattr(f"arm_ray.runtime.evaluate.{name}", fail)
+        monkeypatch.setattr(f"arm_ray.runtime.scoring.evaluate.{name}", fail)
     assert evaluate(evaluation(case, "out"), console=quiet()) == first
     assert json.loads((case.root / "out" / "scores.json").read_text()) == before
     with pytest.raises(AssertionError, match="is started"):

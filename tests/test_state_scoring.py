@@ -21,9 +21,10 @@ from arm_ray.evaluation import records
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.statistics import Estimate
 from arm_ray.events import read_events
-from arm_ray.runtime import scoring, state_scoring
-from arm_ray.runtime.driver import StreamingDriver
-from arm_ray.runtime.merge import MergeOutcome, merge
+from arm_ray.runtime.merge.driver import StreamingDriver
+from arm_ray.runtime.merge.run import MergeOutcome, merge
+from arm_ray.runtime.scoring import service as scoring
+from arm_ray.runtime.scoring import state_scoring
 from tests.conftest import SERVED, MergeCase
 from tests.waiting import wait_for
 

@@ -31,9 +31,9 @@ from arm_ray.events import EventLog, ModelScored, Warned, read_events
 from arm_ray.report import trackers
 from arm_ray.report.scalars import Record, points
 from arm_ray.report.trackers import TensorBoard, check_installed
-from arm_ray.runtime import telemetry as telemetry_module
-from arm_ray.runtime.merge import merge
-from arm_ray.runtime.telemetry import telemetry
+from arm_ray.runtime.merge.run import merge
+from arm_ray.runtime.session import telemetry as telemetry_module
+from arm_ray.runtime.session.telemetry import telemetry
 from tests import in_process
 from tests.boards import Curves, tensorboard
 from tests.conftest import MergeCase
@@ -116,7 +116,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Told:
     case = MergeCase(root).make(count=1)
     tracking: dict[str, Any] = {"run": RUN}
     patch = pytest.MonkeyPatch()
-    patch.setattr("arm_ray.runtime.merge.placed_shards", in_process.placed_shards)
+    patch.setattr("arm_ray.runtime.merge.run.placed_shards", in_process.placed_shards)
     store = (root / "mlruns").as_uri()
     if trackers._is_installed("mlflow"):
         # Its database store needs the whole of MLflow.

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from arm_ray.runtime.write_behind import WriteBehind
+from arm_ray.runtime.shards.write_behind import WriteBehind
 from tests.conftest import MergeCase
 from tests.shards import DirectShard
 from tests.test_merge import assert_same_bits
@@ -90,6 +90,6 @@ def test_a_shard_that_writes_behind_gives_the_same_state(
         shard = DirectShard(case.config(*overrides, output=name))
         made.append(shard.with_forward(1) if forward else shard.linear(1))
         monkeypatch.setattr(
-            "arm_ray.runtime.layer_shard.WriteBehind", lambda _device: WriteBehind(GPU)
+            "arm_ray.runtime.shards.layer_shard.WriteBehind", lambda _device: WriteBehind(GPU)
         )
     assert_same_bits(*made)

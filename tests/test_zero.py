@@ -28,7 +28,7 @@ from arm_ray.errors import (
     NotACheckpointError,
     PickleRefusedError,
 )
-from arm_ray.runtime.merge import merge
+from arm_ray.runtime.merge.run import merge
 from tests.conftest import MergeCase
 
 WORLD = 3

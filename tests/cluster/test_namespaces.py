@@ -20,9 +20,9 @@ from arm_ray.config import EvaluateConfig, parse_merge_config, validate
 from arm_ray.events import read_events
 from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.plan import make_plan
-from arm_ray.runtime.evaluate import evaluate
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.merge import merge
+from arm_ray.runtime.merge.run import merge
+from arm_ray.runtime.scoring.evaluate import evaluate
 from arm_ray.schedule import state_name
 from tests.cluster.namespaces import COUNT, Hosts, three_hosts, why_not
 from tests.conftest import SERVED, WORDS, MergeCase

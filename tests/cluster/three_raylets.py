@@ -20,8 +20,8 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from arm_ray.runtime import merge as merging
-from arm_ray.runtime.merge import MergeOutcome, merge
+from arm_ray.runtime.merge import run as merging
+from arm_ray.runtime.merge.run import MergeOutcome, merge
 from tests import in_process
 from tests.conftest import ROOT, MergeCase
 

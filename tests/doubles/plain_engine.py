@@ -20,7 +20,7 @@ from arm_ray.errors import EvaluationError
 from arm_ray.evaluation.engine import Canary, Completion, Engine, LoadReport, ModelSource, Request
 from arm_ray.evaluation.settings import EngineSettings
 from arm_ray.evaluation.vllm_worker import all_tensors, open_weights
-from arm_ray.runtime.evaluator import EngineActor
+from arm_ray.runtime.scoring.evaluator import EngineActor
 
 
 class _Tokens:

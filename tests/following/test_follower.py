@@ -12,8 +12,8 @@ import pytest
 
 from arm_ray.following.config import RunConfig
 from arm_ray.following.snapshots import snapshots
-from arm_ray.runtime import follower as follower_module
-from arm_ray.runtime.follower import Follower, Taken
+from arm_ray.runtime.attach import follower as follower_module
+from arm_ray.runtime.attach.follower import Follower, Taken
 from tests.following.test_layouts import write
 
 

@@ -16,7 +16,7 @@ from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.errors import NoSuchObjectError, RunDirectoryError, StorageError
 from arm_ray.events import read_events
-from arm_ray.runtime.merge import MergeOutcome, merge
+from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.storage import lease
 from arm_ray.storage.store import Store
 from tests import in_process, stores
@@ -31,7 +31,7 @@ def on_disk(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> MergeC
     """A case, merged on disk."""
     case = MergeCase(tmp_path_factory.mktemp("case")).make("qwen2.5", max_shard_size="100KB")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("arm_ray.runtime.merge.placed_shards", in_process.placed_shards)
+        patch.setattr("arm_ray.runtime.merge.run.placed_shards", in_process.placed_shards)
         merge(case.config(), console=Console(quiet=True))
     return case
 
@@ -79,7 +79,7 @@ class Remote:
 def remote(
     on_disk: MergeCase, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Remote]:
-    monkeypatch.setattr("arm_ray.runtime.upload.PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("arm_ray.runtime.output.upload.PAUSES_S", (0.0, 0.0))
     return Remote(on_disk, bucket, tmp_path)
 
 
@@ -191,7 +191,7 @@ def test_bad_places_are_told_before_anything_starts(remote: Remote) -> None:
 def test_a_merge_at_google_cloud_storage(
     on_disk: MergeCase, gcs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arm_ray.runtime.upload.PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("arm_ray.runtime.output.upload.PAUSES_S", (0.0, 0.0))
     remote = Remote(on_disk, gcs, tmp_path)
     # Ray's workers, which read the calibration data, do not know the emulator.
     given = ("keep_states=last", f"calibration.path={on_disk.root / 'calibration.jsonl'}")

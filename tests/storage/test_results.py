@@ -10,7 +10,7 @@ import pytest
 
 from arm_ray.config import scratch_path
 from arm_ray.errors import EvaluationError, RunDirectoryError, StorageError
-from arm_ray.runtime.output import results_at
+from arm_ray.runtime.output.opening import results_at
 from arm_ray.storage import lease
 from arm_ray.storage.store import Store
 from tests.stores import names

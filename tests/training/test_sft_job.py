@@ -33,7 +33,7 @@ from arm_ray.errors import (
 )
 from arm_ray.events import read_events
 from arm_ray.runtime import train
-from arm_ray.runtime.run_directory import locked
+from arm_ray.runtime.output.run_directory import locked
 from arm_ray.training import memory
 from tests.boards import tensorboard
 from tests.conftest import ROOT

@@ -1,0 +1,1 @@
+"""Merges beside a training run that is still going."""

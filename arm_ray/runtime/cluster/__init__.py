@@ -1,0 +1,1 @@
+"""Ray: joining it, its nodes, and calls of actors."""

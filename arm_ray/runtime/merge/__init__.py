@@ -1,0 +1,1 @@
+"""A merge on Ray, from its configuration to its model."""

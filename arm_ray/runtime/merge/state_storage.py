@@ -1,0 +1,354 @@
+"""Where merged states lie: in the run directory that all nodes see, or in parts on the nodes.
+
+| | `shared` | `per_node` |
+|---|---|---|
+| a group of a state | in the run directory | on its shard's node, in `runtime.shards.scratch` |
+| a whole state in the run directory | as it is finished | if it is wanted there |
+| `model/` | each shard writes whole weight files | each shard sends its tensors to their places |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import socket
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.weight_file import SharedWeightFile
+from arm_ray.config import MergeConfig, state_settings
+from arm_ray.errors import ArmRayError, PlacementError
+from arm_ray.runtime.cluster.calls import NODE_FILES, get_results
+from arm_ray.runtime.inputs import MergeInputs
+from arm_ray.runtime.output.run_directory import RunDirectory
+from arm_ray.runtime.shards.node_files import NodeFiles
+from arm_ray.runtime.shards.placement import ShardGang, node_names, this_node
+from arm_ray.runtime.shards.scratch import Elsewhere
+from arm_ray.runtime.shards.spec import ShardSpec
+
+
+class StateStorage:
+    """Merged states in the run directory, which all nodes see.
+
+    Args:
+        run: The run directory.
+        inputs: The checked checkpoints.
+        gang: The layer shards' actors, placed.
+        specs: What each of them was given, in the same order.
+    """
+
+    def __init__(
+        self, run: RunDirectory, inputs: MergeInputs, gang: ShardGang, specs: Sequence[ShardSpec]
+    ) -> None:
+        self._run, self._inputs, self._gang, self._specs = run, inputs, gang, specs
+        self._groups = range(len(inputs.layout.groups))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the shards write into the run directory."""
+        return True
+
+    def has_group(self, iteration: int, group: int) -> bool:
+        """Whether a layer group of a merged state is whole and on disk somewhere."""
+        directory = states.state_directory(self._run.path, iteration)
+        return states.group_file(directory, group).is_file()
+
+    def has_state(self, iteration: int) -> bool:
+        """Whether all layer groups of a merged state are."""
+        return all(self.has_group(iteration, group) for group in self._groups)
+
+    def bring(self, iterations: Iterable[int], merged: Iterable[tuple[int, int]]) -> None:
+        """Have each shard see its groups of some states, and of some iterations in parts.
+
+        Args:
+            iterations: Whole merged states that are going to be read.
+            merged: Iteration and layer group of what is merged already of unfinished iterations.
+        """
+
+    def gather(self, iteration: int) -> None:
+        """Have all groups of a merged state in the run directory."""
+
+    def discard(self, iteration: int) -> None:
+        """Remove a merged state everywhere."""
+        states.discard_state(self._run.path, iteration)
+
+    def wrote(self, iteration: int) -> None:
+        """Take note that all shards have written their groups of a state."""
+
+    def forget_pruned(self) -> None:
+        """Remove from the nodes what is no longer in the run directory."""
+
+    def write_model(self, files: Sequence[states.ExportFile], iteration: int) -> None:
+        """Write the final model's weight files from a merged state.
+
+        Args:
+            files: What goes where.
+            iteration: Of the state.
+        """
+        partial, actors = self._run.partial_model, self._gang.actors
+        partial.mkdir()
+        get_results(
+            [
+                actors[i % len(actors)].export.remote(partial, file, iteration)
+                for i, file in enumerate(files)
+            ]
+        )
+
+
+class NodeStorage(StateStorage):
+    """Merged states in parts, on the nodes of their shards.
+
+    Args:
+        config: Of the merge.
+        known_nodes: Ids of further nodes that may have states of earlier shards.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        inputs: MergeInputs,
+        gang: ShardGang,
+        specs: Sequence[ShardSpec],
+        config: MergeConfig,
+        known_nodes: Iterable[str],
+    ) -> None:
+        super().__init__(run, inputs, gang, specs)
+        self._home = this_node()
+        # Taken once: at the end an input may be gone.
+        self._fingerprints = inputs.fingerprints
+        self._settings = config.runtime
+        self._name = _scratch_name(run, self._fingerprints, config)
+        self._known_nodes = tuple(known_nodes)
+        self._files: dict[str, Any] = {}
+        self._roots: dict[str, Path] = {}
+        self._on_nodes: dict[str, set[tuple[int, int]]] = {}
+
+    def open(self) -> None:
+        """Start what serves each node's files, and tell the shards to work on their own disks.
+
+        Raises:
+            NotACheckpointError: A checkpoint is not on a node, and of a format that is not fetched.
+            ShardLostError: A node is gone.
+        """
+        for node in dict.fromkeys([self._home, *self._gang.nodes, *self._known_nodes]):
+            where = NodeAffinitySchedulingStrategy(node, soft=False)
+            options: dict[str, Any] = {
+                "num_cpus": 0,
+                "max_concurrency": 4,
+                "scheduling_strategy": where,
+            }
+            actor_class: Any = ray.remote(**options)(NodeFiles)
+            self._files[node] = actor_class.remote(self._settings.scratch, self._name)
+        origin, known = self._files[self._home], self._fingerprints
+        self._roots = self._ask("ready")
+        get_results([a.use_scratch.remote(self._name, origin, known) for a in self._gang.actors])
+        self._on_nodes = self._ask("groups")
+
+    def _ask(self, method: str, *arguments: object) -> dict[str, Any]:
+        """Node -> what its `NodeFiles` answers; nodes that are gone by now are left out."""
+        refs = {n: getattr(f, method).remote(*arguments) for n, f in self._files.items()}
+        answers = {}
+        for node, ref in refs.items():
+            try:
+                [answers[node]] = get_results([ref], NODE_FILES)
+            except ArmRayError:
+                if node in {self._home, *self._gang.nodes}:
+                    raise
+                del self._files[node]
+        return answers
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the shards write into the run directory."""
+        return False
+
+    def has_group(self, iteration: int, group: int) -> bool:
+        """Whether a layer group of a merged state is whole and on disk somewhere."""
+        key = (iteration, group)
+        return any(key in found for found in self._on_nodes.values()) or self._in_run(*key)
+
+    def _in_run(self, iteration: int, group: int) -> bool:
+        return super().has_group(iteration, group)
+
+    def bring(self, iterations: Iterable[int], merged: Iterable[tuple[int, int]]) -> None:
+        """Have each shard see its groups of some states, and of some iterations in parts."""
+        wanted = {(t, group) for t in iterations for group in self._groups} | set(merged)
+        refs = []
+        pairs = zip(self._gang.actors, self._gang.nodes, self._specs, strict=True)
+        for actor, node, spec in pairs:
+            here = self._on_nodes[node]
+            absent = [key for key in sorted(wanted - here) if key[1] in spec.groups]
+            if absent:
+                refs.append(actor.fetch_groups.remote([self._elsewhere(*key) for key in absent]))
+                here |= set(absent)
+        get_results(refs)
+
+    def _elsewhere(self, iteration: int, group: int) -> Elsewhere:
+        in_run = states.group_file(states.state_directory(self._run.path, iteration), group)
+        if in_run.is_file():
+            return Elsewhere(iteration, group, self._files[self._home], in_run)
+        node = next(n for n, found in self._on_nodes.items() if (iteration, group) in found)
+        directory = states.state_directory(self._roots[node], iteration)
+        return Elsewhere(iteration, group, self._files[node], states.group_file(directory, group))
+
+    def gather(self, iteration: int) -> None:
+        """Have all groups of a merged state in the run directory."""
+        directory = states.state_directory(self._run.path, iteration)
+        directory.mkdir(parents=True, exist_ok=True)
+        home = self._files[self._home]
+        get_results(
+            [
+                # Beside the next iterations, which the shards are working on.
+                actor.deliver.options(concurrency_group="deliver").remote(
+                    iteration, group, home, directory
+                )
+                for actor, spec in zip(self._gang.actors, self._specs, strict=True)
+                for group in spec.groups
+                if not states.group_file(directory, group).is_file()
+            ]
+        )
+
+    def discard(self, iteration: int) -> None:
+        """Remove a merged state everywhere."""
+        super().discard(iteration)
+        self._forget([iteration])
+
+    def forget_pruned(self) -> None:
+        """Remove from the nodes what is no longer in the run directory."""
+        kept = states.state_directories(self._run.path).keys()
+        known = sorted({t for found in self._on_nodes.values() for t, _ in found})
+        gone = [t for t in known if t not in kept and t <= self._run.last_iteration]
+        if gone:
+            self._forget(gone)
+
+    def _forget(self, iterations: list[int]) -> None:
+        self._ask("discard", iterations)
+        for found in self._on_nodes.values():
+            found -= {key for key in found if key[0] in iterations}
+
+    def wrote(self, iteration: int) -> None:
+        """Take note that all shards have written their groups of a state."""
+        for node, spec in zip(self._gang.nodes, self._specs, strict=True):
+            self._on_nodes[node] |= {(iteration, group) for group in spec.groups}
+
+    def write_model(self, files: Sequence[states.ExportFile], iteration: int) -> None:
+        """Write the final model's weight files from a merged state."""
+        partial, home = self._run.partial_model, self._files[self._home]
+        partial.mkdir()
+        if all(self._in_run(iteration, group) for group in self._groups):
+            group_of = {n: g.index for g in self._inputs.layout.groups for n in g.tensors}
+            state = states.state_directory(self._run.path, iteration)
+            exported = [home.export.remote(partial, file, state, group_of) for file in files]
+            get_results(exported, NODE_FILES)
+            return
+        model = [SharedWeightFile(partial / file.name, file.specs) for file in files]
+        for file in model:
+            file.create()
+        get_results(
+            [
+                actor.assemble.remote(iteration, group, model, home)
+                for actor, spec in zip(self._gang.actors, self._specs, strict=True)
+                for group in spec.groups
+            ]
+        )
+        for file in model:
+            file.sync()
+
+    def close(self, *, is_complete: bool) -> None:
+        """Let go of what belongs to the gang; of a complete run, of all that is on the nodes."""
+        # A complete run has nothing more to lose with a node.
+        with contextlib.suppress(ArmRayError):
+            if is_complete:
+                self._ask("remove", list(self._fingerprints.values()))
+        for files in self._files.values():
+            with contextlib.suppress(RayError):
+                ray.kill(files)
+
+
+def _scratch_name(run: RunDirectory, fingerprints: Mapping[str, str], config: MergeConfig) -> str:
+    """The run's directory on each node: of this run, its settings and its inputs alone."""
+    content = [run.id, state_settings(config), config.runtime.layers_per_group, fingerprints]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def storage_of(
+    config: MergeConfig,
+    run: RunDirectory,
+    inputs: MergeInputs,
+    gang: ShardGang,
+    specs: Sequence[ShardSpec],
+    known_nodes: Iterable[str] = (),
+) -> Iterator[StateStorage]:
+    """Decide where states lie (`runtime.storage`), and check that each shard can read its part.
+
+    Args:
+        config: Of the merge.
+        run: The run directory.
+        inputs: The checked checkpoints.
+        gang: The layer shards' actors, placed.
+        specs: What each of them was given, in the same order.
+        known_nodes: Ids of further nodes that may have states of earlier shards.
+
+    Raises:
+        PlacementError: A node does not see the run directory or a checkpoint, and was said to.
+        NotACheckpointError: A checkpoint is not on a node, and of a format that is not fetched.
+    """
+    wanted = config.runtime.storage
+    blind = [] if wanted == "per_node" else _blind(run, gang)
+    if wanted == "per_node" or (wanted == "auto" and blind):
+        storage = NodeStorage(run, inputs, gang, specs, config, known_nodes)
+        try:
+            storage.open()
+            yield storage
+        finally:
+            storage.close(is_complete=run.is_complete)
+        return
+    if blind:
+        raise PlacementError(
+            "a node does not see the output directory",
+            where=", ".join(node_names(blind)),
+            got=f"no {run.path} with what was written there on {socket.gethostname()}",
+            expected="one directory under the same path on all nodes (runtime.storage: shared)",
+            hint="mount it there, or set runtime.storage to per_node",
+        )
+    for node, missing in zip(
+        gang.nodes, get_results([a.missing_files.remote() for a in gang.actors]), strict=True
+    ):
+        if missing:
+            raise PlacementError(
+                "a node does not have the model files",
+                where=", ".join(node_names([node])),
+                got=f"no {missing[0]}" + (f", and {len(missing) - 1} more" * (len(missing) > 1)),
+                expected="the checkpoints under the same paths as on the driver's node",
+                hint="mount or copy them there, or set runtime.storage to per_node, which fetches "
+                "what a node lacks",
+            )
+    yield StateStorage(run, inputs, gang, specs)
+    if run.is_complete and not all(given.is_local for given in inputs.checkpoints.values()):
+        with contextlib.suppress(ArmRayError):
+            get_results([actor.remove_copies.remote() for actor in gang.actors])
+
+
+def _blind(run: RunDirectory, gang: ShardGang) -> list[str]:
+    """Nodes with shards that do not see the run directory."""
+    home = this_node()
+    asked = {node: a for node, a in zip(gang.nodes, gang.actors, strict=True) if node != home}
+    if not asked:
+        return []
+    token = uuid.uuid4().hex
+    file = run.path / f".seen-{token[:12]}"
+    file.write_text(token, encoding="utf-8")
+    try:
+        seen = get_results([actor.sees.remote(file, token) for actor in asked.values()])
+    finally:
+        file.unlink(missing_ok=True)
+    return [node for node, sees in zip(asked, seen, strict=True) if not sees]

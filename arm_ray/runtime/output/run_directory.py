@@ -1,0 +1,327 @@
+"""The output directory of a run: what is in it, and whether a merge may go on in it.
+
+::
+
+    config.yaml      the resolved configuration
+    inputs.json      digests of the checkpoints and the calibration data
+    precision.json   the number format of the forward pass
+    events.jsonl     what happened
+    states/NNNN/     the state after iteration NNNN, a model in float32
+    model/           the final merged model
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.weight_file import atomic_file, write_json
+from arm_ray.config import MergeConfig, config_difference, parse_merge_config, read_yaml
+from arm_ray.errors import ArmRayError, DiskSpaceError, RunDirectoryError
+from arm_ray.events import EventLog
+from arm_ray.runtime.output.precision import recorded
+from arm_ray.schedule import iteration_of, states_needed_after
+
+# Checkpoints that had to be brought into another form to be read.
+CONFIG_NAME = "config.yaml"
+INPUTS_NAME = "inputs.json"
+_LOCK_NAME = ".lock"
+_ID_NAME = ".run_id"
+_MAKE_ROOM = "free some, choose another output, or set keep_states: last"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a run writes; bytes.
+
+    Attributes:
+        state_bytes: Size of a merged state.
+        model_bytes: Size of the final model, or the most that an adapter takes.
+        num_candidates: How many candidates there are.
+    """
+
+    state_bytes: int
+    model_bytes: int
+    num_candidates: int
+
+
+class RunDirectory:
+    """One run's output directory, open and locked.
+
+    Attributes:
+        path: The directory.
+        config: The configuration.
+        events: What happened.
+        finished: Iteration -> manifest of each complete state.
+        inputs: What the run reads -> digest.
+        id: Tells the run from another one that was in the same directory before.
+        url: Where the run is uploaded to; None where it lives in the output directory.
+        published_iteration: The last one of a run that is complete at the URL and not here; else 0.
+    """
+
+    def __init__(self, path: Path, config: MergeConfig) -> None:
+        self.path = path
+        self.config = config
+        self.events = EventLog(path / "events.jsonl")
+        self.finished: dict[int, states.StateManifest] = {}
+        self.inputs: dict[str, str] = {}
+        self.id = ""
+        self.url: str | None = None
+        self.published_iteration = 0
+
+    @property
+    def model(self) -> Path:
+        """Where the final model is published."""
+        return self.path / "model"
+
+    @property
+    def partial_model(self) -> Path:
+        """Where the final model is made, before it is renamed to `model`."""
+        return self.path / "model.partial"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the final model is there."""
+        return self.model.is_dir() or self.published_iteration > 0
+
+    @property
+    def model_name(self) -> str:
+        """Where the final model is for others."""
+        return str(self.model) if self.url is None else f"{self.url}/model"
+
+    @property
+    def last_iteration(self) -> int:
+        """The last iteration whose state is complete; 0 where none is."""
+        return max(self.finished, default=self.published_iteration)
+
+    def record_inputs(self, digests: Mapping[str, str]) -> None:
+        """Write down what the run reads, or check that it is still the same.
+
+        Raises:
+            RunDirectoryError: An input has changed since the run began.
+        """
+        changed = [
+            name for name, digest in digests.items() if self.inputs.get(name, digest) != digest
+        ]
+        if changed:
+            raise RunDirectoryError(
+                f"the run cannot go on: {', '.join(changed)} changed since it began",
+                where=self.path,
+                hint="restore the data, or choose another output directory",
+            )
+        self.inputs.update(digests)
+        write_json(self.path / INPUTS_NAME, self.inputs)
+
+    def prune(
+        self, num_candidates: int, iteration: int, held: Collection[int] = frozenset()
+    ) -> None:
+        """Remove states that no later iteration needs, unless `keep_states` is `all`.
+
+        Args:
+            num_candidates: Of the run.
+            iteration: The last one that is done.
+            held: Iterations whose states are needed for something else.
+        """
+        if self.config.keep_states == "all" or not (self.path / "states").is_dir():
+            return
+        needed = states_needed_after(self.config.schedule, num_candidates, iteration)
+        keep = {iteration_of(name) for name in needed} | set(held)
+        for found in states.state_directories(self.path):
+            if found not in keep and found <= iteration:
+                states.discard_state(self.path, found)
+
+    def check_disk_space(self, room: Room) -> None:
+        """Check that the states still to come and the final model fit on the disk.
+
+        Raises:
+            DiskSpaceError: Says how much is missing.
+        """
+        count = self._states_to_come(room.num_candidates)
+        needed = count * room.state_bytes + room.model_bytes
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise DiskSpaceError(
+                "not enough room on the disk for the run",
+                where=self.path,
+                got=f"{_size(free)} free",
+                expected=_needed(count, room, needed - free),
+                hint=_MAKE_ROOM,
+            )
+
+    def disk_full(self, room: Room, cause: OSError) -> DiskSpaceError:
+        """The error for a disk that was filled up, by the run or by others, while it wrote."""
+        count = self._states_to_come(room.num_candidates)
+        needed = count * room.state_bytes + room.model_bytes
+        free = shutil.disk_usage(self.path).free
+        unfinished = [
+            directory
+            for directory in states.state_directories(self.path).values()
+            if states.read_manifest(directory) is None
+        ]
+        taken = sum(map(_bytes_on_disk, [*unfinished, self.partial_model]))
+        return DiskSpaceError(
+            f"the disk is full: {cause.strerror}",
+            where=self.path,
+            got=f"{_size(free)} free, and {_size(taken)} in unfinished files, which go first",
+            expected=_needed(count, room, max(0, needed - free - taken)),
+            hint=f"{_MAKE_ROOM}; the same command goes on after iteration {self.last_iteration}",
+        )
+
+    def _states_to_come(self, num_candidates: int) -> int:
+        """States that have to fit beside those that are there."""
+        schedule = self.config.schedule
+        remaining = schedule.max_iterations - self.last_iteration
+        count = remaining
+        evaluation = self.config.evaluation
+        # States that wait for their scores stay, and scoring may be slower than merging.
+        is_bounded = evaluation is None or evaluation.wait
+        if self.config.keep_states != "all" and is_bounded:
+            # States are written before older ones go, and ahead of their turn.
+            ahead = 1 + self.config.runtime.lookahead
+            most = ahead + max(
+                len(states_needed_after(schedule, num_candidates, t))
+                for t in range(1, schedule.max_iterations + 1)
+            )
+            present = self.finished and states_needed_after(
+                schedule, num_candidates, self.last_iteration
+            )
+            best = 0 if evaluation is None or evaluation.select.by == "last" else 1
+            count = min(remaining, most + best - len(present))
+        return count
+
+
+def _needed(count: int, room: Room, missing: int) -> str:
+    return (
+        f"{_size(count * room.state_bytes + room.model_bytes)}: {count} states of "
+        f"{_size(room.state_bytes)} and the model of {_size(room.model_bytes)}; "
+        f"{_size(missing)} are missing"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes} bytes"
+
+
+def _bytes_on_disk(directory: Path) -> int:
+    """What the files below a directory take, which of a file with holes is less than its size."""
+    total = 0
+    for path in directory.rglob("*"):
+        # Others may be removing files meanwhile.
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_blocks * 512
+    return total
+
+
+@contextlib.contextmanager
+def locked(path: Path, who: str) -> Iterator[None]:
+    """Make a directory if it is not there, and be the only one that works in it meanwhile.
+
+    Args:
+        path: The directory.
+        who: What works in it, for the error.
+
+    Raises:
+        RunDirectoryError: It cannot be written, or another process works in it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK_NAME).open("w")
+    except OSError as error:
+        raise RunDirectoryError(
+            "the output directory cannot be written", where=path, got=error
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunDirectoryError(
+                f"another {who} is working in the output directory",
+                where=path,
+                hint="wait for it, or choose another output",
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def open_run(config: MergeConfig, path: Path | None = None) -> Iterator[RunDirectory]:
+    """Create the run directory, or open it to go on, and hold its lock meanwhile.
+
+    Args:
+        config: The configuration.
+        path: The directory; None: the output.
+
+    Raises:
+        RunDirectoryError: It holds something else, a run with another configuration, or a run
+            that another process is working on.
+    """
+    path = path or Path(config.output).expanduser().resolve()
+    known = _existing_config(path)
+    finished = states.finished_states(path) if known is not None else {}
+    published = (path / "model").is_dir()
+    if known is not None and (finished or published):
+        known, wanted = (_with_recorded_dtype(c, path) for c in (known, config))
+        difference = config_difference(known, wanted, published=published)
+        if difference:
+            raise RunDirectoryError(
+                "the output directory holds a run with another configuration",
+                where=path,
+                got="\n" + "\n".join(f"      {line}" for line in difference),
+                hint="choose another output, or restore these keys to go on with the run",
+            )
+    with locked(path, "merge"):
+        run = RunDirectory(path, config)
+        states.discard_unfinished_states(path)
+        shutil.rmtree(run.partial_model, ignore_errors=True)
+        run.finished = states.finished_states(path)
+        if run.finished:
+            with contextlib.suppress(OSError, ValueError):
+                run.inputs = json.loads((path / INPUTS_NAME).read_text(encoding="utf-8"))
+        if not (path / _ID_NAME).is_file():
+            with atomic_file(path / _ID_NAME) as file:
+                file.write(uuid.uuid4().hex.encode())
+        run.id = (path / _ID_NAME).read_text(encoding="utf-8")
+        with atomic_file(path / CONFIG_NAME) as file:
+            file.write(config.to_yaml().encode())
+        yield run
+
+
+def _with_recorded_dtype(config: MergeConfig, path: Path) -> MergeConfig:
+    """The configuration with what `precision.compute_dtype: auto` came to in the run."""
+    found = recorded(path)
+    if found is None or config.precision.compute_dtype != "auto":
+        return config
+    return config.with_compute_dtype(found)
+
+
+def _existing_config(path: Path) -> MergeConfig | None:
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        raise RunDirectoryError("the output is not a directory", where=path)
+    try:
+        ours = (_LOCK_NAME, _ID_NAME, f".{_ID_NAME}.partial", f".{CONFIG_NAME}.partial")
+        content = sorted(p.name for p in path.iterdir() if p.name not in ours)
+    except OSError as error:
+        raise RunDirectoryError(
+            "the output directory cannot be read", where=path, got=error
+        ) from None
+    if not content:
+        return None
+    try:
+        return parse_merge_config(read_yaml(path / CONFIG_NAME), source=str(path / CONFIG_NAME))
+    except ArmRayError as error:
+        raise RunDirectoryError(
+            "the output directory holds something else than a run",
+            where=path,
+            got=", ".join(content[:6]) + (" …" if len(content) > 6 else ""),
+            expected="an empty or new directory, or a run that this version can go on with "
+            f"({error.what.splitlines()[0]})",
+            hint="choose another output; nothing there was touched",
+        ) from None

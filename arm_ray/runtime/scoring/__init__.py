@@ -1,0 +1,1 @@
+"""Scores of models and merged states, by engines and graders."""

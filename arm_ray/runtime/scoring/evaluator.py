@@ -1,0 +1,286 @@
+"""The actors that score models: vLLM engines, and the CPU processes that grade what they say."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from arm_ray.errors import PlacementError, WorkerError
+from arm_ray.evaluation.engine import (
+    ENVIRONMENT,
+    Completion,
+    Engine,
+    LoadReport,
+    ModelSource,
+    Request,
+)
+from arm_ray.evaluation.graders import Grader
+from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
+from arm_ray.runtime.cluster.calls import EVALUATOR, get_results
+from arm_ray.runtime.scoring.model_copies import CopiesOnNodes
+from arm_ray.runtime.session.heartbeat import activity
+from arm_ray.runtime.shards.placement import cluster_has, format_resources
+from arm_ray.storage.mirror import present
+
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class EvaluatorResources:
+    """What the evaluation reserves in the cluster."""
+
+    engine: dict[str, float]
+    replicas: int
+    grader: dict[str, float]
+    graders: int
+
+    @property
+    def total(self) -> dict[str, float]:
+        """Everything together."""
+        names = {*self.engine, *self.grader}
+        return {
+            name: self.engine.get(name, 0.0) * self.replicas
+            + self.grader.get(name, 0.0) * self.graders
+            for name in names
+        }
+
+
+def evaluator_resources(settings: EvaluationSettings, gpus_in_cluster: float) -> EvaluatorResources:
+    """What the settings ask of a cluster with so many GPUs."""
+    engine = settings.engine
+    gpus = engine.gpus_per_engine
+    if gpus == "auto":
+        gpus = float(engine.tensor_parallel) if gpus_in_cluster else 0.0
+    wanted = {"CPU": float(engine.cpus_per_engine), **engine.resources}
+    if gpus:
+        wanted["GPU"] = float(gpus)
+    grader = {"CPU": 1.0, **settings.grading.resources}
+    return EvaluatorResources(wanted, engine.replicas, grader, settings.grading.workers)
+
+
+class EngineActor:
+    """An engine in an actor. It starts in a call of its own, whose errors arrive as they are.
+
+    Args:
+        model: Directory that it is started with.
+        tokenizer: Directory of the tokenizer.
+        settings: Of the engine.
+        copies: `ModelCopies` of its node; None where it sees the driver's files.
+    """
+
+    engine_class: ClassVar[type[Engine]] = Engine
+
+    def __init__(
+        self, model: str, tokenizer: str, settings: EngineSettings, copies: Any = None
+    ) -> None:
+        self._arguments = (model, tokenizer, settings)
+        self._copies = copies
+        self._engine: Engine | None = None
+
+    def ready(self) -> float:
+        """Start the engine, unless it runs; returns the seconds that it took."""
+        return self._started.start_seconds
+
+    def load(self, source: ModelSource, version: str) -> LoadReport:
+        """See `Engine.load`. A model that is not on this node is copied first."""
+        started = time.monotonic()
+        for place in source.directories:
+            # Of a model at a URL, what describes it is copied to this node.
+            present(place)
+        fetched_bytes = 0
+        if self._copies is not None:
+            [placed] = get_results([self._copies.place.remote(source)], EVALUATOR)
+            source, fetched_bytes = placed.source, placed.fetched_bytes
+        report = self._started.load(source, version)
+        return replace(report, seconds=time.monotonic() - started, fetched_bytes=fetched_bytes)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See `Engine.generate`."""
+        return self._started.generate(requests)
+
+    def log_likelihoods(
+        self, samples: Sequence[tuple[Sequence[int], int]]
+    ) -> list[tuple[float, int, bool] | None]:
+        """See `Engine.log_likelihoods`."""
+        return self._started.log_likelihoods(samples)
+
+    @property
+    def _started(self) -> Engine:
+        if self._engine is None:
+            model, tokenizer, settings = self._arguments
+            present(model)
+            present(tokenizer)
+            if self._copies is not None:
+                [placed] = get_results([self._copies.describe.remote(model, tokenizer)], EVALUATOR)
+                model, tokenizer = placed.source.path, placed.tokenizer
+            self._engine = self.engine_class(model, tokenizer, settings)
+        return self._engine
+
+
+class EvaluatorGang:
+    """Engines and graders, placed; a lost one is replaced in its own place."""
+
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        resources: EvaluatorResources,
+        group: Any,
+        copies: CopiesOnNodes,
+    ) -> None:
+        self._settings, self._resources, self._group = settings, resources, group
+        self._copies = copies
+        self.engines: list[Any] = [None] * resources.replicas
+        self.graders: list[Any] = [None] * resources.graders
+        self._is_closed = False
+
+    def start_engine(self, index: int, model: str, tokenizer: str) -> Any:
+        """Place an engine, instead of the one that may be in this place; `ready` starts it."""
+        self._check_open()
+        self._kill(self.engines[index])
+        self._wait_for_places()
+        node = placement_group_table(self._group)["bundles_to_node_id"][index]
+        threads = str(self._settings.engine.cpus_per_engine)
+        env = {
+            **ENVIRONMENT,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            # Several engines may share a machine: each finds its own free ports.
+            "VLLM_HOST_IP": "127.0.0.1",
+        }
+        if not self._resources.engine.get("GPU"):
+            # Ray leaves a process that asked for no GPU all of them, the trainer's included.
+            env |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+        actor: Any = ray.remote(EngineActor)
+        self.engines[index] = actor.options(
+            **_options(self._resources.engine),
+            runtime_env={"env_vars": env},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=index
+            ),
+        ).remote(model, tokenizer, self._settings.engine, self._copies.on(node))
+        return self.engines[index]
+
+    def _wait_for_places(self) -> None:
+        """Those that were lost with their node come up again on another one."""
+        end = time.monotonic() + self._settings.engine.placement_timeout_s
+        while not self._group.wait(_POLL_S):
+            self._check_open()
+            if time.monotonic() > end:
+                error = _not_placed(self._settings, self._resources)
+                raise WorkerError(
+                    "an evaluator's node was lost, and there is no other room",
+                    got=error.got,
+                    expected=error.expected,
+                    hint=error.hint,
+                )
+        self._check_open()
+
+    def start_grader(self, index: int) -> Any:
+        """Start a grader, instead of the one that may be in this place."""
+        self._check_open()
+        self._kill(self.graders[index])
+        actor: Any = ray.remote(Grader)
+        self.graders[index] = actor.options(
+            **_options(self._resources.grader),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=self._resources.replicas + index
+            ),
+        ).remote(self._settings.grading)
+        return self.graders[index]
+
+    def close(self) -> None:
+        """End all actors."""
+        self._is_closed = True
+        for grader in self.graders:
+            if grader is not None:
+                with contextlib.suppress(RayError):
+                    ray.get(grader.close.remote(), timeout=10)
+        for actor in [*self.engines, *self.graders]:
+            self._kill(actor)
+        self._copies.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise WorkerError("the evaluators have been ended")
+
+    @staticmethod
+    def _kill(actor: Any) -> None:
+        if actor is not None:
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+
+
+@contextlib.contextmanager
+def placed_evaluators(
+    settings: EvaluationSettings,
+    model: str,
+    tokenizer: str,
+    runs_code: bool,
+    copies: CopiesOnNodes,
+) -> Iterator[EvaluatorGang]:
+    """Have the engines and graders run; they end with the context.
+
+    Args:
+        settings: Of the evaluation.
+        model: Directory that the engines are started with.
+        tokenizer: Directory of the tokenizer.
+        runs_code: Whether graders must be able to isolate code.
+        copies: For engines on nodes that do not see the models; closed at the end.
+
+    Raises:
+        PlacementError: The cluster does not give the resources in time; says what was asked and
+            what there is.
+        EvaluationError: An engine does not start, or code cannot be isolated.
+    """
+    resources = evaluator_resources(settings, ray.cluster_resources().get("GPU", 0.0))
+    bundles = [resources.engine] * resources.replicas + [resources.grader] * resources.graders
+    group = placement_group(bundles, strategy="PACK")
+    gang = EvaluatorGang(settings, resources, group, copies)
+    try:
+        if not group.wait(settings.engine.placement_timeout_s):
+            raise _not_placed(settings, resources)
+        engines = [gang.start_engine(i, model, tokenizer) for i in range(resources.replicas)]
+        graders = [gang.start_grader(i) for i in range(resources.graders)]
+        limit = settings.engine.timeout_s
+        get_results([grader.ready.remote(runs_code) for grader in graders], EVALUATOR, limit)
+        with activity(f"starting {len(engines)} vLLM engine(s)"):
+            get_results([engine.ready.remote() for engine in engines], EVALUATOR, limit)
+        yield gang
+    finally:
+        gang.close()
+        with contextlib.suppress(RayError):
+            remove_placement_group(group)
+
+
+def _options(resources: dict[str, float]) -> dict[str, Any]:
+    custom = {name: n for name, n in resources.items() if name not in ("CPU", "GPU")}
+    return {
+        "num_cpus": resources.get("CPU", 0.0),
+        "num_gpus": resources.get("GPU", 0.0),
+        "resources": custom,
+    }
+
+
+def _not_placed(settings: EvaluationSettings, resources: EvaluatorResources) -> PlacementError:
+    return PlacementError(
+        f"the cluster did not place the evaluators within "
+        f"{settings.engine.placement_timeout_s:g} s",
+        got=cluster_has(),
+        expected=f"{resources.replicas} times {format_resources(resources.engine)} for the "
+        f"engines, {resources.graders} times {format_resources(resources.grader)} for the graders",
+        hint="use fewer evaluation.engine.replicas, a fraction of a GPU "
+        "(evaluation.engine.gpus_per_engine), or nodes of their own "
+        "(evaluation.engine.resources, evaluation.grading.resources)",
+    )

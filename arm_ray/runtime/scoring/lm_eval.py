@@ -1,0 +1,528 @@
+"""Scores models on tasks of lm-evaluation-harness, with one of our engines."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from arm_ray.calibration.tokens import load_tokenizer
+from arm_ray.checkpoints.weight_file import write_json
+from arm_ray.config import EvaluateConfig
+from arm_ray.errors import ArmRayError, EvaluationError, WorkerError
+from arm_ray.evaluation.encode import uses_chat
+from arm_ray.evaluation.engine import Completion, LoadReport, Request, context_length
+from arm_ray.evaluation.settings import EvaluationSettings
+from arm_ray.events import EventLog, ModelScored
+from arm_ray.report.trackers import check_installed
+from arm_ray.runtime.cluster.calls import EVALUATOR, get_results
+from arm_ray.runtime.output.opening import results_at
+from arm_ray.runtime.scoring.evaluate import (
+    CONFIG_NAME,
+    evaluation_session,
+    open_output,
+    subject_of,
+)
+from arm_ray.runtime.scoring.evaluator import EvaluatorGang, placed_evaluators
+from arm_ray.runtime.scoring.model_copies import CopiesOnNodes
+from arm_ray.runtime.scoring.service import (
+    Subject,
+    engine_kind,
+    tokenizer_digest,
+    vllm_version,
+    with_dtype,
+    with_recorded_dtype,
+)
+from arm_ray.runtime.session.heartbeat import heartbeat
+from arm_ray.runtime.session.progress import LINE_INTERVAL_S, duration
+from arm_ray.runtime.shards.placement import outliving
+from arm_ray.storage.urls import is_url
+
+if TYPE_CHECKING:
+    from arm_ray.evaluation.lm_eval_bridge import OpenTasks
+
+FILE_NAME = "lm_eval.json"
+_ATTEMPTS = 3
+# Of the machine and the working directory, nothing about the scores.
+_DROPPED = ("pretty_env_info", "git_hash", "upper_git_hash", "samples")
+
+
+@dataclass(frozen=True)
+class LmEvalOptions:
+    """What of the harness is run.
+
+    Attributes:
+        tasks: Names of tasks, groups or tags.
+        include_path: Directory of task files of one's own.
+        num_fewshot: Solved examples in each prompt; None: as each task says.
+        limit: The first documents of each task alone; None: all.
+        apply_chat_template: Whether prompts go through the tokenizer's chat template.
+    """
+
+    tasks: tuple[str, ...]
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    apply_chat_template: bool = False
+
+
+def evaluate_lm_eval(
+    config: EvaluateConfig,
+    options: LmEvalOptions,
+    tasks: OpenTasks | None = None,
+    *,
+    address: str | None = None,
+    console: Console | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score models on tasks of lm_eval; what is scored already is not scored again.
+
+    `<output>/<model>/lm_eval.json` holds the numbers, in the format of lm_eval, and under
+    `arm_ray` how they came about. An earlier file with other settings stays, as
+    `lm_eval-<digest>.json`.
+
+    Args:
+        config: Models, output and the engine's settings; its own tasks are not looked at.
+        options: What of the harness is run.
+        tasks: The tasks, if `open_lm_eval` has loaded them already.
+        address: Address of a Ray cluster; None takes RAY_ADDRESS, and without that a local Ray.
+        console: Where progress and the table go; None: standard error.
+
+    Returns:
+        Model -> content of its file.
+
+    Raises:
+        EvaluationError: lm_eval is missing, a task cannot be used, or a model cannot be loaded;
+            then the other models are scored nevertheless.
+        ArmRayError: Another of its kinds. What is complete on disk stays and is used again.
+    """
+    if is_url(config.output):
+        with results_at(config.output) as local:
+            at_disk = config.model_copy(update={"output": str(local)})
+            return evaluate_lm_eval(at_disk, options, tasks, address=address, console=console)
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+
+    def told(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    tasks = tasks or open_lm_eval(options)
+    for note in tasks.notes:
+        told(note)
+    subjects = [subject_of(name, given, config) for name, given in config.models.items()]
+    if options.apply_chat_template:
+        for subject in subjects:
+            uses_chat(load_tokenizer(subject.tokenizer), "on", subject.name)
+    output = outliving(config.output)
+    # What an evaluation on our own tasks has written there says more than we know here.
+    has_config = (output / CONFIG_NAME).is_file()
+    output = output.resolve() if has_config else open_output(output, config)
+    check_installed(config.tracking)
+    events = EventLog(output / "events.jsonl")
+    # What is scored there already is scored in the format that is recorded, if it was `auto`.
+    known = with_recorded_dtype(config.evaluation, output)
+    run = _Run(known, options, tasks, output, events, told)
+    told(f"lm_eval: scoring {len(subjects)} model(s) on {', '.join(tasks.names)}")
+    digests = {subject.name: run.digest(subject) for subject in subjects}
+    found = {name: run.known(name, digest) for name, digest in digests.items()}
+    scored = {name: content for name, content in found.items() if content is not None}
+    for name in scored:
+        told(f"{name}: lm_eval's numbers are there already")
+    missing = [subject for subject in subjects if subject.name not in scored]
+    failures: list[ArmRayError] = []
+    if missing:
+        with (
+            heartbeat(console),
+            evaluation_session(config, run.settings, output, events, address, told),
+        ):
+            first = missing[0]
+            settled = with_dtype(config.evaluation, first.source.path, output, told)
+            run = _Run(settled, options, tasks, output, events, told)
+            digests = {subject.name: run.digest(subject) for subject in missing}
+            with placed_evaluators(
+                run.settings,
+                first.source.path,
+                first.tokenizer,
+                runs_code=False,
+                copies=CopiesOnNodes(config.scratch),
+            ) as gang:
+                engine = _OneEngine(gang, first, told)
+                for subject in missing:
+                    try:
+                        report = engine.load(subject)
+                    except (EvaluationError, WorkerError) as error:
+                        failures.append(error.of(subject.name))
+                        told(f"{subject.name}: not scored, its weights cannot be loaded")
+                        continue
+                    scored[subject.name] = run.score(subject, engine, report, digests[subject.name])
+    ordered = {name: scored[name] for name in config.models if name in scored}
+    if ordered:
+        _print_table(console, ordered, title=f"lm_eval ({output.name})")
+    told(f"{duration(time.monotonic() - started)}; numbers are in {output}")
+    if failures:
+        raise failures[0]
+    return ordered
+
+
+class _OneEngine:
+    """The engine, as lm_eval's model class takes it; it is replaced where it is lost or broken."""
+
+    def __init__(self, gang: EvaluatorGang, first: Subject, told: Callable[[str], None]) -> None:
+        self._gang, self._told = gang, told
+        self._kind: str | None = engine_kind(first.source.path, first.tokenizer)
+        self._subject = first
+
+    def load(self, subject: Subject) -> LoadReport:
+        """Have the engine hold a model's weights: reloaded in place, or started anew.
+
+        Raises:
+            EvaluationError: Not even a fresh engine takes them in.
+        """
+        self._subject = subject
+        wanted = engine_kind(subject.source.path, subject.tokenizer)
+        if self._kind != wanted:
+            self._restart()
+        # Until it has gone well, what the engine holds is nothing to go on with.
+        self._kind = None
+        try:
+            report = self._load()
+        except (EvaluationError, WorkerError) as error:
+            self._told(f"{subject.name}: reloading failed, starting the engine anew: {error}")
+            self._restart()
+            self._kind = None
+            report = self._load()
+        self._kind = wanted
+        return report
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See `Engine.generate`."""
+        completions: list[Completion] = self._call("generate", requests)
+        return completions
+
+    def log_likelihoods(
+        self, samples: Sequence[tuple[Sequence[int], int]]
+    ) -> list[tuple[float, int, bool] | None]:
+        """See `Engine.log_likelihoods`."""
+        found: list[tuple[float, int, bool] | None] = self._call("log_likelihoods", samples)
+        return found
+
+    def _call(self, method: str, argument: Any) -> Any:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                if attempt > 1:
+                    self._restart()
+                    self._load()
+                ref = getattr(self._gang.engines[0], method).remote(argument)
+                return get_results([ref], EVALUATOR)[0]
+            except WorkerError:
+                if attempt == _ATTEMPTS:
+                    raise
+                self._told(f"{self._subject.name}: the engine was lost, starting it anew")
+        raise AssertionError("unreachable")
+
+    def _load(self) -> LoadReport:
+        # The name as the version: no other weights have it in this engine.
+        ref = self._gang.engines[0].load.remote(self._subject.source, self._subject.name)
+        report: LoadReport = get_results([ref], EVALUATOR)[0]
+        return report
+
+    def _restart(self) -> None:
+        self._kind = None
+        subject = self._subject
+        engine = self._gang.start_engine(0, subject.source.path, subject.tokenizer)
+        get_results([engine.ready.remote()], EVALUATOR)
+        self._kind = engine_kind(subject.source.path, subject.tokenizer)
+
+
+class _Run:
+    """What is the same for all models of a run."""
+
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        options: LmEvalOptions,
+        tasks: OpenTasks,
+        output: Path,
+        events: EventLog,
+        told: Callable[[str], None],
+    ) -> None:
+        # One engine, and nothing that grades: lm_eval does that in this process.
+        self.settings = replace(
+            settings,
+            engine=replace(settings.engine, replicas=1),
+            grading=replace(settings.grading, workers=0),
+        )
+        self._options, self._tasks, self._output, self._told = options, tasks, output, told
+        self._events = events
+        self._tasks_digest = tasks.digest(options.limit)
+
+    def digest(self, subject: Subject) -> str:
+        """Of everything that decides a model's numbers, 16 hex digits."""
+        content = {
+            **self._described(subject),
+            "include_path": None,  # what is in it counts
+            "definitions": self._tasks_digest,
+            "tokenizer": tokenizer_digest(subject.tokenizer),
+            "weights": subject.identity,
+        }
+        text = json.dumps(content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def known(self, name: str, digest: str) -> dict[str, Any] | None:
+        """What an earlier run has found with the same settings."""
+        directory = self._output / name
+        for file in (directory / FILE_NAME, _kept_as(directory, digest)):
+            content = _read(file)
+            if content is not None and content.get("arm_ray", {}).get("digest") == digest:
+                return content
+        return None
+
+    def score(
+        self, subject: Subject, engine: _OneEngine, report: LoadReport, digest: str
+    ) -> dict[str, Any]:
+        """Run lm_eval on a model that the engine holds, and write its file and event."""
+        from arm_ray.evaluation.lm_eval_bridge import EngineLM
+
+        started = time.monotonic()
+        lm = EngineLM(
+            engine,
+            load_tokenizer(subject.tokenizer),
+            context_length(subject.source.path, self.settings.engine),
+            seed=self.settings.sampling.seed,
+            chunk_size=self.settings.engine.chunk_size,
+            told=_Lines(subject.name, self._told),
+        )
+        found = self._evaluate(subject, lm)
+        cut = sum(count.cut for count in lm.counts.values())
+        asked = sum(count.requests for count in lm.counts.values())
+        if cut:
+            self._told(
+                f"{subject.name}: {cut} of {asked} prompts did not fit into the context of "
+                f"{lm.max_length} tokens and were cut from the left, as lm_eval does"
+            )
+        if lm.dropped_system_messages:
+            self._told(
+                f"{subject.name}: the chat template refuses system messages; "
+                f"{lm.dropped_system_messages} were left out, as lm_eval does"
+            )
+        seconds = time.monotonic() - started
+        content = {name: value for name, value in found.items() if name not in _DROPPED}
+        content["arm_ray"] = {
+            "digest": digest,
+            "model": subject.name,
+            "source": asdict(subject.source),
+            "version": report.version,
+            "settings": self._described(subject),
+            "requests": {kind: asdict(count) for kind, count in lm.counts.items()},
+            "dropped_system_messages": lm.dropped_system_messages,
+            "seconds": round(seconds, 3),
+            "reload_seconds": round(report.seconds, 3),
+        }
+        plain: dict[str, Any] = _plain(content)
+        self._write(subject.name, plain)
+        shown = shown_scores(plain)
+        self._events.write(
+            ModelScored(
+                subject.name,
+                subject.source.given,
+                {
+                    f"lm_eval/{task}": {metric: round(v, 6)}
+                    for task, (metric, v, _) in shown.items()
+                },
+                round(seconds, 3),
+                round(report.seconds, 3),
+                report.canary.token_ids,
+                sum(count.requests for count in lm.counts.values()),
+                fetched_bytes=report.fetched_bytes,
+            )
+        )
+        parts = [f"{task} {metric} {v:.4f}" for task, (metric, v, _) in shown.items()]
+        self._told(f"scored {subject.name}: {', '.join(parts)}  {seconds:.1f} s")
+        return plain
+
+    def _evaluate(self, subject: Subject, lm: Any) -> dict[str, Any]:
+        import lm_eval
+
+        try:
+            with _one_process():
+                found: dict[str, Any] = lm_eval.simple_evaluate(
+                    model=lm,
+                    tasks=list(self._tasks.names),
+                    task_manager=self._tasks,
+                    num_fewshot=self._options.num_fewshot,
+                    limit=self._options.limit,
+                    apply_chat_template=self._options.apply_chat_template,
+                    bootstrap_iters=self.settings.resamples,
+                    log_samples=False,
+                )
+        except ArmRayError as error:
+            raise error.of(subject.name) from None
+        except Exception as error:  # tasks and metrics raise what they like
+            raise EvaluationError(
+                f"{subject.name}: lm_eval failed",
+                where=", ".join(self._tasks.names),
+                got=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
+                hint="run the tasks one by one to see which it is; finished models are kept",
+            ) from error
+        return found
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        directory = self._output / name
+        directory.mkdir(parents=True, exist_ok=True)
+        earlier = (_read(directory / FILE_NAME) or {}).get("arm_ray", {}).get("digest")
+        if earlier is not None and earlier != content["arm_ray"]["digest"]:
+            (directory / FILE_NAME).replace(_kept_as(directory, earlier))
+        write_json(directory / FILE_NAME, content)
+
+    def _described(self, subject: Subject) -> dict[str, Any]:
+        """Settings that are part of the numbers."""
+        return {
+            **asdict(self._options),
+            "engine": self.settings.engine.identity(),
+            "context": context_length(subject.source.path, self.settings.engine),
+            "seed": self.settings.sampling.seed,
+            "resamples": self.settings.resamples,
+            "vllm": vllm_version(),
+            "lm_eval": _lm_eval_version(),
+        }
+
+
+class _Lines:
+    """Progress of one model, a line now and then."""
+
+    def __init__(self, name: str, told: Callable[[str], None]) -> None:
+        self._name, self._told = name, told
+        self._started = self._last = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total:
+            self._started = now
+        elif now - self._last > LINE_INTERVAL_S:
+            self._last = now
+            rest = (now - self._started) / done * (total - done)
+            self._told(f"{self._name}: {done} of {total} {what}, about {rest:.0f} s to go")
+
+
+def shown_scores(content: Mapping[str, Any]) -> dict[str, tuple[str, float, float | None]]:
+    """Task or group -> main metric, its value and standard error, of a file's content.
+
+    The main metric is the first one of the task. Members of a group that has numbers of its own are
+    left out.
+    """
+    found: Mapping[str, Mapping[str, Any]] = content["results"]
+    members: Mapping[str, Sequence[str]] = content.get("group_subtasks") or {}
+    hidden: set[str] = set()
+    waiting = [name for name in members if name in (content.get("groups") or {})]
+    while waiting:
+        below = set(members.get(waiting.pop(), ())) - hidden
+        hidden |= below
+        waiting += below
+    shown = {}
+    for task, values in found.items():
+        if task in hidden:
+            continue
+        for key, value in values.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            label = metric if kind == "none" else f"{metric} ({kind})"
+            shown[task] = (label, float(value), error if isinstance(error, float) else None)
+            break
+    return shown
+
+
+def _print_table(console: Console, scored: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    shown = {model: shown_scores(content) for model, content in scored.items()}
+    sizes = next(iter(scored.values())).get("n-samples") or {}
+    heads = {task: score[0] for scores in shown.values() for task, score in scores.items()}
+    table = Table(title=title, title_justify="left")
+    table.add_column("model")
+    for task, metric in heads.items():
+        size = sizes.get(task, {}).get("effective")
+        head = f"{task}\n{metric}" + (f"\nn = {size}" if size else "")
+        table.add_column(head, justify="right")
+    for model, scores in shown.items():
+        table.add_row(model, *(_cell(scores.get(task)) for task in heads))
+    console.print(table)
+
+
+def _cell(score: tuple[str, float, float | None] | None) -> str:
+    if score is None:
+        return "-"
+    _, value, error = score
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def open_lm_eval(options: LmEvalOptions) -> OpenTasks:
+    """Find, check and load the tasks, without an engine.
+
+    Raises:
+        EvaluationError: lm_eval is missing, or a task cannot be used.
+    """
+    try:
+        from arm_ray.evaluation.lm_eval_bridge import open_tasks
+    except ImportError as error:
+        raise EvaluationError(
+            "lm-evaluation-harness cannot be imported",
+            got=f"{type(error).__name__}: {error}",
+            expected="lm_eval 0.4.12 or newer",
+            hint="pip install arm-ray[lm-eval]",
+        ) from None
+    return open_tasks(options.tasks, options.include_path, options.num_fewshot)
+
+
+def _lm_eval_version() -> str:
+    from importlib import metadata
+
+    return metadata.version("lm_eval")
+
+
+def _kept_as(directory: Path, digest: str) -> Path:
+    return directory / f"lm_eval-{digest}.json"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it; numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Keep lm_eval's bootstrap from forking this process, in which Ray's threads run."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

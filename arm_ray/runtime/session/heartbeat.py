@@ -1,0 +1,108 @@
+"""Says what goes on wherever nothing else is printed for a while.
+
+A job's parts name what they do with `activity`; `heartbeat` prints the newest of these names, and
+for how long it has gone on, once a console has been silent for some seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleRenderable, RenderHook
+
+from arm_ray.runtime.session.progress import LINE_INTERVAL_S, duration
+
+
+@dataclass(eq=False)
+class Activity:
+    """What goes on, in words, and since when (`time.monotonic`)."""
+
+    what: str
+    since: float
+
+    def becomes(self, what: str) -> None:
+        """Give it another name, from now on."""
+        self.what, self.since = what, time.monotonic()
+
+
+# Of this process, because a job's parts run in several threads. The newest is the last.
+_activities: list[Activity] = []
+_beating: set[int] = set()
+
+
+@contextlib.contextmanager
+def activity(what: str) -> Iterator[Activity]:
+    """Name what is done within the context.
+
+    Args:
+        what: In words that go before "12 s so far": "starting Ray".
+    """
+    entry = Activity(what, time.monotonic())
+    _activities.append(entry)
+    try:
+        yield entry
+    finally:
+        _activities.remove(entry)
+
+
+class Silence(RenderHook):
+    """Knows for how long a console has printed nothing; a moving bar counts as printing.
+
+    Args:
+        limit_s: Seconds of silence after which something is to be said.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._last = time.monotonic()
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Called by the console with all that it prints."""
+        self._last = time.monotonic()
+        return renderables
+
+    def due_in(self, now: float) -> float:
+        """Seconds until the silence is too long; 0 or less: it is."""
+        return self._last + self._limit_s - now
+
+    def line(self, now: float) -> str | None:
+        """What to print now; None where the silence is not too long, or nothing has a name."""
+        if self.due_in(now) > 0.0 or not _activities:
+            return None
+        newest = _activities[-1]
+        return f"  {newest.what}: {duration(now - newest.since)} so far"
+
+
+@contextlib.contextmanager
+def heartbeat(console: Console, limit_s: float = LINE_INTERVAL_S) -> Iterator[None]:
+    """Have a console never silent for longer than some seconds while something has a name.
+
+    Within another heartbeat of the same console, this one does nothing.
+    """
+    if id(console) in _beating:
+        yield
+        return
+    _beating.add(id(console))
+    silence, is_over = Silence(limit_s), threading.Event()
+    console.push_render_hook(silence)
+
+    def beat() -> None:
+        # Where nothing has a name there is nothing to say: look again a little later.
+        while not is_over.wait(max(silence.due_in(time.monotonic()), 0.5)):
+            line = silence.line(time.monotonic())
+            if line is not None:
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        console.pop_render_hook()
+        _beating.discard(id(console))

@@ -1,0 +1,1 @@
+"""The layer shards: their actors, weights and files."""

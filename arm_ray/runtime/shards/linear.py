@@ -1,0 +1,264 @@
+"""Merging without forward passes: each piece of a tensor goes through all iterations at once."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.validation import check_finite
+from arm_ray.checkpoints.weight_file import (
+    SharedWeightFile,
+    SharedWriter,
+    TensorSpec,
+    WeightFileWriter,
+)
+from arm_ray.merging.method import MEASURED
+from arm_ray.merging.operator import TensorInputs
+from arm_ray.merging.similarity import SimilaritySums, similarity_sums
+from arm_ray.runtime.shards.pieces import (
+    group_specs,
+    group_writer,
+    not_finite,
+    pieces_of,
+    tensor_inputs,
+)
+from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
+from arm_ray.runtime.shards.weights import WeightStore
+from arm_ray.runtime.shards.write_behind import Write, WriteBehind
+from arm_ray.schedule import BASE, IterationPlan
+
+# Elements merged at once. On a CPU a piece of every state in use should stay in cache; on a GPU,
+# where each operation costs a launch, it should be large.
+_PIECE, _PIECE_GPU = 1 << 17, 1 << 24
+# The same where numbers of a whole tensor are taken.
+_MEASURED_PIECE = 1 << 20
+# Up to this a tensor is measured and merged whole, by one thread, and read once.
+_LARGEST_WHOLE = 1 << 23
+
+Rows = tuple[TensorSpec, slice]
+# `map` in order, which may work on several items at a time.
+Each = Callable[[Callable[[Rows], object], Iterator[Rows]], Iterator[object]]
+
+
+def merge_linear(
+    spec: ShardSpec,
+    store: WeightStore,
+    plans: Sequence[IterationPlan],
+    group: int,
+    written: frozenset[int],
+    model: Sequence[SharedWeightFile],
+    known: Mapping[str, object],
+    each: Each,
+    behind: WriteBehind,
+) -> list[GroupReport]:
+    """Run consecutive iterations on one layer group; see `LayerShard.merge_linear`.
+
+    Args:
+        spec: The shard's.
+        store: The shard's weights.
+        plans: The iterations.
+        group: Index of the layer group.
+        written: Iterations whose states are written.
+        model: The weight files of the final model.
+        known: What is known of the whole model.
+        each: `map`, in order, which may run several pieces at a time.
+        behind: What writes them.
+    """
+    started = time.monotonic()
+    num_bytes = [0 for _ in plans]
+    tensors = group_specs(spec.layout, group)
+    with contextlib.ExitStack() as stack:
+        writers = {}
+        for position, plan in enumerate(plans):
+            if plan.iteration in written:
+                directory = states.state_directory(spec.run, plan.iteration)
+                writer = stack.enter_context(group_writer(directory, group, tensors))
+                writers[plan.iteration] = writer
+                num_bytes[position] = writer.num_bytes
+        files = [stack.enter_context(file.open()) for file in model]
+        merge = _GroupMerge(spec, store, group, plans[-1].iteration, writers, files, each, behind)
+        # Before the files are closed, whatever happens.
+        stack.callback(merge.wait_until_written)
+        large = []
+        if spec.method.tensor_rounds(1):
+            large = [tensor for tensor in tensors if prod(tensor.shape) > _LARGEST_WHOLE]
+        merge.pieces(plans, [tensor for tensor in tensors if tensor not in large], known, {})
+        for tensor in large:
+            merge.iteration_by_iteration(plans, tensor, known)
+        for write in merge.writes:
+            write.result()
+    store.release(group, (), lambda _state: False)
+    share = (time.monotonic() - started) / len(plans)
+    return [
+        GroupReport(group, tuple(merge.sums[plan.iteration]), 0, (), share, size)
+        for plan, size in zip(plans, num_bytes, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _GroupMerge:
+    """What all tensors of a group share.
+
+    Attributes:
+        last: The last iteration, whose result goes into the final model.
+        writes: What is being written.
+        sums: Iteration -> the comparisons of states, piece by piece.
+    """
+
+    spec: ShardSpec
+    store: WeightStore
+    group: int
+    last: int
+    writers: Mapping[int, WeightFileWriter]
+    files: Sequence[SharedWriter]
+    each: Each
+    behind: WriteBehind
+    writes: list[Future[None]] = field(default_factory=list)
+    sums: dict[int, list[SimilaritySums]] = field(default_factory=dict)
+
+    def pieces(
+        self,
+        plans: Sequence[IterationPlan],
+        tensors: Sequence[TensorSpec],
+        known: Mapping[str, object],
+        made: Mapping[str, Tensor],
+    ) -> None:
+        """Merge and write tensors piece by piece.
+
+        Args:
+            plans: The iterations, all of which a piece goes through while it is in cache.
+            tensors: Which.
+            known: What is known of the whole model, or of the tensor.
+            made: State -> the whole tensor; a state that is made here is put into its place.
+        """
+
+        def run(item: Rows) -> list[SimilaritySums]:
+            tensor, rows = item
+            merged, sums = self._run_piece(plans, tensor, rows, known, made)
+            for plan, result in zip(plans, merged, strict=True):
+                files: list[Write] = []
+                if plan.iteration in self.writers:
+                    files.append(self.writers[plan.iteration].write)
+                if plan.output in made:
+                    made[plan.output][rows] = result
+                if plan.iteration == self.last:
+                    files += [file.write for file in self.files if tensor.name in file]
+                for write in files:
+                    self.writes.extend(self.behind.write(write, tensor.name, rows.start, result))
+            return sums
+
+        for sums in self.each(run, self._items(tensors, _PIECE, MEASURED in known)):
+            assert isinstance(sums, list)
+            for plan, part in zip(plans, sums, strict=True):
+                self.sums.setdefault(plan.iteration, []).append(part)
+
+    def wait_until_written(self) -> None:
+        """Wait until nothing is being written."""
+        wait(self.writes)
+
+    def iteration_by_iteration(
+        self, plans: Sequence[IterationPlan], tensor: TensorSpec, known: Mapping[str, object]
+    ) -> None:
+        """The same for an operator that needs numbers of the whole tensor in each iteration."""
+        method = self.spec.method
+        made: dict[str, Tensor] = {}
+        for plan in plans:
+            measured: Mapping[str, object] = {**known, MEASURED: True}
+            for number in range(method.tensor_rounds(len(plan.contributors))):
+                sums = self._measure(plan, tensor, number, measured, made)
+                measured = {**measured, **method.conclude(number, sums, measured)}
+            if plan is not plans[-1]:
+                made[plan.output] = torch.empty(tensor.shape, device=self.store.device)
+            self.pieces([plan], [tensor], measured, made)
+
+    def _items(
+        self, tensors: Sequence[TensorSpec], elements: int, measures_tensors: bool
+    ) -> Iterator[Rows]:
+        if self.store.device.type != "cpu":
+            elements = _PIECE_GPU
+        for tensor in tensors:
+            pieces = pieces_of(self.spec, tensor, elements, measures_tensors=measures_tensors)
+            for rows in pieces:
+                yield tensor, rows
+
+    def _measure(
+        self,
+        plan: IterationPlan,
+        tensor: TensorSpec,
+        number: int,
+        known: Mapping[str, object],
+        made: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """One round over a tensor."""
+
+        def run(item: Rows) -> Mapping[str, Tensor]:
+            weights = [self._rows(state, *item, made) for state in plan.inputs]
+            return self.spec.method.measure(number, self._inputs(plan, *item, weights, known))
+
+        totals: dict[str, Tensor] = {}
+        for part in self.each(run, self._items([tensor], _MEASURED_PIECE, True)):
+            assert isinstance(part, Mapping)
+            for name, value in part.items():
+                totals[name] = totals[name] + value if name in totals else value
+        return totals
+
+    def _inputs(
+        self,
+        plan: IterationPlan,
+        tensor: TensorSpec,
+        rows: slice,
+        weights: Sequence[Tensor],
+        known: Mapping[str, object],
+    ) -> TensorInputs:
+        return tensor_inputs(
+            self.spec, self.store, plan, self.group, tensor, rows, weights[0], weights[1:], known
+        )
+
+    def _rows(
+        self, state: str, tensor: TensorSpec, rows: slice, made: Mapping[str, Tensor]
+    ) -> Tensor:
+        if state in made:
+            return made[state][rows]
+        return self.store.rows(state, self.group, tensor.name, rows)
+
+    def _run_piece(
+        self,
+        plans: Sequence[IterationPlan],
+        tensor: TensorSpec,
+        rows: slice,
+        statistics: Mapping[str, object],
+        made: Mapping[str, Tensor],
+    ) -> tuple[list[Tensor], list[SimilaritySums]]:
+        """The same rows of one tensor after each iteration, and the comparisons of states."""
+        known: dict[str, Tensor] = {}
+        merged: list[Tensor] = []
+        sums: list[SimilaritySums] = []
+
+        def get(state: str) -> Tensor:
+            if state not in known:
+                known[state] = self._rows(state, tensor, rows, made)
+            return known[state]
+
+        for plan in plans:
+            weights = [get(state) for state in plan.inputs]
+            inputs = self._inputs(plan, tensor, rows, weights, statistics)
+            result = self.spec.method.merge(inputs).tensor
+            compared = similarity_sums(result, get(plan.previous), get(BASE))
+            if not compared.is_finite:
+                # The weights were not looked at before: tell a bad input from a bad coefficient.
+                for state, checkpoint in self.spec.checkpoints.items():
+                    where = f"{state}: {checkpoint.tensors[tensor.name].file}"
+                    check_finite(checkpoint.read([tensor.name])[tensor.name], tensor.name, where)
+                raise not_finite(tensor.name, plan)
+            sums.append(compared)
+            known[plan.output] = result
+            merged.append(result)
+        return merged, sums

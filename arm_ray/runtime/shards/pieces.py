@@ -1,0 +1,111 @@
+"""A layer group's tensors in pieces of rows, and the file they go to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.weight_file import TensorSpec, WeightFileWriter
+from arm_ray.errors import NumericalError
+from arm_ray.merging.operator import TensorInputs
+from arm_ray.model.layout import ModelLayout
+from arm_ray.runtime.shards.spec import ShardSpec
+from arm_ray.runtime.shards.weights import WeightStore
+from arm_ray.schedule import IterationPlan
+
+
+def group_specs(layout: ModelLayout, group: int) -> list[TensorSpec]:
+    """The tensors of a layer group as a merged state stores them."""
+    names = layout.groups[group].tensors
+    return [TensorSpec(name, torch.float32, layout.shapes[name]) for name in names]
+
+
+@contextlib.contextmanager
+def group_writer(
+    directory: Path, group: int, specs: Sequence[TensorSpec], *, is_read_again: bool = True
+) -> Iterator[WeightFileWriter]:
+    """Write one layer group of a state; the file appears whole when the context ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = states.group_file(directory, group)
+    with WeightFileWriter(file, specs, is_read_again=is_read_again) as writer:
+        yield writer
+
+
+def row_pieces(spec: TensorSpec, elements: int) -> list[slice]:
+    """Consecutive rows of a tensor, of about so many elements at a time."""
+    rows = spec.shape[0]
+    width = max(1, spec.num_bytes // spec.dtype.itemsize // max(1, rows))
+    step = max(1, elements // width)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def pieces_of(
+    spec: ShardSpec, tensor: TensorSpec, elements: int, *, measures_tensors: bool = False
+) -> list[slice]:
+    """The rows that a tensor is merged in: all at once, or about so many elements at a time."""
+    is_linear = tensor.name in spec.layout.rotated
+    takes_rows = spec.method.takes_rows(
+        len(tensor.shape), is_linear, measures_tensors=measures_tensors
+    )
+    if takes_rows:
+        return row_pieces(tensor, elements)
+    return [slice(0, tensor.shape[0])]
+
+
+def tensor_inputs(
+    spec: ShardSpec,
+    store: WeightStore,
+    plan: IterationPlan,
+    group: int,
+    tensor: TensorSpec,
+    rows: slice,
+    reference: Tensor,
+    contributors: Sequence[Tensor],
+    known: Mapping[str, object],
+) -> TensorInputs:
+    """What an operator is given of some rows of a tensor.
+
+    Args:
+        spec: The shard's.
+        store: The shard's weights.
+        plan: The iteration.
+        group: Index of the tensor's layer group.
+        tensor: The whole tensor.
+        rows: Which rows.
+        reference: The reference's.
+        contributors: The contributors'.
+        known: What is known of the whole model.
+    """
+    moments: list[Tensor] = []
+    if spec.method.operator.second_moments:
+        moments = [
+            store.second_moments(state, group, tensor.name, rows) for state in plan.contributors
+        ]
+    return TensorInputs(
+        tensor.name,
+        reference,
+        contributors,
+        plan.divisor,
+        rows=rows,
+        shape=tensor.shape,
+        is_linear=tensor.name in spec.layout.rotated,
+        contributor_names=plan.contributors,
+        iteration=plan.draw,
+        includes_reference=plan.regime == "sliding_window",
+        statistics=known,
+        second_moments=moments,
+    )
+
+
+def not_finite(name: str, plan: IterationPlan) -> NumericalError:
+    """The error for a merged tensor that is not finite."""
+    return NumericalError(
+        f"merging {name} gave NaN, infinity or numbers too large",
+        where=f"iteration {plan.iteration}",
+        hint="use a smaller method.coefficient",
+    )

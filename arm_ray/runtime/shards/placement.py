@@ -1,0 +1,472 @@
+"""Joining or starting Ray, and placing the layer shards on it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.job_config import JobConfig
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+import arm_ray
+from arm_ray.config import RuntimeConfig
+from arm_ray.errors import ConfigError, PlacementError, WorkerError
+from arm_ray.model.partition import choose_num_shards
+from arm_ray.runtime.cluster.calls import get_results
+from arm_ray.runtime.session.heartbeat import activity
+from arm_ray.runtime.shards.layer_shard import LayerShard
+from arm_ray.runtime.shards.spec import ShardSpec
+from arm_ray.runtime.shards.transport import (
+    Transport,
+    choose_transport,
+    join_transport,
+    leave_transport,
+)
+
+NAMESPACE = "arm_ray"
+_PLACEMENT_POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class _KeptRay:
+    """See `ray_kept`."""
+
+    stack: contextlib.ExitStack
+    slots: int
+    about: Mapping[str, str]
+
+
+_kept: _KeptRay | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many shards there are, on what device, and the GPUs reserved for each."""
+
+    num_shards: int
+    device: str
+    gpus_per_shard: float = 0.0
+
+
+@dataclass(frozen=True)
+class ShardGang:
+    """The actors of a merge, in the order of the layers, and how they send hidden states.
+
+    Attributes:
+        actors: Their handles.
+        transport: How they send.
+        nodes: Ray's id of the node that each is on.
+    """
+
+    actors: list[Any]
+    transport: Transport
+    nodes: list[str]
+
+    @property
+    def crossings(self) -> list[int]:
+        """Shards whose hidden states go to another node."""
+        return [i for i, pair in enumerate(pairwise(self.nodes)) if pair[0] != pair[1]]
+
+
+def in_submitted_job() -> bool:
+    """Whether this process is the entry point of a `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def outliving(path: str | Path, key: str = "output") -> Path:
+    """A path that is there when a submitted job is over, whose working directory is a copy.
+
+    Args:
+        path: As it is configured.
+        key: Under which key.
+
+    Raises:
+        ConfigError: It is relative, and this is such a job.
+    """
+    expanded = Path(path).expanduser()
+    if in_submitted_job() and not expanded.is_absolute():
+        raise ConfigError(
+            f"the {key} of a submitted job is a relative path",
+            where=key,
+            got=path,
+            expected="an absolute path, on storage that outlives the job",
+            hint="the job runs in a temporary copy of its working directory",
+        )
+    return expanded
+
+
+@contextlib.contextmanager
+def ray_session(
+    address: str | None, cpu_slots: int, about: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Have Ray available: as it is, by joining a cluster, or by starting one that ends with us.
+
+    Args:
+        address: Address of a cluster; None takes RAY_ADDRESS, and without that starts a local Ray.
+        cpu_slots: CPU slots of a Ray that is started here.
+        about: What runs, for the dashboard's list of jobs: `job`, `output`.
+
+    Raises:
+        WorkerError: The cluster cannot be joined.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if _kept is not None:
+        # Stays up for whoever comes next.
+        slots = max(cpu_slots, _kept.slots)
+        _kept.stack.enter_context(_joined_or_started(address, slots, _kept.about))
+        yield
+        return
+    with _joined_or_started(address, cpu_slots, about):
+        yield
+
+
+@contextlib.contextmanager
+def ray_kept(cpu_slots: int, about: Mapping[str, str]) -> Iterator[None]:
+    """Have the Ray of the first `ray_session` within the context stay up until the context ends.
+
+    So a job of several stages starts Ray once, and not at all where nothing is left to do.
+
+    Args:
+        cpu_slots: CPU slots that a Ray that is started here has at least.
+        about: What runs, as for `ray_session`; it takes the place of what the stages say.
+    """
+    global _kept
+    with contextlib.ExitStack() as stack:
+        _kept = _KeptRay(stack, cpu_slots, about)
+        try:
+            yield
+        finally:
+            _kept = None
+
+
+@contextlib.contextmanager
+def _joined_or_started(
+    address: str | None, cpu_slots: int, about: Mapping[str, str] | None
+) -> Iterator[None]:
+    address = address or os.environ.get("RAY_ADDRESS")
+    metadata = {"arm_ray": arm_ray.__version__, **(about or {})}
+    options: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "log_to_driver": False,
+        "job_config": JobConfig(metadata=metadata),
+    }
+    if address:
+        # Inside a submitted job the workers have the job's working directory; elsewhere they are
+        # given the package, so that a cluster needs only our dependencies.
+        if not in_submitted_job():
+            options["runtime_env"] = {"py_modules": [str(Path(arm_ray.__file__).parent)]}
+        options["address"] = address
+    else:
+        # "local", because a bare init would join whatever an old address file names.
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": cpu_slots}
+    try:
+        with activity("joining Ray" if address else "starting Ray"):
+            ray.init(logging_level=logging.ERROR, **options)
+    except Exception as error:  # connection, version and authentication errors of many types
+        raise _not_joined(address, error) from None
+    try:
+        yield
+    finally:
+        with activity("leaving Ray" if address else "ending Ray"):
+            ray.shutdown()
+
+
+def _not_joined(address: str | None, error: Exception) -> WorkerError:
+    got = f"{type(error).__name__}: {error}"
+    ours = f"Ray {ray.__version__}, Python {platform.python_version()}"
+    if address is None:
+        return WorkerError("a local Ray cannot be started", where="this machine", got=got)
+    if "ersion mismatch" in got:
+        # Ray's own text says what the cluster has.
+        return WorkerError(
+            "the cluster runs another version of Ray or Python",
+            where=address,
+            got=" ".join(got.split()),
+            expected=f"what this process runs: {ours}",
+            hint="install the cluster's versions here, or submit a job, which runs with its own",
+        )
+    return WorkerError(
+        "Ray cannot be joined",
+        where=address,
+        got=got,
+        expected=f"a running cluster with {ours}",
+        hint="check the address (of Ray, port 6379 mostly, not of the dashboard), that the cluster "
+        "runs, that this machine reaches it, and its token (RAY_AUTH_TOKEN)",
+    )
+
+
+def check_object_store(gang: ShardGang, message_bytes: int) -> None:
+    """Refuse object stores that cannot hold the hidden states of a micro-batch twice.
+
+    Args:
+        gang: The shards, placed.
+        message_bytes: Hidden states of one micro-batch; bytes.
+
+    Raises:
+        PlacementError: Says which node's, its size, and what is needed.
+    """
+    if gang.transport != "object_store" or len(gang.actors) == 1:
+        return
+    for node in ray.nodes():
+        there = node["Resources"].get("object_store_memory", 0.0)
+        # One is written while the one before is still read.
+        if node["NodeID"] in gang.nodes and there < 2 * message_bytes:
+            raise PlacementError(
+                "a node's object store is too small for hidden states",
+                where=", ".join(node_names([node["NodeID"]])),
+                got=f"{there / 1e6:.1f} MB",
+                expected=f"at least {2 * message_bytes / 1e6:.1f} MB: two micro-batches",
+                hint="start its Ray with a larger --object-store-memory, or use fewer "
+                "runtime.micro_batch_tokens (which is part of the result) or one layer shard",
+            )
+
+
+def local_slots(runtime: RuntimeConfig, num_groups: int) -> int:
+    """CPU slots that a local Ray needs for the layer shards: at least one for each core."""
+    shards = 1 if runtime.layer_shards == "auto" else min(runtime.layer_shards, num_groups)
+    return max(os.cpu_count() or 1, shards * runtime.threads)
+
+
+def plan_placement(
+    runtime: RuntimeConfig,
+    num_groups: int,
+    reserved: Mapping[str, float] | None = None,
+    *,
+    takes_fewer: bool = False,
+) -> Placement:
+    """Decide on the device, the shards and their resources from what the cluster has.
+
+    Args:
+        runtime: The settings.
+        num_groups: Most shards that there can be.
+        reserved: What others of this run have taken of the cluster.
+        takes_fewer: Whether there may be fewer shards than asked for, where there is no more room.
+
+    Raises:
+        ConfigError: More shards were asked for than there are layer groups.
+        PlacementError: The cluster has no GPU or named resource, but one was asked for.
+    """
+    resources, reserved = ray.cluster_resources(), reserved or {}
+    gpus = resources.get("GPU", 0.0)
+    device = runtime.device
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    taken = reserved.get("GPU", 0.0)
+    gpus -= taken
+    share = runtime.gpus_per_shard
+    if share == "auto":
+        share = 1.0 if device == "cuda" else 0.0
+    if device == "cuda" and gpus < share:
+        raise PlacementError(
+            "the cluster has no GPU for a layer shard",
+            got=format_resources(resources)
+            + (f", of which the evaluators take {taken:g} GPU" if taken else ""),
+            expected=f"{share:g} GPU for each shard",
+            hint="share GPUs (evaluation.engine.gpus_per_engine with gpu_memory_utilization, "
+            "runtime.gpus_per_shard), or join a larger cluster"
+            if taken
+            else "set runtime.device to cpu, or join a cluster with GPUs",
+        )
+    cpus = max(1.0, resources.get("CPU", 1) - reserved.get("CPU", 0.0))
+    slots = gpus / share if share else cpus / runtime.threads
+    for name, amount in runtime.resources.items():
+        there = resources.get(name, 0.0)
+        if there < amount:
+            raise PlacementError(
+                f"the cluster has no {name!r} for a layer shard",
+                where="runtime.resources",
+                got=cluster_has(),
+                expected=f"{amount:g} {name} for each shard",
+                hint="start nodes with ray start --resources, or name a resource that they have",
+            )
+        slots = min(slots, there / amount)
+    if runtime.placement_strategy == "STRICT_SPREAD":
+        slots = min(slots, len(alive_nodes()))
+    count = choose_num_shards(runtime.layer_shards, int(slots), num_groups)
+    if takes_fewer:
+        count = max(1, min(count, int(slots)))
+    return Placement(count, device, share)
+
+
+def alive_nodes() -> frozenset[str]:
+    """Ids of the cluster's nodes."""
+    return frozenset(str(node["NodeID"]) for node in ray.nodes() if node["Alive"])
+
+
+def bundle_of(runtime: RuntimeConfig, placement: Placement) -> dict[str, float]:
+    """Resources of one shard."""
+    bundle = {"CPU": float(runtime.threads), **runtime.resources}
+    if placement.gpus_per_shard:
+        bundle["GPU"] = placement.gpus_per_shard
+    if runtime.memory_gb is not None:
+        bundle["memory"] = runtime.memory_gb * 1e9
+    return bundle
+
+
+@contextlib.contextmanager
+def placed_shards(
+    specs: Sequence[ShardSpec],
+    runtime: RuntimeConfig,
+    placement: Placement,
+    warn: Callable[[str], None],
+    has_shrunk: Callable[[], bool] = lambda: False,
+) -> Iterator[ShardGang]:
+    """Have one actor for each shard, in a placement group; they end with the context.
+
+    Args:
+        specs: The shards, in the order of the layers.
+        runtime: Threads, placement strategy, time-out and transport.
+        placement: What `plan_placement` decided.
+        warn: Called with a sentence if the wanted transport cannot be had.
+        has_shrunk: Asked while the cluster does not place them: whether waiting is of no use,
+            because it is smaller by now.
+
+    Raises:
+        PlacementError: The cluster does not give the resources in time; says what was asked and
+            what there is.
+    """
+    bundle = bundle_of(runtime, placement)
+    group = placement_group([bundle] * len(specs), strategy=runtime.placement_strategy)
+    actors: list[Any] = []
+    transport = choose_transport(runtime.transport, placement.device, len(specs))
+    try:
+        deadline = time.monotonic() + runtime.placement_timeout_s
+        has_told = False
+        while not group.wait(min(_PLACEMENT_POLL_S, runtime.placement_timeout_s)):
+            if time.monotonic() >= deadline or has_shrunk():
+                raise _not_placed(runtime, len(specs), bundle)
+            if not has_told:
+                has_told = True
+                warn(
+                    f"waiting for room for {len(specs)} layer shards, each "
+                    f"{format_resources(bundle)}, for at most {runtime.placement_timeout_s:g} s; "
+                    f"{cluster_has()}"
+                )
+        actors = _start(specs, runtime, placement, group, transport)
+        if transport != "object_store":
+            problem = join_transport(actors, transport)
+            if problem:
+                warn(f"no direct transport, using the object store: {problem}")
+                # Some may wait for the others in there, for long: they are of no more use.
+                _end(actors)
+                transport = "object_store"
+                actors = _start(specs, runtime, placement, group, transport)
+        nodes = get_results(
+            [actor.__ray_call__.remote(lambda _shard: this_node()) for actor in actors]
+        )
+        yield ShardGang(actors, transport, nodes)
+    finally:
+        leave_transport(actors, transport)
+        _end(actors)
+        with contextlib.suppress(RayError):
+            remove_placement_group(group)
+
+
+def _end(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        with contextlib.suppress(RayError):
+            ray.kill(actor)
+
+
+def this_node() -> str:
+    """Ray's id of the node that this process is on."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _start(
+    specs: Sequence[ShardSpec],
+    runtime: RuntimeConfig,
+    placement: Placement,
+    group: Any,
+    transport: Transport,
+) -> list[Any]:
+    threads = str(runtime.threads)
+    # cuBLAS is deterministic only with a workspace of fixed size.
+    env = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    options: dict[str, Any] = {
+        "num_cpus": runtime.threads,
+        "num_gpus": placement.gpus_per_shard,
+        "runtime_env": {"env_vars": env},
+        # `abandon` must get through while work is queued, and `deliver` goes on beside it.
+        "concurrency_groups": {"control": 1, "deliver": 1},
+    }
+    if runtime.resources:
+        options["resources"] = dict(runtime.resources)
+    if runtime.memory_gb is not None:
+        options["memory"] = runtime.memory_gb * 1e9
+    if transport != "object_store":
+        options["enable_tensor_transport"] = True
+    actor_class: Any = ray.remote(**options)(LayerShard)
+    actors = [
+        actor_class.options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=index
+            ),
+        ).remote(dataclasses.replace(spec, transport=transport))
+        for index, spec in enumerate(specs)
+    ]
+    # The actors import torch; that their group is placed does not mean that they run.
+    with activity(f"starting {len(actors)} layer shard(s)"):
+        get_results([actor.ready.remote() for actor in actors])
+    return actors
+
+
+def _not_placed(runtime: RuntimeConfig, count: int, bundle: dict[str, float]) -> PlacementError:
+    free, wanted = cluster_has(), format_resources(bundle)
+    if runtime.memory_gb is not None:
+        have = ray.available_resources().get("memory", 0.0) / 1e9
+        free, wanted = f"{free}; {have:.1f} GB free", f"{wanted}, {runtime.memory_gb:g} GB"
+    return PlacementError(
+        f"the cluster did not place {count} layer shards within {runtime.placement_timeout_s:g} s",
+        got=free,
+        expected=f"{count} times {wanted}, {runtime.placement_strategy}",
+        hint="use fewer runtime.layer_shards or another runtime.placement_strategy, wait for "
+        "other jobs, or add nodes",
+    )
+
+
+def node_names(ids: Sequence[str]) -> list[str]:
+    """Addresses and host names of nodes, by Ray's ids."""
+    known = {node["NodeID"]: node for node in ray.nodes()}
+    return [
+        f"{known[i]['NodeManagerHostname']} ({known[i]['NodeManagerAddress']})" if i in known else i
+        for i in ids
+    ]
+
+
+def cluster_has() -> str:
+    """What the cluster has, free and in all, in words."""
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    return (
+        f"free: {format_resources(ray.available_resources())}; "
+        f"in all: {format_resources(ray.cluster_resources())} on {nodes} node(s)"
+    )
+
+
+def format_resources(resources: Mapping[str, float]) -> str:
+    """Resources in words; those that Ray makes up itself are left out."""
+    own = ("memory", "object_store_memory", "node:", "accelerator_type:", "bundle_")
+    shown = [
+        f"{value:g} {key}"
+        for key, value in resources.items()
+        if not key.startswith(own) and "_group_" not in key
+    ]
+    return ", ".join(sorted(shown)) or "nothing"

@@ -1,0 +1,102 @@
+"""What a layer shard is given, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.config import ScheduleConfig
+from arm_ray.merging.method import Method
+from arm_ray.merging.similarity import SimilaritySums
+from arm_ray.model.layout import ModelLayout
+from arm_ray.runtime.shards.transport import Transport
+from arm_ray.runtime.shards.weights import Residency
+from arm_ray.schedule import BASE, INITIAL
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What a layer shard is given once.
+
+    Attributes:
+        layout: The model.
+        groups: Indices of the shard's layer groups, consecutive.
+        checkpoints: State name (`base`, `candidate-1`, …) -> checkpoint.
+        run: The run directory.
+        schedule: To know which states are read again.
+        method: How they are merged.
+        device: torch device of the shard, for example `cuda`; Ray gives each actor its own GPU.
+        compute_dtype: Of the forward pass.
+        threads: CPU threads.
+        residency: Where stored weights live.
+        transport: How hidden states leave the shard.
+        second_moments: Name of a candidate -> where its second moments lie, for an operator that
+            wants them.
+        disk_bytes_per_s: Most that the shard reads and writes in a second; None: no limit.
+        scratch: `runtime.shards.scratch`.
+        niceness: `runtime.niceness`.
+    """
+
+    layout: ModelLayout
+    groups: range
+    checkpoints: Mapping[str, Checkpoint]
+    run: Path
+    schedule: ScheduleConfig
+    method: Method
+    device: str
+    compute_dtype: torch.dtype
+    threads: int
+    residency: Residency = "device"
+    transport: Transport = "object_store"
+    second_moments: Mapping[str, Checkpoint] = field(default_factory=dict)
+    disk_bytes_per_s: float | None = None
+    scratch: str | None = None
+    niceness: int = 0
+
+    @property
+    def num_candidates(self) -> int:
+        """How many candidates there are."""
+        return len(self.checkpoints.keys() - {BASE, INITIAL})
+
+    @property
+    def chunks(self) -> list[range]:
+        """Groups that run one after another on a micro-batch before the next micro-batch comes.
+
+        All of them where all are on the device; else one, which is released before the next.
+        """
+        if self.residency == "device":
+            return [self.groups]
+        return [range(group, group + 1) for group in self.groups]
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What merging one layer group gave; times in seconds, sizes in bytes."""
+
+    group: int
+    similarity: tuple[SimilaritySums, ...]
+    rotated: int
+    rank_deficient: tuple[str, ...]
+    seconds: float
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class ShardUsage:
+    """What a shard has done since it was asked last; times in seconds, sizes in bytes.
+
+    Attributes:
+        forward_seconds: In forward passes.
+        merge_seconds: In merging.
+        sent_bytes: Of hidden states that were given to the next shard, for one iteration.
+        fetched_bytes: Of weights that came from elsewhere than the shard's own node.
+    """
+
+    forward_seconds: float = 0.0
+    merge_seconds: float = 0.0
+    sent_bytes: int = 0
+    fetched_bytes: int = 0

@@ -1,0 +1,225 @@
+"""The tensors of the states that one shard reads, kept where `runtime.residency` says.
+
+| residency | stored weights of the states in use | for the forward pass |
+|---|---|---|
+| `device` | on the device, from the first use to the last | the whole shard, cast |
+| `host` | in host memory, from the first use to the last | one layer group at a time |
+| `disk` | memory-mapped; one group is read while another computes | one layer group at a time |
+
+On a CPU, `device` leaves the base and the candidates memory-mapped: the page cache is the memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.validation import check_second_moments
+from arm_ray.merging.alignment import aligned
+from arm_ray.model.layout import EMBEDDING, ModelLayout, is_layer_tensor
+from arm_ray.runtime.shards.rate import RateLimit
+from arm_ray.schedule import iteration_of
+
+Residency = Literal["device", "host", "disk"]
+
+
+class WeightStore:
+    """Reads, caches and releases the weights of a shard's layer groups.
+
+    Args:
+        layout: The model.
+        checkpoints: State name -> checkpoint, for the base and the candidates.
+        run: The run directory, which holds the merged states.
+        device: Where the weights are computed with.
+        compute_dtype: Of the forward pass.
+        residency: Where stored weights live meanwhile.
+        second_moments: Name of a candidate -> Adam's second moments, where an operator wants them.
+            They live where the candidate does, and as long.
+        disk: What is read is counted there, group by group.
+    """
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        checkpoints: Mapping[str, Checkpoint],
+        run: Path,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        residency: Residency,
+        second_moments: Mapping[str, Checkpoint] | None = None,
+        disk: RateLimit | None = None,
+    ) -> None:
+        self._layout, self._checkpoints, self._run = layout, checkpoints, run
+        self._device, self._compute_dtype, self._residency = device, compute_dtype, residency
+        self._second_moments = second_moments or {}
+        self._disk = disk or RateLimit(None)
+        self._stored: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._moments: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._compute: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._ahead: dict[tuple[str, int], Future[dict[str, Tensor]]] = {}
+        # Pieces of one group are merged by several threads.
+        self._lock = threading.Lock()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are computed with."""
+        return self._device
+
+    def layers(self, state: str, group: int) -> dict[str, Tensor]:
+        """The group's decoder-layer tensors on the device in the compute dtype."""
+        key = (state, group)
+        if key not in self._compute:
+            self._compute[key] = {
+                name: _aligned(self._moved(tensor, self._compute_dtype))
+                for name, tensor in self._group(state, group).items()
+                if is_layer_tensor(name)
+            }
+        return self._compute[key]
+
+    def embed(self, state: str, input_ids: Tensor) -> Tensor:
+        """Hidden states before the first layer `[batch, tokens, hidden]`; looks up, then casts."""
+        table = self._group(state, 0)[EMBEDDING]
+        hidden = nn.functional.embedding(input_ids.to(table.device), table)
+        return self._moved(hidden, self._compute_dtype)
+
+    def rows(self, state: str, group: int, name: str, rows: slice) -> Tensor:
+        """Rows of one tensor, float32, on the device."""
+        return self._moved(self._group(state, group)[name][rows], torch.float32)
+
+    def second_moments(self, state: str, group: int, name: str, rows: slice) -> Tensor:
+        """Rows of the second moments of one tensor of a candidate, float32, on the device.
+
+        Raises:
+            CorruptCheckpointError: One of them is negative or not finite.
+        """
+        key = (state, group)
+        source = self._second_moments[state]
+        if key not in self._moments:
+            with self._lock:
+                if key not in self._moments:
+                    names = self._layout.groups[group].tensors
+                    self._moments[key] = self._placed(source.read(names))
+        found = self._moved(self._moments[key][name][rows], torch.float32)
+        where = f"second moments of {state}: {source.tensors[name].file}"
+        check_second_moments(found, name, rows.start or 0, where)
+        return found
+
+    def as_computed(self, state: str, group: int, name: str, whole: Tensor) -> Tensor:
+        """A layer's weight as the forward pass used it, float32.
+
+        Args:
+            state: The state.
+            group: Its layer group.
+            name: The weight.
+            whole: What `rows` gave for all of it; taken where the forward pass rounded nothing.
+        """
+        computed = self.layers(state, group)[name]
+        if computed.dtype == torch.float32:
+            return computed
+        stored = self._group(state, group)[name]
+        return whole if stored.dtype == computed.dtype else computed.to(torch.float32)
+
+    def keep(self, state: str, group: int, pieces: Mapping[str, list[Tensor]]) -> None:
+        """Take over a new state's tensors, in pieces of rows, so that they are not read back."""
+        if self._residency != "disk":
+            whole = {n: p[0] if len(p) == 1 else torch.cat(p) for n, p in pieces.items()}
+            self._stored[state, group] = {
+                name: tensor if self._residency == "device" else self._on_host(tensor)
+                for name, tensor in whole.items()
+            }
+
+    @property
+    def keeps_new_states(self) -> bool:
+        """Whether `keep` does anything."""
+        return self._residency != "disk"
+
+    def read_ahead(self, wanted: Iterable[str], group: int) -> None:
+        """Start reading a group of some states, where they live on disk."""
+        if self._residency != "disk":
+            return
+        for state in wanted:
+            key = (state, group)
+            if key not in self._stored and key not in self._ahead:
+                self._ahead[key] = self._reader.submit(self._read, state, group)
+
+    def release(self, group: int, inputs: Iterable[str], keep: Callable[[str], bool]) -> None:
+        """Let go of a group: of its compute copies, and of states that are not read again.
+
+        Args:
+            group: The layer group, just merged.
+            inputs: States that the forward pass used.
+            keep: Whether a later iteration reads a state.
+        """
+        for state in inputs:
+            self._compute.pop((state, group), None)
+        for cache in (self._stored, self._moments):
+            for key in [key for key in cache if key[1] == group]:
+                if self._residency == "disk" or not keep(key[0]):
+                    del cache[key]
+
+    def release_unless_resident(self, group: int) -> None:
+        """Let go of a group for now: of compute copies, and of what was read from disk."""
+        if self._residency == "device":
+            return
+        caches = [self._compute]
+        if self._residency == "disk":
+            caches += [self._stored, self._moments]
+        for cache in caches:
+            for key in [key for key in cache if key[1] == group]:
+                del cache[key]
+
+    def _group(self, state: str, group: int) -> dict[str, Tensor]:
+        key = (state, group)
+        if key not in self._stored:
+            with self._lock:
+                if key not in self._stored:
+                    ahead = self._ahead.pop(key, None)
+                    self._stored[key] = ahead.result() if ahead else self._read(state, group)
+        return self._stored[key]
+
+    def _read(self, state: str, group: int) -> dict[str, Tensor]:
+        names = self._layout.groups[group].tensors
+        iteration = iteration_of(state)
+        if iteration is None:
+            mapped = self._checkpoints[state].read(names)
+        else:
+            directory = states.state_directory(self._run, iteration)
+            mapped = states.read_group(directory, group, names)
+        self._disk.spend(sum(tensor.nbytes for tensor in mapped.values()))
+        return self._placed(mapped)
+
+    def _placed(self, mapped: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of one group, from a file to where they live."""
+        if self._residency == "device":
+            return {name: tensor.to(self._device) for name, tensor in mapped.items()}
+        if self._residency == "host":
+            return {name: self._on_host(tensor) for name, tensor in mapped.items()}
+        # Layers are read here and now, perhaps ahead of their turn. The embedding and the head stay
+        # mapped: they are larger than a layer, and used a few rows at a time.
+        return {
+            name: self._on_host(tensor) if is_layer_tensor(name) else tensor
+            for name, tensor in mapped.items()
+        }
+
+    def _moved(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """On the device in a dtype; cast there, because torch would cast on the host first."""
+        return tensor.to(self._device).to(dtype)
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory: page-locked for a GPU, which copies it several times faster."""
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=self._device.type == "cuda")
+        return copy.copy_(tensor)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """As `aligned`, of what MKL multiplies by: it does not multiply in bfloat16."""
+    return tensor if tensor.dtype == torch.bfloat16 else aligned(tensor)
