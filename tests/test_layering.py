@@ -35,6 +35,22 @@ ALLOWED: dict[str, set[str]] = {
     "config_keys": CORE | {"following", "merging", "training"},
     "cli": PURE | {"config_keys", "following", "planning", "runtime", "training"},
 }
+# The rooms within `runtime/`, from the ground up.
+_GROUND = {"session", "inputs"}
+_CLUSTER = _GROUND | {"cluster", "output", "shards"}
+WITHIN_RUNTIME: dict[str, set[str]] = {
+    "session": set(),
+    "inputs": set(),
+    "cluster": {"session"},
+    "output": {"cluster"},
+    "shards": {"cluster", "session"},
+    "scoring": _CLUSTER,
+    "train": {"session", "cluster", "output"},
+    "merge": _CLUSTER | {"scoring"},
+    "attach": _CLUSTER | {"scoring", "merge"},
+    "pipeline": _CLUSTER | {"scoring", "merge", "train"},
+}
+MOST_FILES = 15
 # Rooms that may import Ray, and the one module that does so when it is called.
 RAY_ROOMS = {"runtime"}
 RAY_AT_CALL_TIME = {"arm_ray/calibration/stream.py"}
@@ -70,6 +86,41 @@ def imports(path: Path, top_level: bool = False) -> set[str]:
 
 
 MODULES = [p for p in sources("arm_ray") if p != ROOT / "arm_ray" / "__init__.py"]
+
+
+def within_runtime(path: Path) -> str | None:
+    parts = path.relative_to(ROOT / "arm_ray").with_suffix("").parts
+    return parts[1] if parts[0] == "runtime" and parts[-1] != "__init__" else None
+
+
+@pytest.mark.parametrize("room", WITHIN_RUNTIME)
+def test_imports_within_runtime_point_one_way(room: str) -> None:
+    files = [path for path in MODULES if within_runtime(path) == room]
+    assert files
+    for path in files:
+        names = [n.split(".") for n in imports(path) if n.startswith("arm_ray.runtime.")]
+        for name in names:
+            assert name[2] in WITHIN_RUNTIME[room] | {room}, f"{path.name} imports {name}"
+
+
+def test_every_room_of_runtime_has_its_floor_and_no_cycle() -> None:
+    rooms = {within_runtime(path) for path in MODULES} - {None}
+    assert rooms == set(WITHIN_RUNTIME)
+    floors: dict[str, int] = {}
+    while len(floors) < len(WITHIN_RUNTIME):
+        on_top = {
+            room: 1 + max((floors[below] for below in WITHIN_RUNTIME[room]), default=0)
+            for room in WITHIN_RUNTIME
+            if room not in floors and WITHIN_RUNTIME[room] <= set(floors)
+        }
+        assert on_top, "a cycle"
+        floors |= on_top
+    assert max(floors.values()) <= 7
+
+
+def test_no_folder_is_crowded() -> None:
+    for folder in {path.parent for path in MODULES if within_runtime(path)}:
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
 
 
 def test_there_is_something_to_check() -> None:

@@ -277,7 +277,7 @@ def test_an_output_that_holds_something_else_is_left_alone(case: MergeCase) -> N
         evaluate_lm_eval(config, LmEvalOptions(("choices",), str(tasks)))
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr("arm_ray.runtime.shards.placement.in_submitted_job", lambda: True)
+        patch.setattr("arm_ray.runtime.cluster.joining.in_submitted_job", lambda: True)
         relative = config.model_copy(update={"output": "out"})
         with pytest.raises(ConfigError, match="relative path"):
             evaluate_lm_eval(relative, LmEvalOptions(("choices",), str(tasks)))

@@ -22,12 +22,13 @@ from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import BENCHMARKS, load_tasks
 from arm_ray.events import Event, EventLog, Warned
 from arm_ray.report.verdict import verdict
+from arm_ray.runtime.cluster.joining import outliving, ray_kept
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.scoring.evaluate import evaluate
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import duration
-from arm_ray.runtime.shards.placement import local_slots, outliving, ray_kept
+from arm_ray.runtime.shards.placement import local_slots
 from arm_ray.storage.urls import is_url
 from arm_ray.training.config import GrpoConfig, SftConfig, TrainingConfig
 from arm_ray.training.pipeline import PipelineConfig, Stages

@@ -34,12 +34,13 @@ from arm_ray.errors import (
 from arm_ray.events import EventLog, RunFailed, Warned
 from arm_ray.report.scalars import TRAINING_STEP, Record
 from arm_ray.report.trackers import check_installed
+from arm_ray.runtime.cluster.joining import outliving, ray_session
+from arm_ray.runtime.cluster.nodes import cluster_has
 from arm_ray.runtime.output.precision import recorded, settle, units_of
 from arm_ray.runtime.output.run_directory import locked
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import LINE_INTERVAL_S, duration, print_summary
 from arm_ray.runtime.session.telemetry import telemetry
-from arm_ray.runtime.shards.placement import cluster_has, outliving, ray_session
 from arm_ray.training import memory
 from arm_ray.training.config import (
     GrpoConfig,

@@ -25,8 +25,8 @@ from arm_ray.events import read_events
 from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.devices import GB
 from arm_ray.planning.plan import make_plan
+from arm_ray.runtime.cluster.joining import ray_kept
 from arm_ray.runtime.merge.run import merge
-from arm_ray.runtime.shards.placement import ray_kept
 from benchmarks.random_models import SHAPES, write_checkpoint
 
 CANDIDATES = 2

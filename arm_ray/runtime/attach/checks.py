@@ -13,7 +13,7 @@ from arm_ray.config import read_yaml
 from arm_ray.errors import ArmRayError, RunDirectoryError
 from arm_ray.following.config import AttachConfig
 from arm_ray.model.layout import check_layout, load_config, model_layout
-from arm_ray.runtime.shards.placement import outliving
+from arm_ray.runtime.cluster.joining import outliving
 from arm_ray.schedule import BASE
 
 _CONFIG_NAME = "config.yaml"

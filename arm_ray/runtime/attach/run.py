@@ -50,6 +50,7 @@ from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.attach.arrival_scoring import ArrivalScoring
 from arm_ray.runtime.attach.checks import check_base, check_outlives_job, open_work
 from arm_ray.runtime.attach.follower import Follower
+from arm_ray.runtime.cluster.joining import ray_session
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.output.precision import record, recorded
@@ -58,7 +59,7 @@ from arm_ray.runtime.scoring.service import Subject
 from arm_ray.runtime.scoring.state_scoring import checkpoint_subject, local_evaluator_slots
 from arm_ray.runtime.session.progress import duration, print_summary
 from arm_ray.runtime.session.telemetry import telemetry
-from arm_ray.runtime.shards.placement import local_slots, ray_session
+from arm_ray.runtime.shards.placement import local_slots
 from arm_ray.schedule import BASE, candidate_name
 
 _ATTEMPTS = 3

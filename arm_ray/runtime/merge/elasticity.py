@@ -18,10 +18,11 @@ import ray
 from arm_ray.checkpoints import states
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import ArmRayError, PlacementError, ShardLostError, TransportError
+from arm_ray.runtime.cluster.nodes import alive_nodes
 from arm_ray.runtime.merge.driver import Merged
 from arm_ray.runtime.merge.state_storage import StateStorage
 from arm_ray.runtime.output.run_directory import RunDirectory
-from arm_ray.runtime.shards.placement import Placement, alive_nodes, bundle_of, plan_placement
+from arm_ray.runtime.shards.placement import Placement, bundle_of, plan_placement
 from arm_ray.schedule import iterations_needed_after
 
 _T = TypeVar("_T")

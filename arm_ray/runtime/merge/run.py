@@ -42,6 +42,8 @@ from arm_ray.planning.sources import open_workload
 from arm_ray.report.model_card import write_model_card
 from arm_ray.report.scores import Scores
 from arm_ray.report.trackers import check_installed
+from arm_ray.runtime.cluster.joining import outliving, ray_session
+from arm_ray.runtime.cluster.nodes import alive_nodes
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.merge.adapter import write_adapter
 from arm_ray.runtime.merge.driver import StreamingDriver
@@ -62,12 +64,9 @@ from arm_ray.runtime.session.progress import cosine_text, duration, print_summar
 from arm_ray.runtime.session.telemetry import telemetry
 from arm_ray.runtime.shards.placement import (
     Placement,
-    alive_nodes,
     check_object_store,
     local_slots,
-    outliving,
     placed_shards,
-    ray_session,
 )
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.schedule import iterations_needed_after, merge_sizes

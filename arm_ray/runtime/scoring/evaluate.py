@@ -21,6 +21,7 @@ from arm_ray.evaluation.tasks import Task, load_tasks
 from arm_ray.events import EventLog
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.report.trackers import check_installed
+from arm_ray.runtime.cluster.joining import outliving, ray_session
 from arm_ray.runtime.output.opening import results_at
 from arm_ray.runtime.output.run_directory import locked
 from arm_ray.runtime.scoring.model_copies import CopiesOnNodes
@@ -38,7 +39,6 @@ from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots, scored_
 from arm_ray.runtime.session.heartbeat import heartbeat
 from arm_ray.runtime.session.progress import duration
 from arm_ray.runtime.session.telemetry import telemetry
-from arm_ray.runtime.shards.placement import outliving, ray_session
 from arm_ray.storage.urls import is_url
 
 CONFIG_NAME = "config.yaml"

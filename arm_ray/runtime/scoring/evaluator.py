@@ -29,9 +29,9 @@ from arm_ray.evaluation.engine import (
 from arm_ray.evaluation.graders import Grader
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
 from arm_ray.runtime.cluster.calls import EVALUATOR, get_results
+from arm_ray.runtime.cluster.nodes import cluster_has, format_resources
 from arm_ray.runtime.scoring.model_copies import CopiesOnNodes
 from arm_ray.runtime.session.heartbeat import activity
-from arm_ray.runtime.shards.placement import cluster_has, format_resources
 from arm_ray.storage.mirror import present
 
 _POLL_S = 1.0

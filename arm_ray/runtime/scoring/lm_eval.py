@@ -26,6 +26,7 @@ from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.events import EventLog, ModelScored
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.cluster.calls import EVALUATOR, get_results
+from arm_ray.runtime.cluster.joining import outliving
 from arm_ray.runtime.output.opening import results_at
 from arm_ray.runtime.scoring.evaluate import (
     CONFIG_NAME,
@@ -45,7 +46,6 @@ from arm_ray.runtime.scoring.service import (
 )
 from arm_ray.runtime.session.heartbeat import heartbeat
 from arm_ray.runtime.session.progress import LINE_INTERVAL_S, duration
-from arm_ray.runtime.shards.placement import outliving
 from arm_ray.storage.urls import is_url
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from arm_ray.checkpoints.naming import split_source
 from arm_ray.config import RuntimeConfig, scratch_path
 from arm_ray.errors import ArmRayError, DiskSpaceError, EvaluationError, WorkerError
 from arm_ray.evaluation.engine import ModelSource
+from arm_ray.runtime.cluster.nodes import this_node
 from arm_ray.runtime.shards.node_files import NodeFiles, read_chunks
-from arm_ray.runtime.shards.placement import this_node
 from arm_ray.runtime.shards.scratch import sighted
 from arm_ray.storage.mirror import is_companion, origin, with_adapter
 from arm_ray.storage.store import StoredFile

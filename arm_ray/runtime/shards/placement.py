@@ -1,30 +1,32 @@
-"""Joining or starting Ray, and placing the layer shards on it."""
+"""Placing the layer shards on a cluster."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.job_config import JobConfig
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-import arm_ray
 from arm_ray.config import RuntimeConfig
-from arm_ray.errors import ConfigError, PlacementError, WorkerError
+from arm_ray.errors import PlacementError
 from arm_ray.model.partition import choose_num_shards
 from arm_ray.runtime.cluster.calls import get_results
+from arm_ray.runtime.cluster.nodes import (
+    alive_nodes,
+    cluster_has,
+    format_resources,
+    node_names,
+    this_node,
+)
 from arm_ray.runtime.session.heartbeat import activity
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.spec import ShardSpec
@@ -35,20 +37,7 @@ from arm_ray.runtime.shards.transport import (
     leave_transport,
 )
 
-NAMESPACE = "arm_ray"
 _PLACEMENT_POLL_S = 2.0
-
-
-@dataclass(frozen=True)
-class _KeptRay:
-    """See `ray_kept`."""
-
-    stack: contextlib.ExitStack
-    slots: int
-    about: Mapping[str, str]
-
-
-_kept: _KeptRay | None = None
 
 
 @dataclass(frozen=True)
@@ -78,135 +67,6 @@ class ShardGang:
     def crossings(self) -> list[int]:
         """Shards whose hidden states go to another node."""
         return [i for i, pair in enumerate(pairwise(self.nodes)) if pair[0] != pair[1]]
-
-
-def in_submitted_job() -> bool:
-    """Whether this process is the entry point of a `ray job submit`."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
-def outliving(path: str | Path, key: str = "output") -> Path:
-    """A path that is there when a submitted job is over, whose working directory is a copy.
-
-    Args:
-        path: As it is configured.
-        key: Under which key.
-
-    Raises:
-        ConfigError: It is relative, and this is such a job.
-    """
-    expanded = Path(path).expanduser()
-    if in_submitted_job() and not expanded.is_absolute():
-        raise ConfigError(
-            f"the {key} of a submitted job is a relative path",
-            where=key,
-            got=path,
-            expected="an absolute path, on storage that outlives the job",
-            hint="the job runs in a temporary copy of its working directory",
-        )
-    return expanded
-
-
-@contextlib.contextmanager
-def ray_session(
-    address: str | None, cpu_slots: int, about: Mapping[str, str] | None = None
-) -> Iterator[None]:
-    """Have Ray available: as it is, by joining a cluster, or by starting one that ends with us.
-
-    Args:
-        address: Address of a cluster; None takes RAY_ADDRESS, and without that starts a local Ray.
-        cpu_slots: CPU slots of a Ray that is started here.
-        about: What runs, for the dashboard's list of jobs: `job`, `output`.
-
-    Raises:
-        WorkerError: The cluster cannot be joined.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    if _kept is not None:
-        # Stays up for whoever comes next.
-        slots = max(cpu_slots, _kept.slots)
-        _kept.stack.enter_context(_joined_or_started(address, slots, _kept.about))
-        yield
-        return
-    with _joined_or_started(address, cpu_slots, about):
-        yield
-
-
-@contextlib.contextmanager
-def ray_kept(cpu_slots: int, about: Mapping[str, str]) -> Iterator[None]:
-    """Have the Ray of the first `ray_session` within the context stay up until the context ends.
-
-    So a job of several stages starts Ray once, and not at all where nothing is left to do.
-
-    Args:
-        cpu_slots: CPU slots that a Ray that is started here has at least.
-        about: What runs, as for `ray_session`; it takes the place of what the stages say.
-    """
-    global _kept
-    with contextlib.ExitStack() as stack:
-        _kept = _KeptRay(stack, cpu_slots, about)
-        try:
-            yield
-        finally:
-            _kept = None
-
-
-@contextlib.contextmanager
-def _joined_or_started(
-    address: str | None, cpu_slots: int, about: Mapping[str, str] | None
-) -> Iterator[None]:
-    address = address or os.environ.get("RAY_ADDRESS")
-    metadata = {"arm_ray": arm_ray.__version__, **(about or {})}
-    options: dict[str, Any] = {
-        "namespace": NAMESPACE,
-        "log_to_driver": False,
-        "job_config": JobConfig(metadata=metadata),
-    }
-    if address:
-        # Inside a submitted job the workers have the job's working directory; elsewhere they are
-        # given the package, so that a cluster needs only our dependencies.
-        if not in_submitted_job():
-            options["runtime_env"] = {"py_modules": [str(Path(arm_ray.__file__).parent)]}
-        options["address"] = address
-    else:
-        # "local", because a bare init would join whatever an old address file names.
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": cpu_slots}
-    try:
-        with activity("joining Ray" if address else "starting Ray"):
-            ray.init(logging_level=logging.ERROR, **options)
-    except Exception as error:  # connection, version and authentication errors of many types
-        raise _not_joined(address, error) from None
-    try:
-        yield
-    finally:
-        with activity("leaving Ray" if address else "ending Ray"):
-            ray.shutdown()
-
-
-def _not_joined(address: str | None, error: Exception) -> WorkerError:
-    got = f"{type(error).__name__}: {error}"
-    ours = f"Ray {ray.__version__}, Python {platform.python_version()}"
-    if address is None:
-        return WorkerError("a local Ray cannot be started", where="this machine", got=got)
-    if "ersion mismatch" in got:
-        # Ray's own text says what the cluster has.
-        return WorkerError(
-            "the cluster runs another version of Ray or Python",
-            where=address,
-            got=" ".join(got.split()),
-            expected=f"what this process runs: {ours}",
-            hint="install the cluster's versions here, or submit a job, which runs with its own",
-        )
-    return WorkerError(
-        "Ray cannot be joined",
-        where=address,
-        got=got,
-        expected=f"a running cluster with {ours}",
-        hint="check the address (of Ray, port 6379 mostly, not of the dashboard), that the cluster "
-        "runs, that this machine reaches it, and its token (RAY_AUTH_TOKEN)",
-    )
 
 
 def check_object_store(gang: ShardGang, message_bytes: int) -> None:
@@ -302,11 +162,6 @@ def plan_placement(
     return Placement(count, device, share)
 
 
-def alive_nodes() -> frozenset[str]:
-    """Ids of the cluster's nodes."""
-    return frozenset(str(node["NodeID"]) for node in ray.nodes() if node["Alive"])
-
-
 def bundle_of(runtime: RuntimeConfig, placement: Placement) -> dict[str, float]:
     """Resources of one shard."""
     bundle = {"CPU": float(runtime.threads), **runtime.resources}
@@ -382,11 +237,6 @@ def _end(actors: Sequence[Any]) -> None:
             ray.kill(actor)
 
 
-def this_node() -> str:
-    """Ray's id of the node that this process is on."""
-    return str(ray.get_runtime_context().get_node_id())
-
-
 def _start(
     specs: Sequence[ShardSpec],
     runtime: RuntimeConfig,
@@ -441,32 +291,3 @@ def _not_placed(runtime: RuntimeConfig, count: int, bundle: dict[str, float]) ->
         hint="use fewer runtime.layer_shards or another runtime.placement_strategy, wait for "
         "other jobs, or add nodes",
     )
-
-
-def node_names(ids: Sequence[str]) -> list[str]:
-    """Addresses and host names of nodes, by Ray's ids."""
-    known = {node["NodeID"]: node for node in ray.nodes()}
-    return [
-        f"{known[i]['NodeManagerHostname']} ({known[i]['NodeManagerAddress']})" if i in known else i
-        for i in ids
-    ]
-
-
-def cluster_has() -> str:
-    """What the cluster has, free and in all, in words."""
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-    return (
-        f"free: {format_resources(ray.available_resources())}; "
-        f"in all: {format_resources(ray.cluster_resources())} on {nodes} node(s)"
-    )
-
-
-def format_resources(resources: Mapping[str, float]) -> str:
-    """Resources in words; those that Ray makes up itself are left out."""
-    own = ("memory", "object_store_memory", "node:", "accelerator_type:", "bundle_")
-    shown = [
-        f"{value:g} {key}"
-        for key, value in resources.items()
-        if not key.startswith(own) and "_group_" not in key
-    ]
-    return ", ".join(sorted(shown)) or "nothing"

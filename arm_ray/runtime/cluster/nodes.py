@@ -1,0 +1,46 @@
+"""The nodes of a cluster and what they have, as Ray says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import ray
+
+
+def alive_nodes() -> frozenset[str]:
+    """Ids of the cluster's nodes."""
+    return frozenset(str(node["NodeID"]) for node in ray.nodes() if node["Alive"])
+
+
+def this_node() -> str:
+    """Ray's id of the node that this process is on."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def node_names(ids: Sequence[str]) -> list[str]:
+    """Addresses and host names of nodes, by Ray's ids."""
+    known = {node["NodeID"]: node for node in ray.nodes()}
+    return [
+        f"{known[i]['NodeManagerHostname']} ({known[i]['NodeManagerAddress']})" if i in known else i
+        for i in ids
+    ]
+
+
+def cluster_has() -> str:
+    """What the cluster has, free and in all, in words."""
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    return (
+        f"free: {format_resources(ray.available_resources())}; "
+        f"in all: {format_resources(ray.cluster_resources())} on {nodes} node(s)"
+    )
+
+
+def format_resources(resources: Mapping[str, float]) -> str:
+    """Resources in words; those that Ray makes up itself are left out."""
+    own = ("memory", "object_store_memory", "node:", "accelerator_type:", "bundle_")
+    shown = [
+        f"{value:g} {key}"
+        for key, value in resources.items()
+        if not key.startswith(own) and "_group_" not in key
+    ]
+    return ", ".join(sorted(shown)) or "nothing"
