@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -209,3 +210,12 @@ def test_checkpoints_models_and_reports_do_not_import_ray() -> None:
         modules_of("checkpoints", "report", "model", "planning", "following")
     ).items():
         assert not loaded & {"ray", "vllm"}, name
+
+
+@pytest.mark.parametrize("page", ["development", "architecture"])
+def test_files_that_a_page_of_the_house_names_are_there(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w/]+\.py\b", text))
+    assert named
+    missing = [n for n in named if not any((at / n).is_file() for at in (ROOT, ROOT / "arm_ray"))]
+    assert missing == []
