@@ -29,7 +29,9 @@ They survive pickling, because Ray carries them from actors to the driver.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -42,6 +44,7 @@ class ArmRayError(Exception):
         got: What was found.
         expected: What would have been right.
         hint: What to do about it.
+        subject: Which of several checkpoints or states it is about: `base`, `candidate-1`.
     """
 
     def __init__(
@@ -52,22 +55,25 @@ class ArmRayError(Exception):
         got: object = None,
         expected: object = None,
         hint: str | None = None,
+        subject: str | None = None,
     ) -> None:
         self.what = what
         self.where = None if where is None else str(where)
         self.got = None if got is None else str(got)
         self.expected = None if expected is None else str(expected)
         self.hint = hint
+        self.subject = subject
         super().__init__(self._text())
 
-    def of(self, label: str) -> ArmRayError:
-        """The same error, saying which of several things it is about."""
+    def of(self, label: str, subject: str | None = None) -> ArmRayError:
+        """The same error, saying which of several things it is about; the label is its subject."""
         return type(self)(
             f"{label}: {self.what}",
             where=self.where,
             got=self.got,
             expected=self.expected,
             hint=self.hint,
+            subject=subject or label,
         )
 
     def _text(self) -> str:
@@ -79,13 +85,27 @@ class ArmRayError(Exception):
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = (self.what, self.where, self.got, self.expected, self.hint)
+        fields = (self.what, self.where, self.got, self.expected, self.hint, self.subject)
         return _rebuild, (type(self), fields)
 
 
 def _rebuild(cls: type[ArmRayError], fields: tuple[Any, ...]) -> ArmRayError:
-    what, where, got, expected, hint = fields
-    return cls(what, where=where, got=got, expected=expected, hint=hint)
+    what, where, got, expected, hint, subject = fields
+    return cls(what, where=where, got=got, expected=expected, hint=hint, subject=subject)
+
+
+@contextlib.contextmanager
+def about(subject: str) -> Iterator[None]:
+    """Say of errors within the context which checkpoint or state they are about.
+
+    Args:
+        subject: See `ArmRayError`; an error that names one already keeps it.
+    """
+    try:
+        yield
+    except ArmRayError as error:
+        error.subject = error.subject or subject
+        raise
 
 
 class ConfigError(ArmRayError):

@@ -50,6 +50,7 @@ def check_zero_padding(checkpoints: Mapping[str, Checkpoint]) -> None:
                     got=f"zeros at the end of {entry.name}",
                     expected="numbers, as in the other checkpoints",
                     hint="wait for the run to finish the checkpoint, or copy it again",
+                    subject=label,
                 )
 
 

@@ -16,7 +16,7 @@ from arm_ray.checkpoints.huggingface import Checkpoint, open_tensors, resolve_pa
 from arm_ray.checkpoints.validation import check_zero_padding
 from arm_ray.checkpoints.weight_file import DTYPES
 from arm_ray.config import MergeConfig
-from arm_ray.errors import ArmRayError, ConfigError, NotACheckpointError
+from arm_ray.errors import ArmRayError, ConfigError, NotACheckpointError, about
 from arm_ray.model.layout import (
     LM_HEAD,
     ModelLayout,
@@ -101,7 +101,8 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
     base = checkpoints[BASE]
     layout = model_layout(load_config(base), config.runtime.layers_per_group)
     for label, checkpoint in checkpoints.items():
-        check_layout(layout, checkpoint, label)
+        with about(label):
+            check_layout(layout, checkpoint, label)
     check_zero_padding(checkpoints)
     compute, storage = config.precision.compute_dtype, config.precision.storage_dtype
     return MergeInputs(
@@ -140,14 +141,16 @@ def _open_second_moments(config: MergeConfig, layout: ModelLayout) -> dict[str, 
         try:
             opened[candidate] = open_tensors(resolve_path(path))
         except ArmRayError as error:
-            raise error.of(label) from None
-        check_tensors(
-            layout,
-            opened[candidate],
-            f"{label}: {opened[candidate].path}",
-            tied=LM_HEAD not in layout.shapes,
-            hint="save exp_avg_sq of every weight under its name; zeros for one that was frozen",
-        )
+            raise error.of(label, candidate) from None
+        with about(candidate):
+            check_tensors(
+                layout,
+                opened[candidate],
+                f"{label}: {opened[candidate].path}",
+                tied=LM_HEAD not in layout.shapes,
+                hint="save exp_avg_sq of every weight under its name; zeros for one that was "
+                "frozen",
+            )
     return opened
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -64,8 +63,6 @@ from arm_ray.schedule import BASE, candidate_name
 
 _ATTEMPTS = 3
 _PAUSE_S = 5.0
-# How errors name the members of a merge.
-_CANDIDATE = re.compile(r"candidate-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -358,8 +355,8 @@ class _Attacher:
                 self._say(f"step {arrival.step}: {error}; trying again")
                 time.sleep(_PAUSE_S)
             except (CheckpointError, NumericalError) as error:
-                is_base = f"{error.where}".startswith(BASE)
-                if is_base or (isinstance(error, MismatchError) and not self._journal.published):
+                fits_none = isinstance(error, MismatchError) and not self._journal.published
+                if error.subject == BASE or fits_none:
                     # It is the base, or no checkpoint of this run will fit.
                     self._journal.end(outcome="failed", problem=str(error))
                     raise
@@ -385,10 +382,10 @@ class _Attacher:
     def _leave_out(self, arrival: Arrival, error: ArmRayError) -> None:
         """Give an arrival up, and what was wrong with it: the new checkpoint, or another member."""
         step = arrival.step
-        guilty = _CANDIDATE.search(f"{error.what} {error.where}")
-        if guilty and self._config.merge.streaming != "window":
-            name = arrival.members[int(guilty[1]) - 1]
-            step = next((s for s, f in self._snapshots.items() if f.path.name == name), step)
+        if self._config.merge.streaming != "window":
+            members = {candidate_name(i): name for i, name in enumerate(arrival.members)}
+            guilty = members.get(error.subject or "")
+            step = next((s for s, f in self._snapshots.items() if f.path.name == guilty), step)
         self._journal.broken[step] = self._journal.taken[step]
         if step in self._snapshots:
             remove(self._snapshots.pop(step))

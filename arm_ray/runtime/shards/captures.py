@@ -203,6 +203,7 @@ class Captures:
                     where=f"{state} or {plan.reference}, iteration {plan.iteration}",
                     got=f"compute_dtype {self._compute_dtype}",
                     hint="set precision.compute_dtype to float32 or bfloat16",
+                    subject=state,
                 )
         return shifts
 

@@ -33,6 +33,7 @@ from arm_ray.checkpoints.remote import LocalCopy, local_copy
 from arm_ray.checkpoints.validation import check_finite
 from arm_ray.checkpoints.weight_file import SharedWeightFile, TensorSpec, WeightFileWriter
 from arm_ray.config import scratch_path
+from arm_ray.errors import about
 from arm_ray.merging.operator import MergedTensor, TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
 from arm_ray.model.group import GroupRunner, Templates
@@ -214,7 +215,8 @@ class LayerShard:
                 # Tensor by tensor, memory-mapped: nothing of it stays.
                 for name in self._spec.layout.groups[index].tensors:
                     tensor = checkpoint.read([name])[name]
-                    check_finite(tensor, name, f"{label}: {checkpoint.tensors[name].file}")
+                    with about(label):
+                        check_finite(tensor, name, f"{label}: {checkpoint.tensors[name].file}")
                     total += tensor.nbytes
                     self._disk.spend(tensor.nbytes)
         return total

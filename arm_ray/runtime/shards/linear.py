@@ -20,6 +20,7 @@ from arm_ray.checkpoints.weight_file import (
     TensorSpec,
     WeightFileWriter,
 )
+from arm_ray.errors import about
 from arm_ray.merging.method import MEASURED
 from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
@@ -256,7 +257,9 @@ class _GroupMerge:
                 # The weights were not looked at before: tell a bad input from a bad coefficient.
                 for state, checkpoint in self.spec.checkpoints.items():
                     where = f"{state}: {checkpoint.tensors[tensor.name].file}"
-                    check_finite(checkpoint.read([tensor.name])[tensor.name], tensor.name, where)
+                    whole = checkpoint.read([tensor.name])[tensor.name]
+                    with about(state):
+                        check_finite(whole, tensor.name, where)
                 raise not_finite(tensor.name, plan)
             sums.append(compared)
             known[plan.output] = result

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.validation import check_second_moments
+from arm_ray.errors import about
 from arm_ray.merging.alignment import aligned
 from arm_ray.model.layout import EMBEDDING, ModelLayout, is_layer_tensor
 from arm_ray.runtime.shards.rate import RateLimit
@@ -110,7 +111,8 @@ class WeightStore:
                     self._moments[key] = self._placed(source.read(names))
         found = self._moved(self._moments[key][name][rows], torch.float32)
         where = f"second moments of {state}: {source.tensors[name].file}"
-        check_second_moments(found, name, rows.start or 0, where)
+        with about(state):
+            check_second_moments(found, name, rows.start or 0, where)
         return found
 
     def as_computed(self, state: str, group: int, name: str, whole: Tensor) -> Tensor:
