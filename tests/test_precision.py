@@ -28,7 +28,7 @@ from tests.training.common import content, make_base, make_config, make_rows
 
 FAST = Units(frozenset({"float32", "bfloat16"}), "this CPU")
 SLOW = Units(frozenset({"float32"}), "this CPU")
-USERS = ("merge", "train", "scoring")
+USERS = ("merge.run", "train", "scoring.service")
 
 
 @pytest.fixture
