@@ -207,7 +207,7 @@ class RuntimeConfig(Section):
 
 
 def scratch_path(given: str | None) -> Path:
-    """What `runtime.shards.scratch` stands for on the node that asks."""
+    """What `runtime.scratch` stands for on the node that asks."""
     if given is not None:
         return Path(given).expanduser()
     return Path(tempfile.gettempdir()) / f"arm_ray-{os.getuid()}"
@@ -300,7 +300,7 @@ class EvaluateConfig(Section):
     """Directory of the tokenizer for all models; null: each model's own."""
     scratch: LocalStr | None = None
     """Directory on the nodes of engines for copies of models that are not there, as
-    `runtime.shards.scratch` of a merge; null: below the system's directory for temporary files."""
+    `runtime.scratch` of a merge; null: below the system's directory for temporary files."""
     evaluation: EvaluationSettings
     tracking: TrackingConfig = TrackingConfig()
 

@@ -10,6 +10,8 @@ where `x` is the largest `I_j` of that place (the released code), of all places,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -58,3 +60,39 @@ def _entropy(counts: Tensor) -> float:
     counts = counts[counts > 0].to(torch.float64)
     total = counts.sum()
     return float(torch.log(total) - (counts * torch.log(counts)).sum() / total)
+
+
+@dataclass(frozen=True)
+class LayerCoefficients:
+    """What a method with this step asks of the forward passes, and what it makes of it.
+
+    It wants every layer's output of all inputs, and compares the contributors' with the
+    reference's.
+
+    Attributes:
+        settings: The step's.
+    """
+
+    settings: AcmSettings
+
+    @property
+    def needs_all_layers(self) -> bool:
+        """Whether a layer's coefficient depends on the information of all layers."""
+        return self.settings.shift == "global"
+
+    @property
+    def max_elements(self) -> int:
+        """Values of one sample that are looked at, at one place."""
+        return self.settings.max_elements
+
+    def labels(self, values: Tensor) -> Tensor:
+        """Class labels of one sample's activations `[tokens, width]`: `[n]` int64."""
+        return label_codes(values)[: self.max_elements]
+
+    def information(self, one: Tensor, other: Tensor) -> float:
+        """See `mutual_information`."""
+        return mutual_information(one, other)
+
+    def coefficient(self, information: Tensor, largest: float | None) -> float:
+        """See `coefficient`."""
+        return coefficient(information, largest, self.settings)

@@ -9,6 +9,8 @@ along the last axis of the module's weight.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,30 @@ def relaxation(
     largest = mean.max()
     salience = mean / torch.where(largest > 0.0, largest, torch.ones_like(largest))
     return (1.0 - salience * (1.0 - settings.omega)).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """What a method with this step asks of the forward passes, and what it makes of it.
+
+    Attributes:
+        settings: The step's.
+    """
+
+    settings: AimSettings
+
+    def of(self, reference: str, base: str) -> str:
+        """The state whose inputs' magnitudes are wanted, of every linear module and norm."""
+        return base if self.settings.activations_of == "base" else reference
+
+    @property
+    def relaxes_tied_head(self) -> bool:
+        """Whether an embedding that is also the head is held back as a head.
+
+        Then the first layer group cannot be merged before the last has been run.
+        """
+        return self.settings.tied == "relax"
+
+    def factors(self, magnitudes: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
+        """See `relaxation`."""
+        return relaxation(magnitudes, weights, lengths, self.settings)

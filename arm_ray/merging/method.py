@@ -1,6 +1,6 @@
 """A whole merge method: rotation, low-rank edit, thinning, an operator, relaxation.
 
-Every operator is the last but one of the same steps, each of which may be left out:
+All methods share one sequence of steps. Only the operator's is required:
 
     ΔW_i  = W_i − W_ref
     ΔW_i ← U_i ΔW_i                  rotation by the activation shift (ARM)
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from arm_ray.errors import ConfigError
 from arm_ray.merging import dare
+from arm_ray.merging.acm import LayerCoefficients
+from arm_ray.merging.aim import Relaxation
 from arm_ray.merging.edits import edit
 from arm_ray.merging.operator import MergedTensor, Operator, Sums, TaskVectors, TensorInputs
 from arm_ray.merging.registry import find_operator
@@ -29,9 +31,6 @@ from arm_ray.merging.rotation import (
     minimal_rotation,
 )
 from arm_ray.merging.settings import MethodSettings
-
-# Stands among the statistics of a tensor whose rounds the caller has done.
-MEASURED = "measured"
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,27 @@ class Method:
     def needs_forward(self) -> bool:
         """Whether calibration samples are run through the models."""
         return self.settings.needs_calibration or self.operator.activations
+
+    @property
+    def relaxation(self) -> Relaxation | None:
+        """What relaxes the update by the inputs' magnitudes; None: nothing does."""
+        return Relaxation(self.settings.aim) if "aim" in self.settings.steps else None
+
+    @property
+    def layer_coefficients(self) -> LayerCoefficients | None:
+        """What finds a coefficient for each layer by its outputs; None: nothing does."""
+        return LayerCoefficients(self.settings.acm) if "acm" in self.settings.steps else None
+
+    def needs_all_layers(self, *, has_own_head: bool) -> bool:
+        """Whether all layers must have been run, or measured, before the first can be merged.
+
+        Args:
+            has_own_head: Whether the model's head is a tensor of its own, not the embedding.
+        """
+        relaxation, coefficients = self.relaxation, self.layer_coefficients
+        relaxes_embedding = relaxation is not None and relaxation.relaxes_tied_head
+        shares_information = coefficients is not None and coefficients.needs_all_layers
+        return self.has_statistics or (relaxes_embedding and not has_own_head) or shares_information
 
     @property
     def has_statistics(self) -> bool:
@@ -101,7 +121,7 @@ class Method:
     def merge(self, inputs: TensorInputs) -> MergedTensor:
         """Merge one tensor, or rows of one."""
         given, result = self._task_vectors(inputs)
-        if self._by_tensor and MEASURED not in inputs.statistics:
+        if self._by_tensor and not inputs.is_measured:
             given = self._measured(given)
         update = self.operator.update(given, self.settings)
         if inputs.relaxation is not None:
@@ -216,10 +236,11 @@ def open_method(settings: MethodSettings, *num_models: int, has_window: bool = F
         raise ConfigError(
             "\n".join(["the merge method cannot be", *listed]), where="method", hint=hint
         )
-    if "acm" in settings.steps:
-        # The information takes the place of the coefficient.
-        settings = replace(settings, coefficient=1.0)
-    return Method(settings, operator)
+    method = Method(settings, operator)
+    if method.layer_coefficients is not None:
+        # They take the place of the coefficient.
+        method = replace(method, settings=replace(settings, coefficient=1.0))
+    return method
 
 
 def _coefficient_problems(settings: MethodSettings, operator: Operator) -> list[str]:

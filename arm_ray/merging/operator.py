@@ -28,7 +28,9 @@ class TensorInputs:
         iteration: 1-based number.
         includes_reference: Whether the reference is one of the models to merge (a sliding window),
             or only what the others differ from.
-        statistics: What the operator's rounds over the whole model have found.
+        statistics: What the operator's rounds have found, over the whole model or the tensor.
+        is_measured: Whether the caller has done the rounds over this tensor; else `Method.merge`
+            does them.
         second_moments: Of the contributors, `[…]` float32, where asked for.
         scales: A factor for each task vector (ACM).
         relaxation: What the update of each input channel (last axis) is multiplied by (AIM).
@@ -46,6 +48,7 @@ class TensorInputs:
     iteration: int = 1
     includes_reference: bool = False
     statistics: Mapping[str, object] = field(default_factory=dict)
+    is_measured: bool = False
     second_moments: Sequence[Tensor] = ()
     scales: Sequence[float] = ()
     relaxation: Tensor | None = None

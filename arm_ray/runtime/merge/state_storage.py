@@ -2,7 +2,7 @@
 
 | | `shared` | `per_node` |
 |---|---|---|
-| a group of a state | in the run directory | on its shard's node, in `runtime.shards.scratch` |
+| a group of a state | in the run directory | on its shard's node, in `runtime.scratch` |
 | a whole state in the run directory | as it is finished | if it is wanted there |
 | `model/` | each shard writes whole weight files | each shard sends its tensors to their places |
 """

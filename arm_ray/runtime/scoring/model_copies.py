@@ -68,7 +68,7 @@ class ModelCopies:
 
     Args:
         home: `NodeFiles` of the driver's node.
-        scratch: Directory for copies; None: as `runtime.shards.scratch`.
+        scratch: Directory for copies; None: as `runtime.scratch`.
     """
 
     def __init__(self, home: Any, scratch: str | None) -> None:
@@ -365,7 +365,7 @@ class CopiesOnNodes:
     """The driver's side: starts what is needed on the nodes of engines, and ends it.
 
     Args:
-        scratch: Directory for copies on each node; None: as `runtime.shards.scratch`.
+        scratch: Directory for copies on each node; None: as `runtime.scratch`.
         is_shared: Whether all nodes are said to see the driver's files; then there are no copies.
     """
 

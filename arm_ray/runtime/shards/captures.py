@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,39 +13,55 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arm_ray.errors import NumericalError
-from arm_ray.merging import acm, aim
-from arm_ray.merging.settings import MethodSettings
+from arm_ray.merging.method import Method
 from arm_ray.model.group import GroupOutput, GroupRunner, MaskedMeans, Wanted, output_shifts
 from arm_ray.model.layout import EMBEDDING, FINAL_NORM, LM_HEAD, ModelLayout
 from arm_ray.runtime.shards.weights import WeightStore
 from arm_ray.schedule import BASE, IterationPlan
 
+_K = TypeVar("_K")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
-def aim_state(settings: MethodSettings, plan: IterationPlan) -> str:
-    """The state whose activations tell what AIM holds back."""
-    return BASE if settings.aim.activations_of == "base" else plan.reference
-
-
-def forward_states(settings: MethodSettings, plan: IterationPlan) -> tuple[str, ...]:
+def forward_states(method: Method, plan: IterationPlan) -> tuple[str, ...]:
     """The states that are run in an iteration, the reference first where it is one of them."""
     states: list[str] = []
-    if settings.rotates or "acm" in settings.steps:
+    if method.needs_outputs or method.layer_coefficients is not None:
         states += plan.inputs
-    if "aim" in settings.steps:
-        states.append(aim_state(settings, plan))
-    # Another package's operator may want activations too.
-    return tuple(dict.fromkeys(states)) or plan.inputs
+    if method.relaxation is not None:
+        states.append(method.relaxation.of(plan.reference, BASE))
+    return tuple(dict.fromkeys(states))
 
 
-def wanted_of(settings: MethodSettings, plan: IterationPlan, state: str, means: bool) -> Wanted:
+def wanted_of(method: Method, plan: IterationPlan, state: str) -> Wanted:
     """What the forward pass of a state is to leave."""
+    relaxation = method.relaxation
     return Wanted(
-        means=means and state in plan.inputs,
-        magnitudes="aim" in settings.steps and state == aim_state(settings, plan),
-        outputs="acm" in settings.steps and state in plan.inputs,
+        means=method.needs_outputs and state in plan.inputs,
+        magnitudes=relaxation is not None and state == relaxation.of(plan.reference, BASE),
+        outputs=method.layer_coefficients is not None and state in plan.inputs,
     )
+
+
+@dataclass(frozen=True)
+class MicroPass:
+    """One micro-batch of one input state, on its way through the layers.
+
+    Attributes:
+        plan: The iteration.
+        state: Name of the input state.
+        index: Which micro-batch it is.
+        num_samples: Different samples in the iteration's mini-batch.
+        positions: `[batch]` int64: which of them these are.
+        lengths: `[batch]` int64: their tokens.
+    """
+
+    plan: IterationPlan
+    state: str
+    index: int
+    num_samples: int
+    positions: Tensor
+    lengths: Tensor
 
 
 @dataclass
@@ -64,115 +81,59 @@ class Captures:
 
     Args:
         layout: The model.
-        settings: The method's.
-        needs_means: Whether mean inputs are wanted.
+        method: Says what is wanted, and what is made of it.
         store: For the weights that activation shifts, the last norm and the head need.
-        device: Where the forward pass runs.
         compute_dtype: Of the forward pass.
     """
 
     def __init__(
-        self,
-        layout: ModelLayout,
-        settings: MethodSettings,
-        needs_means: bool,
-        store: WeightStore,
-        device: torch.device,
-        compute_dtype: torch.dtype,
+        self, layout: ModelLayout, method: Method, store: WeightStore, compute_dtype: torch.dtype
     ) -> None:
-        self._layout, self._settings, self._needs_means = layout, settings, needs_means
-        self._store, self._device, self._compute_dtype = store, device, compute_dtype
+        self._layout, self._method, self._store = layout, method, store
+        self._compute_dtype = compute_dtype
         self._iterations: dict[int, _Iteration] = {}
         self._averages = MaskedMeans()
 
-    def wanted(self, plan: IterationPlan, state: str) -> Wanted:
-        """What the forward pass of a state is to leave."""
-        return wanted_of(self._settings, plan, state, self._needs_means)
-
-    def collect(
-        self,
-        plan: IterationPlan,
-        state: str,
-        micro_index: int,
-        num_samples: int,
-        positions: Tensor,
-        lengths: Tensor,
-        output: GroupOutput,
-    ) -> None:
-        """Take over what one micro-batch of a state left in one group.
-
-        Args:
-            plan: The iteration.
-            state: The state.
-            micro_index: Which micro-batch.
-            num_samples: Different samples in the mini-batch.
-            positions: `[batch]` which of them these are.
-            lengths: `[batch]` their tokens.
-            output: What the group gave.
-        """
-        found = self._of(plan, num_samples, positions, lengths)
+    def collect(self, micro: MicroPass, output: GroupOutput) -> None:
+        """Take over what one layer group gave."""
+        found = self._of(micro)
         for name, mean in output.means.items():
-            _put(found.means, (state, name), num_samples, positions, mean)
+            _put(found.means, (micro.state, name), micro, mean)
         for name, magnitude in output.magnitudes.items():
-            _put(found.magnitudes, name, num_samples, positions, magnitude)
+            _put(found.magnitudes, name, micro, magnitude)
         for name, value in output.outputs.items():
-            place = place_of(name)
-            self._inform(plan, state, micro_index, place, num_samples, positions, lengths, value)
+            self._inform(micro, _place_of(name), value)
 
-    def collect_embedding(
-        self,
-        plan: IterationPlan,
-        state: str,
-        micro_index: int,
-        num_samples: int,
-        positions: Tensor,
-        lengths: Tensor,
-        hidden: Tensor,
-    ) -> None:
+    def collect_embedding(self, micro: MicroPass, hidden: Tensor) -> None:
         """The same for the embedding's output `[batch, tokens, hidden]`."""
-        if self.wanted(plan, state).outputs:
-            self._of(plan, num_samples, positions, lengths)
-            self._inform(
-                plan, state, micro_index, EMBEDDING, num_samples, positions, lengths, hidden
-            )
+        if wanted_of(self._method, micro.plan, micro.state).outputs:
+            self._of(micro)
+            self._inform(micro, EMBEDDING, hidden)
 
-    def collect_tail(
-        self,
-        plan: IterationPlan,
-        state: str,
-        micro_index: int,
-        num_samples: int,
-        positions: Tensor,
-        lengths: Tensor,
-        hidden: Tensor,
-        runner: GroupRunner,
-    ) -> None:
+    def collect_tail(self, micro: MicroPass, hidden: Tensor, runner: GroupRunner) -> None:
         """The same for the last norm and the head, given the last layer's output."""
-        wanted = self.wanted(plan, state)
+        wanted = wanted_of(self._method, micro.plan, micro.state)
         if not (wanted.magnitudes or wanted.outputs):
             return
-        found = self._of(plan, num_samples, positions, lengths)
-        group = len(self._layout.groups) - 1
-        weight = self._store.rows(state, group, FINAL_NORM, slice(None)).to(self._compute_dtype)
-        normed = runner.final_norm(weight, hidden)
+        found = self._of(micro)
+        normed = runner.final_norm(self._tail_weight(micro.state, FINAL_NORM), hidden)
         if wanted.magnitudes:
-            self._averages.start(hidden, lengths)
+            self._averages.start(hidden, micro.lengths)
             for name, value in ((FINAL_NORM, hidden), (LM_HEAD, normed)):
-                magnitude = self._averages.magnitude(value)
-                _put(found.magnitudes, name, num_samples, positions, magnitude)
+                _put(found.magnitudes, name, micro, self._averages.magnitude(value))
             self._averages.end()
-        if wanted.outputs:
-            self._inform(
-                plan, state, micro_index, FINAL_NORM, num_samples, positions, lengths, normed
-            )
+        coefficients = self._method.layer_coefficients
+        if wanted.outputs and coefficients is not None:
+            self._inform(micro, FINAL_NORM, normed)
             if LM_HEAD in self._layout.shapes:
-                head = self._store.rows(state, group, LM_HEAD, slice(None)).to(self._compute_dtype)
+                head = self._tail_weight(micro.state, LM_HEAD)
                 # The vocabulary is wide: only as many tokens as are looked at.
-                tokens = max(1, self._settings.acm.max_elements // head.shape[0])
-                logits = normed[:, :tokens] @ head.T
-                self._inform(
-                    plan, state, micro_index, LM_HEAD, num_samples, positions, lengths, logits
-                )
+                tokens = max(1, coefficients.max_elements // head.shape[0])
+                self._inform(micro, LM_HEAD, normed[:, :tokens] @ head.T)
+
+    def _tail_weight(self, state: str, name: str) -> Tensor:
+        group = len(self._layout.groups) - 1
+        return self._store.rows(state, group, name, slice(None)).to(self._compute_dtype)
 
     def shifts(
         self, plan: IterationPlan, group: int, name: str, whole: Sequence[Tensor]
@@ -210,32 +171,32 @@ class Captures:
     def relaxation(
         self, plan: IterationPlan, name: str, columns: NDArray[np.int64]
     ) -> Tensor | None:
-        """AIM's factors `[d]` float32 for a weight; None where it is left alone."""
-        found = self._iterations.get(plan.iteration)
-        if found is None or name not in found.magnitudes:
+        """The factors `[d]` float32 of a weight's input channels; None where it is left alone."""
+        step, found = self._method.relaxation, self._iterations.get(plan.iteration)
+        if step is None or found is None or name not in found.magnitudes:
             return None
         magnitudes = found.magnitudes[name]
         counts = np.bincount(columns, minlength=len(magnitudes))
         weights = torch.from_numpy(counts).to(magnitudes.device)
-        return aim.relaxation(magnitudes, weights, found.lengths, self._settings.aim)
+        return step.factors(magnitudes, weights, found.lengths)
 
     def scales(
         self,
         plan: IterationPlan,
         name: str,
         columns: NDArray[np.int64],
-        largest: dict[str, float] | None,
+        largest: Mapping[str, float] | None,
     ) -> list[float]:
-        """ACM's coefficient of each contributor for a tensor; empty without ACM."""
-        if "acm" not in self._settings.steps:
+        """The coefficient of each contributor for a tensor; empty where no step finds them."""
+        step = self._method.layer_coefficients
+        if step is None:
             return []
         chosen = torch.from_numpy(columns)
         information = self._iterations[plan.iteration].information
         return [
-            acm.coefficient(
-                information[state, place_of(name)][chosen],
+            step.coefficient(
+                information[state, _place_of(name)][chosen],
                 None if largest is None else largest[state],
-                self._settings.acm,
             )
             for state in plan.contributors
         ]
@@ -262,61 +223,44 @@ class Captures:
         """Let go of all of an iteration."""
         self._iterations.pop(iteration, None)
 
-    def _of(
-        self, plan: IterationPlan, num_samples: int, positions: Tensor, lengths: Tensor
-    ) -> _Iteration:
-        if plan.iteration not in self._iterations:
-            self._iterations[plan.iteration] = _Iteration(lengths.new_zeros(num_samples))
-        found = self._iterations[plan.iteration]
-        found.lengths[positions] = lengths
+    def _of(self, micro: MicroPass) -> _Iteration:
+        number = micro.plan.iteration
+        if number not in self._iterations:
+            self._iterations[number] = _Iteration(micro.lengths.new_zeros(micro.num_samples))
+        found = self._iterations[number]
+        found.lengths[micro.positions] = micro.lengths
         return found
 
-    def _inform(
-        self,
-        plan: IterationPlan,
-        state: str,
-        micro_index: int,
-        place: str,
-        num_samples: int,
-        positions: Tensor,
-        lengths: Tensor,
-        value: Tensor,
-    ) -> None:
+    def _inform(self, micro: MicroPass, place: str, value: Tensor) -> None:
         """Keep the reference's labels; compare a contributor's with them."""
+        step, plan = self._method.layer_coefficients, micro.plan
+        assert step is not None
         found = self._iterations[plan.iteration]
-        limit = self._settings.acm.max_elements
         labels = [
-            acm.label_codes(sample[:length])[:limit]
-            for sample, length in zip(value, lengths.tolist(), strict=True)
+            step.labels(sample[:length])
+            for sample, length in zip(value, micro.lengths.tolist(), strict=True)
         ]
-        key = (place, micro_index)
-        if state == plan.reference:
+        key = (place, micro.index)
+        if micro.state == plan.reference:
             found.labels[key] = labels
             return
         reference = found.labels[key]
-        if state == plan.contributors[-1]:
+        if micro.state == plan.contributors[-1]:
             del found.labels[key]
         information = torch.tensor(
-            [acm.mutual_information(a, b) for a, b in zip(reference, labels, strict=True)],
+            [step.information(a, b) for a, b in zip(reference, labels, strict=True)],
             dtype=torch.float64,
         )
-        _put(found.information, (state, place), num_samples, positions.cpu(), information)
+        _put(found.information, (micro.state, place), micro, information)
 
 
-def place_of(name: str) -> str:
+def _place_of(name: str) -> str:
     """Where the activations that a tensor's ACM coefficient follows are taken: layer, or ends."""
     layer = _LAYER.match(name)
     return f"layer {layer[1]}" if layer else name
 
 
-def _put(
-    into: dict[object, Tensor] | dict[str, Tensor] | dict[tuple[str, str], Tensor],
-    key: object,
-    num_samples: int,
-    positions: Tensor,
-    rows: Tensor,
-) -> None:
-    held: dict[object, Tensor] = into  # type: ignore[assignment]
-    if key not in held:
-        held[key] = rows.new_empty(num_samples, *rows.shape[1:])
-    held[key][positions] = rows
+def _put(into: dict[_K, Tensor], key: _K, micro: MicroPass, rows: Tensor) -> None:
+    if key not in into:
+        into[key] = rows.new_empty(micro.num_samples, *rows.shape[1:])
+    into[key][micro.positions.to(rows.device)] = rows

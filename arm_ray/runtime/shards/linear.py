@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from math import prod
@@ -21,9 +21,9 @@ from arm_ray.checkpoints.weight_file import (
     WeightFileWriter,
 )
 from arm_ray.errors import about
-from arm_ray.merging.method import MEASURED
 from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
+from arm_ray.runtime.shards.facts import ModelFacts
 from arm_ray.runtime.shards.pieces import (
     group_specs,
     group_writer,
@@ -33,6 +33,7 @@ from arm_ray.runtime.shards.pieces import (
 )
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.runtime.shards.weights import WeightStore
+from arm_ray.runtime.shards.workers import Workers
 from arm_ray.runtime.shards.write_behind import Write, WriteBehind
 from arm_ray.schedule import BASE, IterationPlan
 
@@ -45,8 +46,6 @@ _MEASURED_PIECE = 1 << 20
 _LARGEST_WHOLE = 1 << 23
 
 Rows = tuple[TensorSpec, slice]
-# `map` in order, which may work on several items at a time.
-Each = Callable[[Callable[[Rows], object], Iterator[Rows]], Iterator[object]]
 
 
 def merge_linear(
@@ -56,8 +55,8 @@ def merge_linear(
     group: int,
     written: frozenset[int],
     model: Sequence[SharedWeightFile],
-    known: Mapping[str, object],
-    each: Each,
+    facts: ModelFacts,
+    workers: Workers,
     behind: WriteBehind,
 ) -> list[GroupReport]:
     """Run consecutive iterations on one layer group; see `LayerShard.merge_linear`.
@@ -69,8 +68,8 @@ def merge_linear(
         group: Index of the layer group.
         written: Iterations whose states are written.
         model: The weight files of the final model.
-        known: What is known of the whole model.
-        each: `map`, in order, which may run several pieces at a time.
+        facts: What is known of the whole model.
+        workers: What works on the pieces.
         behind: What writes them.
     """
     started = time.monotonic()
@@ -85,15 +84,16 @@ def merge_linear(
                 writers[plan.iteration] = writer
                 num_bytes[position] = writer.num_bytes
         files = [stack.enter_context(file.open()) for file in model]
-        merge = _GroupMerge(spec, store, group, plans[-1].iteration, writers, files, each, behind)
+        last = plans[-1].iteration
+        merge = _GroupMerge(spec, store, group, last, writers, files, workers, behind)
         # Before the files are closed, whatever happens.
         stack.callback(merge.wait_until_written)
         large = []
         if spec.method.tensor_rounds(1):
             large = [tensor for tensor in tensors if prod(tensor.shape) > _LARGEST_WHOLE]
-        merge.pieces(plans, [tensor for tensor in tensors if tensor not in large], known, {})
+        merge.pieces(plans, [tensor for tensor in tensors if tensor not in large], facts.statistics)
         for tensor in large:
-            merge.iteration_by_iteration(plans, tensor, known)
+            merge.iteration_by_iteration(plans, tensor, facts.statistics)
         for write in merge.writes:
             write.result()
     store.release(group, (), lambda _state: False)
@@ -120,7 +120,7 @@ class _GroupMerge:
     last: int
     writers: Mapping[int, WeightFileWriter]
     files: Sequence[SharedWriter]
-    each: Each
+    workers: Workers
     behind: WriteBehind
     writes: list[Future[None]] = field(default_factory=list)
     sums: dict[int, list[SimilaritySums]] = field(default_factory=dict)
@@ -129,35 +129,36 @@ class _GroupMerge:
         self,
         plans: Sequence[IterationPlan],
         tensors: Sequence[TensorSpec],
-        known: Mapping[str, object],
-        made: Mapping[str, Tensor],
+        statistics: Mapping[str, object],
+        made: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Merge and write tensors piece by piece.
 
         Args:
             plans: The iterations, all of which a piece goes through while it is in cache.
             tensors: Which.
-            known: What is known of the whole model, or of the tensor.
-            made: State -> the whole tensor; a state that is made here is put into its place.
+            statistics: What the operator's rounds have found.
+            made: State -> the whole tensor; a state that is made here is put into its place. None:
+                the rounds over each tensor are not done yet.
         """
+        is_measured, whole = made is not None, made or {}
 
         def run(item: Rows) -> list[SimilaritySums]:
             tensor, rows = item
-            merged, sums = self._run_piece(plans, tensor, rows, known, made)
+            merged, sums = self._run_piece(plans, tensor, rows, statistics, whole, is_measured)
             for plan, result in zip(plans, merged, strict=True):
                 files: list[Write] = []
                 if plan.iteration in self.writers:
                     files.append(self.writers[plan.iteration].write)
-                if plan.output in made:
-                    made[plan.output][rows] = result
+                if plan.output in whole:
+                    whole[plan.output][rows] = result
                 if plan.iteration == self.last:
                     files += [file.write for file in self.files if tensor.name in file]
                 for write in files:
                     self.writes.extend(self.behind.write(write, tensor.name, rows.start, result))
             return sums
 
-        for sums in self.each(run, self._items(tensors, _PIECE, MEASURED in known)):
-            assert isinstance(sums, list)
+        for sums in self.workers.in_order(run, self._items(tensors, _PIECE, is_measured)):
             for plan, part in zip(plans, sums, strict=True):
                 self.sums.setdefault(plan.iteration, []).append(part)
 
@@ -166,13 +167,13 @@ class _GroupMerge:
         wait(self.writes)
 
     def iteration_by_iteration(
-        self, plans: Sequence[IterationPlan], tensor: TensorSpec, known: Mapping[str, object]
+        self, plans: Sequence[IterationPlan], tensor: TensorSpec, statistics: Mapping[str, object]
     ) -> None:
         """The same for an operator that needs numbers of the whole tensor in each iteration."""
         method = self.spec.method
         made: dict[str, Tensor] = {}
         for plan in plans:
-            measured: Mapping[str, object] = {**known, MEASURED: True}
+            measured = statistics
             for number in range(method.tensor_rounds(len(plan.contributors))):
                 sums = self._measure(plan, tensor, number, measured, made)
                 measured = {**measured, **method.conclude(number, sums, measured)}
@@ -195,18 +196,19 @@ class _GroupMerge:
         plan: IterationPlan,
         tensor: TensorSpec,
         number: int,
-        known: Mapping[str, object],
+        statistics: Mapping[str, object],
         made: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """One round over a tensor."""
 
         def run(item: Rows) -> Mapping[str, Tensor]:
             weights = [self._rows(state, *item, made) for state in plan.inputs]
-            return self.spec.method.measure(number, self._inputs(plan, *item, weights, known))
+            inputs = self._inputs(plan, *item, weights, statistics, is_measured=True)
+            return self.spec.method.measure(number, inputs)
 
         totals: dict[str, Tensor] = {}
-        for part in self.each(run, self._items([tensor], _MEASURED_PIECE, True)):
-            assert isinstance(part, Mapping)
+        items = self._items([tensor], _MEASURED_PIECE, True)
+        for part in self.workers.in_order(run, items):
             for name, value in part.items():
                 totals[name] = totals[name] + value if name in totals else value
         return totals
@@ -217,10 +219,21 @@ class _GroupMerge:
         tensor: TensorSpec,
         rows: slice,
         weights: Sequence[Tensor],
-        known: Mapping[str, object],
+        statistics: Mapping[str, object],
+        *,
+        is_measured: bool,
     ) -> TensorInputs:
         return tensor_inputs(
-            self.spec, self.store, plan, self.group, tensor, rows, weights[0], weights[1:], known
+            self.spec,
+            self.store,
+            plan,
+            self.group,
+            tensor,
+            rows,
+            weights[0],
+            weights[1:],
+            statistics,
+            is_measured=is_measured,
         )
 
     def _rows(
@@ -237,6 +250,7 @@ class _GroupMerge:
         rows: slice,
         statistics: Mapping[str, object],
         made: Mapping[str, Tensor],
+        is_measured: bool,
     ) -> tuple[list[Tensor], list[SimilaritySums]]:
         """The same rows of one tensor after each iteration, and the comparisons of states."""
         known: dict[str, Tensor] = {}
@@ -250,7 +264,7 @@ class _GroupMerge:
 
         for plan in plans:
             weights = [get(state) for state in plan.inputs]
-            inputs = self._inputs(plan, tensor, rows, weights, statistics)
+            inputs = self._inputs(plan, tensor, rows, weights, statistics, is_measured=is_measured)
             result = self.spec.method.merge(inputs).tensor
             compared = similarity_sums(result, get(plan.previous), get(BASE))
             if not compared.is_finite:

@@ -14,14 +14,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray import ObjectRef
 
 from arm_ray.checkpoints import states
 from arm_ray.config import scratch_path
+from arm_ray.runtime.cluster.actors import Handle
 from arm_ray.storage.store import StoredFile
 
 # Of one message: large enough for the network, small enough for an object store in use.
@@ -35,7 +36,7 @@ class NodeFiles:
     """Reads and writes a run's files on its node. A plain class; Ray makes it an actor.
 
     Args:
-        scratch: `runtime.shards.scratch`.
+        scratch: `runtime.scratch`.
         name: The run's directory below it.
     """
 
@@ -122,7 +123,9 @@ class NodeFiles:
                 directory.rmdir()
 
 
-def read_chunks(files: Any, file: Path, begin: int, end: int) -> Iterator[NDArray[np.uint8]]:
+def read_chunks(
+    files: Handle[NodeFiles], file: Path, begin: int, end: int
+) -> Iterator[NDArray[np.uint8]]:
     """Bytes of a file on another node, in pieces; the next one travels while one is used.
 
     Args:
@@ -131,31 +134,33 @@ def read_chunks(files: Any, file: Path, begin: int, end: int) -> Iterator[NDArra
         begin: First byte.
         end: One past the last.
     """
-    starts = range(begin, end, CHUNK_BYTES)
-    following: Any = None
-    for start in starts:
-        ref = following or files.read.remote(file, start, min(start + CHUNK_BYTES, end))
-        after = start + CHUNK_BYTES
+    following: ObjectRef[NDArray[np.uint8]] | None = None
+    for start in range(begin, end, CHUNK_BYTES):
+        after = min(start + CHUNK_BYTES, end)
+        ref = following or files.call(NodeFiles.read, file, start, after)
         following = (
-            files.read.remote(file, after, min(after + CHUNK_BYTES, end)) if after < end else None
+            files.call(NodeFiles.read, file, after, min(after + CHUNK_BYTES, end))
+            if after < end
+            else None
         )
         yield ray.get(ref)
 
 
-def send_file(source: Path, files: Any, target: Path) -> int:
+def send_file(source: Path, files: Handle[NodeFiles], target: Path) -> int:
     """Send a whole file to another node, where it appears when it is complete; returns bytes."""
     partial = target.with_name(f".{target.name}.sent.partial")
-    position, pending = 0, []
+    position = 0
+    pending: list[ObjectRef[None]] = []
     with source.open("rb") as opened:
         while data := opened.read(CHUNK_BYTES):
             array = np.frombuffer(data, dtype=np.uint8)
-            pending.append(files.write.remote(partial, position, array))
+            pending.append(files.call(NodeFiles.write, partial, position, array))
             position += len(data)
             # Two on their way at a time.
             if len(pending) > 1:
                 ray.get(pending.pop(0))
     ray.get(pending)
-    ray.get(files.finish.remote(partial, target))
+    ray.get(files.call(NodeFiles.finish, partial, target))
     return position
 
 
@@ -168,7 +173,7 @@ class NodeDirectory:
         path: The directory there.
     """
 
-    handle: Any
+    handle: Handle[NodeFiles]
     path: Path
 
     def read(self, name: str, begin: int, end: int) -> bytearray:

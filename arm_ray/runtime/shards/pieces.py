@@ -66,7 +66,9 @@ def tensor_inputs(
     rows: slice,
     reference: Tensor,
     contributors: Sequence[Tensor],
-    known: Mapping[str, object],
+    statistics: Mapping[str, object],
+    *,
+    is_measured: bool = False,
 ) -> TensorInputs:
     """What an operator is given of some rows of a tensor.
 
@@ -79,7 +81,8 @@ def tensor_inputs(
         rows: Which rows.
         reference: The reference's.
         contributors: The contributors'.
-        known: What is known of the whole model.
+        statistics: What the operator's rounds have found.
+        is_measured: Whether the rounds over this tensor are among them.
     """
     moments: list[Tensor] = []
     if spec.method.operator.second_moments:
@@ -97,7 +100,8 @@ def tensor_inputs(
         contributor_names=plan.contributors,
         iteration=plan.draw,
         includes_reference=plan.regime == "sliding_window",
-        statistics=known,
+        statistics=statistics,
+        is_measured=is_measured,
         second_moments=moments,
     )
 

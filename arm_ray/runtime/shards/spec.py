@@ -37,7 +37,7 @@ class ShardSpec:
         second_moments: Name of a candidate -> where its second moments lie, for an operator that
             wants them.
         disk_bytes_per_s: Most that the shard reads and writes in a second; None: no limit.
-        scratch: `runtime.shards.scratch`.
+        scratch: `runtime.scratch`.
         niceness: `runtime.niceness`.
     """
 

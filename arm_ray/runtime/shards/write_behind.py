@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -53,3 +54,37 @@ class WriteBehind:
             write(name, first_row, rows)
         finally:
             self._room.release()
+
+
+class Flushes:
+    """Closes files in a thread of its own: a disk takes longer over that than it should."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._running: list[Future[None]] = []
+
+    def close_after(self, writes: Sequence[Future[None]], files: ExitStack) -> None:
+        """Close files once all of them is written; what failed leaves no file."""
+        self._running.append(self._pool.submit(_close, files, writes))
+
+    def wait(self) -> None:
+        """Wait until nothing is being closed, whatever became of it."""
+        wait(self._running)
+
+    def finish(self) -> None:
+        """Wait until all files are whole and on disk.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        running, self._running = self._running, []
+        wait(running)
+        for flush in running:
+            flush.result()
+
+
+def _close(files: ExitStack, writes: Sequence[Future[None]]) -> None:
+    with files:
+        wait(writes)
+        for write in writes:
+            write.result()

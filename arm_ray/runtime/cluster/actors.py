@@ -1,0 +1,79 @@
+"""Typed handles of actors: the only place that says `.remote`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
+
+import ray
+from ray import ObjectRef
+from ray.exceptions import RayError
+
+from arm_ray.runtime.cluster.nodes import this_node
+
+A = TypeVar("A")
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Handle(Generic[A]):
+    """An actor of class `A`, called by the methods of that class, whose types mypy checks.
+
+    `handle.call(LayerShard.check_weights)` is a reference to what `check_weights` returns. Another
+    class may stand for `A`, as long as its methods have the same names.
+
+    Attributes:
+        actor: Ray's own handle.
+    """
+
+    actor: Any
+
+    def call(
+        self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> ObjectRef[R]:
+        """Submit a call; returns at once."""
+        remote = getattr(self.actor, method.__name__)
+        return cast("ObjectRef[R]", remote.remote(*args, **kwargs))
+
+    def call_with(
+        self,
+        options: Mapping[str, Any],
+        method: Callable[Concatenate[A, P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> ObjectRef[R]:
+        """The same with options of the call, such as `concurrency_group`."""
+        remote = getattr(self.actor, method.__name__).options(**options)
+        return cast("ObjectRef[R]", remote.remote(*args, **kwargs))
+
+    def node(self) -> ObjectRef[str]:
+        """Ray's id of the node that the actor is on."""
+        return cast("ObjectRef[str]", self.actor.__ray_call__.remote(lambda _: this_node()))
+
+    def end(self) -> None:
+        """Kill the actor; one that is gone is none the worse for it."""
+        with contextlib.suppress(RayError):
+            ray.kill(self.actor)
+
+
+def start_actor(
+    options: Mapping[str, Any], kind: Callable[P, A], *args: P.args, **kwargs: P.kwargs
+) -> Handle[A]:
+    """Start an actor.
+
+    Args:
+        options: Of `ray.remote`: resources, scheduling strategy, environment.
+        kind: Its class.
+        args: What the class is made with.
+        kwargs: The same, by name.
+    """
+    actor_class: Any = ray.remote(**options)(kind)
+    return Handle(actor_class.remote(*args, **kwargs))
+
+
+def in_place_of(ref: ObjectRef[R] | None) -> R:
+    """A reference as an argument of a call, which Ray gives the call as what it refers to."""
+    return cast("R", ref)

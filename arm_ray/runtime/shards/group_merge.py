@@ -1,0 +1,211 @@
+"""Merging one layer group with the activations of an iteration, and writing it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.weight_file import TensorSpec, WeightFileWriter
+from arm_ray.merging.operator import MergedTensor, TensorInputs
+from arm_ray.merging.similarity import SimilaritySums, similarity_sums
+from arm_ray.model.layout import EMBEDDING
+from arm_ray.runtime.shards.captures import Captures
+from arm_ray.runtime.shards.facts import ModelFacts
+from arm_ray.runtime.shards.pieces import (
+    group_specs,
+    group_writer,
+    not_finite,
+    pieces_of,
+    tensor_inputs,
+)
+from arm_ray.runtime.shards.spec import ShardSpec
+from arm_ray.runtime.shards.weights import WeightStore
+from arm_ray.runtime.shards.workers import Workers
+from arm_ray.runtime.shards.write_behind import Flushes, WriteBehind
+from arm_ray.schedule import BASE, IterationPlan
+
+# Elements of a tensor that are merged at once where it needs no activations.
+_PIECE = 1 << 24
+# The same for numbers over the whole model: few enough to stay in cache.
+_MEASURED_PIECE = 1 << 20
+
+# One piece of a tensor, and the call that makes what the operator is given of it: so that this
+# work is done by the thread that merges the piece.
+Piece = tuple[TensorSpec, Callable[[], TensorInputs]]
+
+
+@dataclass
+class MergedGroup:
+    """What merging a layer group gave.
+
+    Attributes:
+        similarity: The comparisons of states, piece by piece.
+        rotated: Rotated task vectors.
+        deficient: The tensors whose activation shift was rank-deficient, in words.
+        kept: Tensor -> its pieces in the order of their rows, where later iterations read them.
+        num_bytes: Of the file.
+    """
+
+    similarity: list[SimilaritySums] = field(default_factory=list)
+    rotated: int = 0
+    deficient: list[str] = field(default_factory=list)
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class GroupMerge:
+    """Merges layer groups of a shard whose forward passes have been run.
+
+    Attributes:
+        spec: The shard's.
+        store: Its weights.
+        captures: What its forward passes left.
+        workers: What works on the pieces.
+        behind: What writes them.
+        flushes: What closes the files, once all is written.
+    """
+
+    spec: ShardSpec
+    store: WeightStore
+    captures: Captures
+    workers: Workers
+    behind: WriteBehind
+    flushes: Flushes
+
+    def merge(
+        self, plan: IterationPlan, group: int, columns: NDArray[np.int64], facts: ModelFacts
+    ) -> MergedGroup:
+        """Merge a group into its file; see `LayerShard.merge`.
+
+        The file appears once the disk has caught up (`Flushes.wait`).
+        """
+        found = MergedGroup()
+        writes: list[Future[None]] = []
+        keeps = self.store.keeps_new_states
+        directory = states.state_directory(self.spec.run, plan.iteration)
+        specs = group_specs(self.spec.layout, group)
+        try:
+            with contextlib.ExitStack() as stack:
+                # What the store keeps is read from the file once more at the very end, if at all.
+                writer = stack.enter_context(
+                    group_writer(directory, group, specs, is_read_again=not keeps)
+                )
+                work = partial(self._merge_piece, plan, group, writer, writes)
+                pieces = self._pieces(plan, group, columns, facts, _PIECE)
+                for spec, result, sums in self.workers.in_order(work, pieces):
+                    found.similarity.append(sums)
+                    found.rotated += result.rotated
+                    ranks = result.rank_deficient
+                    found.deficient += [f"{spec.name} ({r} of {n})" for r, n in ranks]
+                    if keeps:
+                        found.kept.setdefault(spec.name, []).append(result.tensor)
+                # The disk catches up while the next groups are computed.
+                self.flushes.close_after(writes, stack.pop_all())
+        except BaseException:
+            # The error is not raised while earlier groups are still on their way to the disk.
+            wait(writes)
+            self.flushes.wait()
+            raise
+        found.num_bytes = writer.num_bytes
+        return found
+
+    def measure(
+        self,
+        plan: IterationPlan,
+        group: int,
+        columns: NDArray[np.int64] | None,
+        number: int,
+        facts: ModelFacts,
+    ) -> dict[str, Tensor]:
+        """One round's numbers of a group; see `LayerShard.measure`."""
+        method = self.spec.method
+        pieces = self._pieces(plan, group, columns, facts, _MEASURED_PIECE)
+        totals: dict[str, Tensor] = {}
+        for sums in self.workers.in_order(lambda p: method.measure(number, p[1]()), pieces):
+            for name, value in sums.items():
+                totals[name] = totals[name] + value if name in totals else value
+        return {name: value.cpu() for name, value in totals.items()}
+
+    def _pieces(
+        self,
+        plan: IterationPlan,
+        group: int,
+        columns: NDArray[np.int64] | None,
+        facts: ModelFacts,
+        elements: int,
+    ) -> Iterator[Piece]:
+        """A group's tensors, each whole, or row by row in pieces of about so many elements."""
+        for spec in group_specs(self.spec.layout, group):
+            for rows in pieces_of(self.spec, spec, elements):
+                yield spec, partial(self._inputs, plan, group, spec, rows, columns, facts)
+
+    def _inputs(
+        self,
+        plan: IterationPlan,
+        group: int,
+        spec: TensorSpec,
+        rows: slice,
+        columns: NDArray[np.int64] | None,
+        facts: ModelFacts,
+    ) -> TensorInputs:
+        weights = [self.store.rows(state, group, spec.name, rows) for state in plan.inputs]
+        inputs = tensor_inputs(
+            self.spec,
+            self.store,
+            plan,
+            group,
+            spec,
+            rows,
+            weights[0],
+            weights[1:],
+            facts.statistics,
+        )
+        if columns is None:
+            return inputs
+        shifts: list[Tensor] = []
+        if self.spec.method.needs_outputs and spec.name in self.spec.layout.rotated:
+            chosen = torch.from_numpy(columns.copy()).to(self.store.device)
+            whole = self.captures.shifts(plan, group, spec.name, weights)
+            shifts = [shift[:, chosen] for shift in whole]
+        relaxation = self.captures.relaxation(plan, spec.name, columns)
+        if spec.name == EMBEDDING and facts.head_relaxation is not None:
+            relaxation = facts.head_relaxation.to(self.store.device)
+        scales = self.captures.scales(plan, spec.name, columns, facts.largest_information)
+        return replace(inputs, shifts=shifts, relaxation=relaxation, scales=scales)
+
+    def _merge_piece(
+        self,
+        plan: IterationPlan,
+        group: int,
+        writer: WeightFileWriter,
+        writes: list[Future[None]],
+        piece: Piece,
+    ) -> tuple[TensorSpec, MergedTensor, SimilaritySums]:
+        spec, make_inputs = piece
+        inputs = make_inputs()
+        result = self.spec.method.merge(inputs)
+        sums = self._compare(plan, group, inputs, result)
+        writes += self.behind.write(writer.write, spec.name, inputs.rows.start, result.tensor)
+        return spec, result, sums
+
+    def _compare(
+        self, plan: IterationPlan, group: int, inputs: TensorInputs, result: MergedTensor
+    ) -> SimilaritySums:
+        by_state = dict(zip(plan.inputs, (inputs.reference, *inputs.contributors), strict=True))
+        for state in (plan.previous, BASE):
+            if state not in by_state:
+                by_state[state] = self.store.rows(state, group, inputs.name, inputs.rows)
+        sums = similarity_sums(result.tensor, by_state[plan.previous], by_state[BASE])
+        if not sums.is_finite:
+            raise not_finite(inputs.name, plan)
+        return sums

@@ -1,0 +1,46 @@
+"""Counts what a layer shard does, for the events of an iteration."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+from dataclasses import replace
+
+from arm_ray.runtime.shards.spec import ShardUsage
+
+
+class Meter:
+    """Adds up what was done since it was asked last. Safe for threads: some read ahead."""
+
+    def __init__(self) -> None:
+        self._usage = ShardUsage()
+        self._sent: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def count(self, **added: float) -> None:
+        """Add to fields of `ShardUsage`."""
+        with self._lock:
+            usage = self._usage
+            self._usage = replace(usage, **{k: getattr(usage, k) + v for k, v in added.items()})
+
+    def count_fetched(self, num_bytes: int) -> None:
+        """Count weights that came from elsewhere than the shard's node."""
+        self.count(fetched_bytes=num_bytes)
+
+    def count_sent(self, iteration: int, num_bytes: int) -> None:
+        """Count hidden states that go to the next shard."""
+        with self._lock:
+            self._sent[iteration] = self._sent.get(iteration, 0) + num_bytes
+
+    def take(self, iteration: int) -> ShardUsage:
+        """What was done since the last call, and sent for an iteration that is finished."""
+        with self._lock:
+            usage, self._usage = self._usage, ShardUsage()
+            return replace(usage, sent_bytes=self._sent.pop(iteration, 0))
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
