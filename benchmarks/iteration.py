@@ -28,7 +28,7 @@ from arm_ray.calibration.minibatch import MicroBatch, MiniBatch, micro_batches, 
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.merging.method import open_method
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.merge.run import shard_specs
+from arm_ray.runtime.merge.specs import shard_specs
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.placement import Placement
 from arm_ray.schedule import plan_iteration

@@ -35,7 +35,7 @@ from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.merging.method import open_method
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.merge.driver import sum_in_order
+from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts, run_rounds
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.schedule import plan_iteration
@@ -191,13 +191,13 @@ def merge_ours(case: Case, output: Path) -> dict[str, float]:
         file.create()
     shard = LayerShard(spec)
     plan = plan_iteration(config.schedule, len(config.candidates), 1)
-    known: Mapping[str, object] = {}
-    for number in range(spec.method.rounds(len(plan.contributors))):
-        parts = [shard.measure(plan, group, None, number, known) for group in spec.groups]
-        sums = {name: sum_in_order(part[name] for part in parts) for name in parts[0]}
-        known = {**known, **spec.method.conclude(number, sums, known)}
+
+    def measure(number: int, known: ModelFacts) -> list[dict[str, Tensor]]:
+        return [shard.measure(plan, group, None, number, known) for group in spec.groups]
+
+    facts = run_rounds(spec.method, len(plan.contributors), NOTHING_KNOWN, measure)
     for group in spec.groups:
-        shard.merge_linear([plan], group, frozenset(), files, known)
+        shard.merge_linear([plan], group, frozenset(), files, facts)
     for file in files:
         file.sync()
     clock.append(time.perf_counter())

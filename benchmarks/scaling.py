@@ -35,7 +35,8 @@ from arm_ray.merging.method import open_method
 from arm_ray.model.partition import balanced_partition
 from arm_ray.planning.simulator import ChunkTimes, IterationTimes, ShardTimes, simulate
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.merge.run import merge, shard_specs
+from arm_ray.runtime.merge.run import merge
+from arm_ray.runtime.merge.specs import shard_specs
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.placement import Placement
 from arm_ray.schedule import IterationPlan, plan_iteration

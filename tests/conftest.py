@@ -227,7 +227,9 @@ def shards_in_process(
 ) -> None:
     """Layer shards are no actors, unless the test is marked so (see `tests.in_process`)."""
     if request.node.get_closest_marker("actors") is None:
-        monkeypatch.setattr("arm_ray.runtime.merge.run.placed_shards", in_process.placed_shards)
+        monkeypatch.setattr(
+            "arm_ray.runtime.merge.controller.placed_shards", in_process.placed_shards
+        )
 
 
 @pytest.fixture(params=["in process", pytest.param("ray train", marks=pytest.mark.minutes)])

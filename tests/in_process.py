@@ -19,7 +19,9 @@ import transformers
 from arm_ray.config import RuntimeConfig
 from arm_ray.evaluation.graders import Grader
 from arm_ray.evaluation.settings import EvaluationSettings
-from arm_ray.runtime.scoring.evaluator import EvaluatorGang
+from arm_ray.runtime.cluster.actors import A, Handle
+from arm_ray.runtime.scoring.evaluator import EngineActor, EvaluatorGang
+from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.placement import Placement, ShardGang
 from arm_ray.runtime.shards.spec import ShardSpec
@@ -40,6 +42,8 @@ class _Method:
 
 
 class Actor:
+    """Stands for Ray's own handle of an actor."""
+
     def __init__(self, instance: Any) -> None:
         self._instance = instance
 
@@ -47,17 +51,24 @@ class Actor:
         return _Method(getattr(self._instance, name))
 
 
+class LocalHandle(Handle[A]):
+    """The handle of an instance in this process, with which it ends."""
+
+    def end(self) -> None:
+        """Nothing to end."""
+
+
 @contextlib.contextmanager
 def placed_shards(
     specs: Sequence[ShardSpec],
     _runtime: RuntimeConfig,
     _placement: Placement,
-    _warn: Callable[[str], None],
+    _reporter: Reporter,
     _has_shrunk: Callable[[], bool] = lambda: False,
 ) -> Iterator[ShardGang]:
     """Stands for `arm_ray.runtime.shards.placement.placed_shards`."""
     home = str(ray.get_runtime_context().get_node_id())
-    actors = [Actor(LayerShard(spec)) for spec in specs]
+    actors = [LocalHandle[LayerShard](Actor(LayerShard(spec))) for spec in specs]
     yield ShardGang(actors, "object_store", [home for _ in specs])
 
 
@@ -66,19 +77,19 @@ class PlainEvaluators(EvaluatorGang):
 
     _settings: EvaluationSettings
 
-    def start_engine(self, index: int, model: str, tokenizer: str) -> Any:
+    def start_engine(self, index: int, model: str, tokenizer: str) -> Handle[EngineActor]:
         self._check_open()
-        self.engines[index] = Actor(PlainEngineActor(model, tokenizer, self._settings.engine))
-        return self.engines[index]
+        engine = LocalHandle[EngineActor](
+            Actor(PlainEngineActor(model, tokenizer, self._settings.engine))
+        )
+        self._engines[index] = engine
+        return engine
 
-    def start_grader(self, index: int) -> Any:
+    def start_grader(self, index: int) -> Handle[Grader]:
         self._check_open()
-        self.graders[index] = Actor(Grader(self._settings.grading))
-        return self.graders[index]
-
-    @staticmethod
-    def _kill(_actor: Any) -> None:
-        """They end with the process."""
+        grader = LocalHandle[Grader](Actor(Grader(self._settings.grading)))
+        self._graders[index] = grader
+        return grader
 
 
 def on_ray_train(

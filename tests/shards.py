@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig
 from arm_ray.merging.method import open_method
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
-from arm_ray.runtime.merge.driver import sum_in_order
-from arm_ray.runtime.merge.run import shard_specs
+from arm_ray.runtime.merge.specs import shard_specs
+from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts, run_rounds
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.placement import Placement
 from arm_ray.schedule import merge_sizes, plan_iteration
@@ -40,13 +39,13 @@ class DirectShard:
     def linear(self, iteration: int) -> Weights:
         """Run one iteration without forward passes; returns the state."""
         plan = plan_iteration(self.config.schedule, len(self.config.candidates), iteration)
-        known: Mapping[str, object] = {}
-        for number in range(self.method.rounds(len(plan.contributors))):
-            parts = [self.shard.measure(plan, g, None, number, known) for g in self.spec.groups]
-            sums = {name: sum_in_order(part[name] for part in parts) for name in parts[0]}
-            known = {**known, **self.method.conclude(number, sums, known)}
+
+        def measure(number: int, known: ModelFacts) -> list[dict[str, torch.Tensor]]:
+            return [self.shard.measure(plan, g, None, number, known) for g in self.spec.groups]
+
+        facts = run_rounds(self.method, len(plan.contributors), NOTHING_KNOWN, measure)
         for group in self.spec.groups:
-            self.shard.merge_linear([plan], group, frozenset({iteration}), [], known)
+            self.shard.merge_linear([plan], group, frozenset({iteration}), [], facts)
         return self.state(iteration)
 
     def with_forward(self, iteration: int) -> Weights:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from arm_ray.runtime.merge.elasticity import Gangs
 from rich.console import Console
 
 from arm_ray.calibration.minibatch import MiniBatch, micro_batches
@@ -17,7 +18,6 @@ from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError, ShardLostError, TransportError
 from arm_ray.events import read_events
 from arm_ray.runtime.cluster import calls
-from arm_ray.runtime.merge.elasticity import Gangs
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.merge.state_storage import NodeStorage
 from arm_ray.runtime.output.run_directory import open_run

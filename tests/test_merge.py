@@ -36,7 +36,7 @@ def both_ways(
 ) -> None:
     """What is computed is the same in this process; dozens of actors take minutes to start."""
     if request.param == "actors":
-        monkeypatch.setattr("arm_ray.runtime.merge.run.placed_shards", placed_shards)
+        monkeypatch.setattr("arm_ray.runtime.merge.controller.placed_shards", placed_shards)
 
 
 def run(config: MergeConfig, **options: Any) -> MergeOutcome:
@@ -229,7 +229,7 @@ def test_actors_give_the_bits_of_shards_in_this_process(
     run(case.config(*shards, output="actors"))
     events = read_events(case.root / "actors" / "events.jsonl")
     assert [e for e in events if e["event"] == "warning" and "transport" in e["message"]] == []
-    monkeypatch.setattr("arm_ray.runtime.merge.run.placed_shards", in_process.placed_shards)
+    monkeypatch.setattr("arm_ray.runtime.merge.controller.placed_shards", in_process.placed_shards)
     run(case.config(*shards, output="here"))
     for name in ("states/0001", "states/0004", "model"):
         assert_same_bits(load_all(case.root / "actors" / name), load_all(case.root / "here" / name))

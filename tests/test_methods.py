@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from arm_ray.runtime.merge.driver import StreamingDriver
 from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,6 @@ from arm_ray.errors import TransportError
 from arm_ray.events import read_events
 from arm_ray.merging import acm, aim
 from arm_ray.merging.settings import AcmSettings, AimSettings
-from arm_ray.runtime.merge.driver import StreamingDriver
 from tests import reference
 from tests.conftest import MergeCase
 from tests.test_merge import assert_same_bits, load_all, relative_error, run, state

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from arm_ray.runtime.merge.driver import StreamingDriver
 from rich.console import Console
 
 from arm_ray.checkpoints import states
@@ -21,7 +22,6 @@ from arm_ray.evaluation import records
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.statistics import Estimate
 from arm_ray.events import read_events
-from arm_ray.runtime.merge.driver import StreamingDriver
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.scoring import service as scoring
 from arm_ray.runtime.scoring import state_scoring

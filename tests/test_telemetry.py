@@ -116,7 +116,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Told:
     case = MergeCase(root).make(count=1)
     tracking: dict[str, Any] = {"run": RUN}
     patch = pytest.MonkeyPatch()
-    patch.setattr("arm_ray.runtime.merge.run.placed_shards", in_process.placed_shards)
+    patch.setattr("arm_ray.runtime.merge.controller.placed_shards", in_process.placed_shards)
     store = (root / "mlruns").as_uri()
     if trackers._is_installed("mlflow"):
         # Its database store needs the whole of MLflow.

@@ -1,4 +1,4 @@
-"""Training, merging and evaluation in one go; every stage that is done is not done again."""
+"""Training, merging and evaluation in one go; finished stages are skipped on the next run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from arm_ray.evaluation.data import find_file
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import BENCHMARKS, load_tasks
-from arm_ray.events import Event, EventLog, Warned
+from arm_ray.events import Event, EventLog
 from arm_ray.report.verdict import verdict
 from arm_ray.runtime.cluster.joining import outliving, ray_kept
 from arm_ray.runtime.merge.run import merge
@@ -28,6 +28,7 @@ from arm_ray.runtime.scoring.evaluate import evaluate
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import duration
+from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.shards.placement import local_slots
 from arm_ray.storage.urls import is_url
 from arm_ray.training.config import GrpoConfig, SftConfig, TrainingConfig
@@ -68,7 +69,7 @@ def run_pipeline(
     Raises:
         ArmRayError: Any of its kinds. What is complete on disk stays and is used again.
     """
-    console = console or Console(stderr=True)
+    reporter = Reporter(console or Console(stderr=True))
     started = time.monotonic()
     outliving(config.output)
     stages = Stages(config, source)
@@ -76,31 +77,31 @@ def run_pipeline(
     if config.data is None:
         load_tasks(config.evaluation)
     stages.output.mkdir(parents=True, exist_ok=True)
-    events = EventLog(stages.output / "events.jsonl")
+    reporter = reporter.with_events(EventLog(stages.output / "events.jsonl"))
     names = _stage_names(stages)
 
     def stage(name: str, work: Callable[[], Any]) -> Any:
         begun = time.monotonic()
         number = names.index(name) + 1
-        _say(console, f"\n== {number}/{len(names)} {name}")
-        with heartbeat(console), activity(name):
+        reporter.say(f"\n== {number}/{len(names)} {name}")
+        with heartbeat(reporter.console), activity(name):
             result = work()
         seconds = time.monotonic() - begun
-        events.write(StageFinished(name, round(seconds, 3)))
-        _say(console, f"== {number}/{len(names)} {name}: {duration(seconds)}")
+        reporter.write(StageFinished(name, round(seconds, 3)))
+        reporter.say(f"== {number}/{len(names)} {name}: {duration(seconds)}")
         return result
 
     if config.data is not None:
-        stage("data", lambda: _split(stages, console))
+        stage("data", lambda: _split(stages, reporter))
         load_tasks(config.evaluation)
     others = _other_data(stages)
-    _tell_overlaps(stages, others, console, events)
+    _tell_overlaps(stages, others, reporter)
     with ray_kept(_local_slots(stages), {"job": "pipeline", "output": str(stages.output)}):
-        scores = _run_stages(stages, others, stage, address, console)
+        scores = _run_stages(stages, others, stage, address, reporter)
     directory = Path(stages.evaluation([]).output)
     told = verdict(scores, directory, stages.merges, config.evaluation)
-    _say(console, f"\n{told}")
-    _say(console, f"done after {duration(time.monotonic() - started)}: {stages.output}")
+    reporter.say(f"\n{told}")
+    reporter.say(f"done after {duration(time.monotonic() - started)}: {stages.output}")
     return scores
 
 
@@ -109,19 +110,19 @@ def _run_stages(
     others: dict[str, str],
     stage: Callable[[str, Callable[[], Any]], Any],
     address: str | None,
-    console: Console,
+    reporter: Reporter,
 ) -> dict[str, dict[str, TaskScores]]:
     """Train, merge, score, and train on where that is asked for; all in one Ray."""
-    stage("training", lambda: _train(stages.first_training(), others, address, console))
+    stage("training", lambda: _train(stages.first_training(), others, address, reporter.console))
     for name, given in stages.merges.items():
-        stage(name, partial(merge, given, address=address, console=console))
+        stage(name, partial(merge, given, address=address, console=reporter.console))
 
     def score(steps: list[int]) -> dict[str, dict[str, TaskScores]]:
-        return evaluate(stages.evaluation(steps), address=address, console=console)
+        return evaluate(stages.evaluation(steps), address=address, console=reporter.console)
 
     scores: dict[str, dict[str, TaskScores]] = stage("scores", lambda: score(_saved(stages)))
     if stages.config.train_on:
-        stage("training on", lambda: _train(stages.training, others, address, console))
+        stage("training on", lambda: _train(stages.training, others, address, reporter.console))
         scores = stage("scores of all", lambda: score(_saved(stages)))
     return scores
 
@@ -142,7 +143,7 @@ def _stage_names(stages: Stages) -> list[str]:
     return [*names, "training on", "scores of all"] if stages.config.train_on else names
 
 
-def _split(stages: Stages, console: Console) -> None:
+def _split(stages: Stages, reporter: Reporter) -> None:
     data = stages.config.data
     assert data is not None
     directory = stages.part("train").parent
@@ -158,11 +159,11 @@ def _split(stages: Stages, console: Console) -> None:
                 expected=known["settings"],
                 hint="choose another output, or restore the `data` section",
             )
-        _say(console, f"nothing to do: {directory}")
+        reporter.say(f"nothing to do: {directory}")
         return
     counts = split_file(data, directory, data.shares, data.seed)
     write_json(record, {"settings": wanted, "rows": counts})
-    _say(console, ", ".join(f"{name}: {count} rows" for name, count in counts.items()))
+    reporter.say(", ".join(f"{name}: {count} rows" for name, count in counts.items()))
 
 
 def _train(
@@ -219,9 +220,7 @@ def _task_files(evaluation: EvaluationSettings, label: str) -> dict[str, str]:
     return found
 
 
-def _tell_overlaps(
-    stages: Stages, others: dict[str, str], console: Console, events: EventLog
-) -> None:
+def _tell_overlaps(stages: Stages, others: dict[str, str], reporter: Reporter) -> None:
     """Say where calibration data are also scored on; training rows are looked at by the job."""
     calibrated = {path for what, path in others.items() if "calibration of" in what}
     scored = _task_files(stages.config.evaluation, "")
@@ -236,9 +235,4 @@ def _tell_overlaps(
                     f"{found.count} texts of the calibration data are also in {what}: "
                     f"{found.examples[0][:80]!r}"
                 )
-                events.write(Warned(message))
-                _say(console, f"warning: {message}")
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+                reporter.warn(message)

@@ -31,15 +31,16 @@ from arm_ray.errors import (
     RunDirectoryError,
     WorkerError,
 )
-from arm_ray.events import EventLog, RunFailed, Warned
+from arm_ray.events import EventLog, RunFailed
 from arm_ray.report.scalars import TRAINING_STEP, Record
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.cluster.joining import outliving, ray_session
-from arm_ray.runtime.cluster.nodes import cluster_has
+from arm_ray.runtime.cluster.nodes import view_of_cluster
 from arm_ray.runtime.output.precision import recorded, settle, units_of
 from arm_ray.runtime.output.run_directory import locked
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import LINE_INTERVAL_S, duration, print_summary
+from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
 from arm_ray.training import memory
 from arm_ray.training.config import (
@@ -193,74 +194,64 @@ def _run(
     address: str | None,
     console: Console | None,
 ) -> list[Path]:
-    console = console or Console(stderr=True)
+    reporter = Reporter(console or Console(stderr=True))
     started = time.monotonic()
     config = _absolute(config)
     asked, began = config.precision, _began_with(config.output)
     config = _as_begun(config)
     check_installed(config.tracking)
 
-    def told(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    with heartbeat(console), activity("reading the training data"):
+    with heartbeat(reporter.console), activity("reading the training data"):
         model = open_checkpoint(resolve_path(config.model)).path
         prepared = prepare(config, model)
     output: Path = config.output
     # Before anything is written.
     saves = config.session_saves(prepared.steps)
     _claim(output, config, kind, prepared)
-    events = EventLog(output / EVENTS_NAME)
-
-    def warn(line: str) -> None:
-        told(f"warning: {line}")
-        events.write(Warned(line))
-
+    reporter = reporter.with_events(EventLog(output / EVENTS_NAME))
     for line in prepared.notes:
-        told(line)
-        events.write(Warned(line))
+        reporter.note(line)
     missing = missing_saves(output, saves, config.save_total_limit)
     if not missing:
-        told(f"nothing to do: {len(saves)} checkpoints in {output}")
+        reporter.say(f"nothing to do: {len(saves)} checkpoints in {output}")
         return _checkpoints(output, saves)
     try:
         about = {"job": kind, "output": str(output)}
         with (
             locked(output, "training"),
-            heartbeat(console),
+            heartbeat(reporter.console),
             ray_session(address, _local_slots(config), about),
         ):
             workers = _plan_workers(config)
-            config = _with_precision(config, asked, began, workers, told, warn)
+            config = _with_precision(config, asked, began, workers, reporter)
             if address is None and "RAY_ADDRESS" not in os.environ and workers.device == "cpu":
                 _check_host(config, model, workers, prepared)
             point = resume_point(output, missing) if config.save_optimizer else None
-            told(
+            reporter.say(
                 f"{kind}: {model} on {prepared.kept} of {prepared.rows} rows, steps "
                 f"{1 + (point[0] if point else 0)} to {saves[-1]} of {prepared.steps}, batches of "
                 f"{config.batch_size} on {workers.count} worker(s), {workers.device}"
             )
-            events.write(
+            reporter.write(
                 TrainingStarted(
                     arm_ray.__version__, kind, prepared.rows, prepared.kept, prepared.steps,
                     tuple(saves), workers.count, workers.device,
                 )
             )  # fmt: skip
             with telemetry(
-                events,
+                reporter,
                 config.tracking,
                 output,
                 config.tracking.run or output.name,
-                told,
                 identity=[config.identity(), prepared.digest],
                 parameters=config.model_dump(mode="json", exclude={"tracking"}),
                 history=[_record(entry) for entry in read_log(output / LOG_NAME)],
             ) as listening:
-                _fit(config, kind, model, prepared, saves, workers, told, listening.take)
+                _fit(config, kind, model, prepared, saves, workers, reporter, listening.take)
     except ArmRayError as error:
-        events.write(RunFailed(type(error).__name__, str(error)))
+        reporter.write(RunFailed(type(error).__name__, str(error)))
         raise
-    _close(output, config, saves, started, events, console)
+    _close(output, config, saves, started, reporter)
     return _checkpoints(output, saves)
 
 
@@ -287,8 +278,7 @@ def _with_precision(
     asked: str,
     began: str | None,
     workers: _Workers,
-    told: Callable[[str], None],
-    warn: Callable[[str], None],
+    reporter: Reporter,
 ) -> Any:
     """The configuration with its precision settled.
 
@@ -297,8 +287,7 @@ def _with_precision(
         asked: What the user wrote.
         began: What the run in the directory took, if there is one.
         workers: Where they are.
-        told: Called with a line for people.
-        warn: Called with a warning.
+        reporter: Told what it is.
     """
     on_cpu = workers.device == "cpu"
     # DeepSpeed has no bfloat16 there.
@@ -308,8 +297,7 @@ def _with_precision(
         asked,
         ["float32"] if only_float32 else ["bfloat16"],
         lambda: units_of(workers.device),
-        told,
-        warn,
+        reporter,
         began,
     )
     return config.model_copy(update={"precision": chosen})
@@ -434,7 +422,7 @@ def _plan_workers(config: TrainingConfig) -> _Workers:
     if any(resources.get(name, 0.0) < value for name, value in need.items()):
         raise PlacementError(
             "the cluster cannot hold the workers",
-            got=cluster_has(),
+            got=str(view_of_cluster()),
             expected=f"{count} workers of {cpus} CPU" + (" and 1 GPU" if on_gpu else ""),
             hint="use fewer runtime.workers or cpus_per_worker, or add nodes",
         )
@@ -462,7 +450,7 @@ def _fit(
     prepared: _Prepared,
     saves: list[int],
     workers: _Workers,
-    told: Callable[[str], None],
+    reporter: Reporter,
     took_step: Callable[[Record], None],
 ) -> None:
     """Run the workers until the last step of the session.
@@ -480,7 +468,7 @@ def _fit(
         )  # fmt: skip
         settings = {"kind": kind, "job": job, "payload": [ray.put(prepared.payload)]}
         work = _on_ray_train(settings, workers, config.runtime.max_failures)
-        follower = _Follower(config, saves, scratch, told, took_step)
+        follower = _Follower(config, saves, scratch, reporter, took_step)
         error = follower.wait_for(work)
         if error is not None:
             raise read_error(scratch / _ERROR_NAME) or _lost(error, config)
@@ -598,10 +586,10 @@ class _Follower:
         config: TrainingConfig,
         saves: list[int],
         scratch: Path,
-        told: Callable[[str], None],
+        reporter: Reporter,
         took_step: Callable[[Record], None],
     ) -> None:
-        self._config, self._last, self._told = config, saves[-1], told
+        self._config, self._last, self._reporter = config, saves[-1], reporter
         self._took_step = took_step
         self._log = config.output / LOG_NAME
         self._notes = scratch / "notes.txt"
@@ -639,7 +627,7 @@ class _Follower:
         if self._notes.is_file():
             notes = self._notes.read_text(encoding="utf-8").splitlines()
             for line in notes[self._notes_told :]:
-                self._told(line)
+                self._reporter.say(line)
             self._notes_told = len(notes)
         try:
             stat = self._log.stat()
@@ -656,7 +644,7 @@ class _Follower:
             if step > self._shown:
                 self._took_step(_record(entry))
             if step > self._shown and self._is_told(step):
-                self._told(self._line(entries, i))
+                self._reporter.say(self._line(entries, i))
                 self._last_line = time.monotonic()
         self._shown = max((e["step"] for e in entries), default=0)
 
@@ -689,15 +677,14 @@ def _close(
     config: TrainingConfig,
     saves: list[int],
     started: float,
-    events: EventLog,
-    console: Console,
+    reporter: Reporter,
 ) -> None:
     seconds = time.monotonic() - started
     log = read_log(output / LOG_NAME)
     loss = float(log[-1]["loss"]) if log else None
     checkpoints = _checkpoints(output, saves)
     names = tuple(path.name for path in checkpoints)
-    events.write(TrainingFinished(saves[-1], loss, round(seconds, 3), names))
+    reporter.write(TrainingFinished(saves[-1], loss, round(seconds, 3), names))
     rows = [
         ("output", str(output)),
         ("checkpoints", ", ".join(names)),
@@ -705,4 +692,4 @@ def _close(
         ("loss", "-" if loss is None else f"{log[0]['loss']:.4f} -> {loss:.4f}"),
         ("time", duration(seconds)),
     ]
-    print_summary(console, "trained", rows)
+    print_summary(reporter.console, "trained", rows)

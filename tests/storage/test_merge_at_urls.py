@@ -31,7 +31,7 @@ def on_disk(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> MergeC
     """A case, merged on disk."""
     case = MergeCase(tmp_path_factory.mktemp("case")).make("qwen2.5", max_shard_size="100KB")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("arm_ray.runtime.merge.run.placed_shards", in_process.placed_shards)
+        patch.setattr("arm_ray.runtime.merge.controller.placed_shards", in_process.placed_shards)
         merge(case.config(), console=Console(quiet=True))
     return case
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.selection import Criterion
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
 from arm_ray.evaluation.tasks import Task
-from arm_ray.events import EventLog
 from arm_ray.following.config import SharingConfig
 from arm_ray.report.scores import paired_results, scores_as_json
 from arm_ray.runtime.scoring.model_copies import copies_of
-from arm_ray.runtime.scoring.service import ScoringService, ScoringWork, Subject, scoring_service
-from arm_ray.runtime.scoring.state_scoring import flat_means, scored_event, scored_line
+from arm_ray.runtime.scoring.results import flat_means
+from arm_ray.runtime.scoring.service import ScoringService, scoring_service
+from arm_ray.runtime.scoring.subject import Subject
+from arm_ray.runtime.session.reporter import Reporter
 
 
 class ArrivalScoring:
@@ -32,8 +33,7 @@ class ArrivalScoring:
         criterion: What they are compared by; None: nothing.
         directory: Where results go and are found again.
         runtime: Of the merges.
-        events: Where scored models are written down.
-        say: Called with a line for people.
+        reporter: Told of scored models.
     """
 
     def __init__(
@@ -44,12 +44,11 @@ class ArrivalScoring:
         criterion: Criterion | None,
         directory: Path,
         runtime: RuntimeConfig,
-        events: EventLog,
-        say: Callable[[str], None],
+        reporter: Reporter,
     ) -> None:
         self._settings, self._sharing, self._tasks = settings, sharing, tasks
         self._criterion, self._directory, self._runtime = criterion, directory, runtime
-        self._events, self._say = events, say
+        self._reporter = reporter
         self._service: ScoringService | None = None
         self._stack = contextlib.ExitStack()
 
@@ -84,17 +83,19 @@ class ArrivalScoring:
                 return True
             except PlacementError as error:
                 if self._sharing.when_full == "skip":
-                    self._say(f"no room for the evaluation; going on without scores: {error}")
+                    self._reporter.say(
+                        f"no room for the evaluation; going on without scores: {error}"
+                    )
                     return False
                 if self._sharing.when_full == "wait":
-                    self._say(f"no room for the evaluation; waiting for it: {error}")
+                    self._reporter.say(f"no room for the evaluation; waiting for it: {error}")
                     continue
                 other = elsewhere(engine, self._sharing)
                 if other == engine:
                     raise
-                self._say(f"no room for the evaluation as configured: {error}")
+                self._reporter.say(f"no room for the evaluation as configured: {error}")
                 where = "CPUs" if self._sharing.when_full == "cpu" else "the labelled nodes"
-                self._say(f"the evaluation goes to {where} ({_reserved(other)})")
+                self._reporter.say(f"the evaluation goes to {where} ({_reserved(other)})")
                 engine = other
 
     def submit(self, subject: Subject) -> None:
@@ -125,18 +126,13 @@ class ArrivalScoring:
         return scores_as_json(scores, paired)
 
     def _open(self, first: Subject, engine: EngineSettings) -> None:
-        def wrote(subject: Subject, scores: Mapping[str, TaskScores], work: ScoringWork) -> None:
-            self._events.write(scored_event(subject, scores, work))
-            self._say(scored_line(subject.name, scores, work.seconds))
-
         settings = dataclasses.replace(self._settings, engine=engine)
         service = scoring_service(
             settings,
             self._tasks,
             self._directory,
             first,
-            self._say,
-            wrote,
+            self._reporter,
             copies_of(self._runtime),
         )
         self._service = self._stack.enter_context(service)

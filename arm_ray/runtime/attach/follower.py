@@ -16,6 +16,7 @@ from arm_ray.checkpoints.formats import missing
 from arm_ray.following.config import RunConfig
 from arm_ray.following.layouts import Found, RunWatcher
 from arm_ray.following.snapshots import Snapshot, remove, take
+from arm_ray.runtime.session.reporter import Reporter
 
 _MEGABYTE = 1_000_000
 
@@ -46,7 +47,7 @@ class Follower:
         directory: Where snapshots go.
         known: Step -> version of what was taken before.
         first_step: Given the steps that are complete at the start, the first one to be taken.
-        say: Called with a line for people; from the thread.
+        reporter: Told what is taken and what is not; from the thread.
     """
 
     def __init__(
@@ -56,11 +57,11 @@ class Follower:
         directory: Path,
         known: Mapping[int, str],
         first_step: Callable[[list[int]], int],
-        say: Callable[[str], None],
+        reporter: Reporter,
     ) -> None:
         self._settings, self._directory = settings, directory
         self._watcher = RunWatcher(path, settings.layout, kind=settings.kind, missing=missing)
-        self._known, self._choose_first, self._say = dict(known), first_step, say
+        self._known, self._choose_first, self._reporter = dict(known), first_step, reporter
         self._first_step = 0
         self._has_begun = False
         self._new: list[Taken] = []
@@ -141,7 +142,7 @@ class Follower:
         try:
             found = self._watcher.scan()
         except OSError as error:
-            self._say(f"the run's directory cannot be read just now: {error}")
+            self._reporter.say(f"the run's directory cannot be read just now: {error}")
             return
         complete = {item.step: item for item in found if item.complete}
         # Most layouts tell complete checkpoints at the second look only.
@@ -183,7 +184,7 @@ class Follower:
         if snapshot is None:
             if self._refused.get(item.step) != reason:
                 self._refused[item.step] = reason
-                self._say(f"step {item.step}: not taken, {reason}; looking again")
+                self._reporter.say(f"step {item.step}: not taken, {reason}; looking again")
             return False
         with self._changed:
             self._known[item.step] = item.version
@@ -195,7 +196,7 @@ class Follower:
             self._changed.notify_all()
         for taken in dropped:
             remove(taken.snapshot)
-            self._say(
+            self._reporter.say(
                 f"step {taken.snapshot.step}: let go, without a merge: {self._settings.max_held} "
                 f"newer ones wait (run.max_held)"
             )
@@ -214,6 +215,6 @@ class Follower:
             since, is_told = self._incomplete.setdefault(item.step, (now, False))
             if not is_told and now - since >= self._settings.incomplete_after_s:
                 self._incomplete[item.step] = (since, True)
-                self._say(
+                self._reporter.say(
                     f"step {item.step}: still not complete after {now - since:.0f} s: {item.reason}"
                 )

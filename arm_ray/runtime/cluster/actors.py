@@ -10,6 +10,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 import ray
 from ray import ObjectRef
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arm_ray.runtime.cluster.nodes import this_node
 
@@ -72,6 +73,14 @@ def start_actor(
     """
     actor_class: Any = ray.remote(**options)(kind)
     return Handle(actor_class.remote(*args, **kwargs))
+
+
+def run_on(node: str, function: Callable[[], R]) -> ObjectRef[R]:
+    """Run a function on a node, or on another one if that is gone; returns at once."""
+    where = NodeAffinitySchedulingStrategy(node, soft=True)
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": where}
+    remote: Any = ray.remote(**options)(function)
+    return cast("ObjectRef[R]", remote.remote())
 
 
 def in_place_of(ref: ObjectRef[R] | None) -> R:

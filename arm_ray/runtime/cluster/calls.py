@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-from ray import exceptions
+from ray import ObjectRef, exceptions
 
 from arm_ray.errors import (
     ArmRayError,
@@ -41,6 +42,8 @@ LOST = _kinds(
 )
 # What it raises for a tensor that did not arrive.
 _NOT_DELIVERED = _kinds("RayDirectTransportError", "RayChannelError")
+_R = TypeVar("_R")
+_POLL_S = 0.5
 _FRAME = re.compile(r'File "([^"]+)", (line \d+, in \S+)')
 _NODE = re.compile(r"\(pid=\d+, ip=([^,)]+)")
 
@@ -86,8 +89,8 @@ EVALUATOR = Callee(
 
 
 def get_results(
-    refs: Sequence[Any], callee: Callee = SHARD, timeout_s: float | None = None
-) -> list[Any]:
+    refs: Sequence[ObjectRef[_R]], callee: Callee = SHARD, timeout_s: float | None = None
+) -> list[_R]:
     """`ray.get`, with arm_ray's own errors as they were raised, and own ones for all of Ray's.
 
     Args:
@@ -116,6 +119,59 @@ def get_results(
         ) from error
     except exceptions.RayError as error:
         raise _of_ray(error, callee) from error
+
+
+class Calls:
+    """Waits for what calls return, and can be interrupted; a test may bring its own.
+
+    Args:
+        check: Called while it waits; raises what ends the waiting.
+    """
+
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self.check = check
+
+    def done(self, refs: Sequence[ObjectRef[Any]]) -> list[ObjectRef[Any]]:
+        """Those that have ended, after a moment at most; one at a time."""
+        self.check()
+        return ray.wait(list(refs), num_returns=1, timeout=_POLL_S)[0] if refs else []
+
+    def get(self, ref: ObjectRef[_R], callee: Callee) -> _R:
+        """What a call returned; see `get_results`."""
+        return get_results([ref], callee)[0]
+
+    def answer(self, ref: ObjectRef[_R], callee: Callee, limit_s: float, key: str) -> _R:
+        """Wait for what a call returns.
+
+        Args:
+            ref: The call.
+            callee: Who was called.
+            limit_s: Longest time to wait.
+            key: The setting that says so, for the error.
+
+        Raises:
+            WorkerError: It gave no answer in time.
+        """
+        end = time.monotonic() + limit_s
+        while not self.done([ref]):
+            if time.monotonic() > end:
+                raise silent(callee.name, limit_s, key)
+        return self.get(ref, callee)
+
+
+def silent(who: str, limit_s: float, key: str) -> WorkerError:
+    """The error for an actor that gives no answer.
+
+    Args:
+        who: In words: "an evaluator".
+        limit_s: How long it was waited for.
+        key: The setting that says so.
+    """
+    return WorkerError(
+        f"{who} gave no answer in time",
+        got=f"nothing within {limit_s:g} s",
+        hint=f"raise {key}, or ask for less at once (evaluation.engine.chunk_size)",
+    )
 
 
 def _of_task(error: exceptions.RayTaskError, callee: Callee) -> Exception:

@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import ray
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """What a cluster has at one moment.
+
+    Attributes:
+        nodes: Ids of the nodes that are alive.
+        total: Resource -> amount in all.
+        free: Resource -> amount that nobody has taken.
+    """
+
+    nodes: frozenset[str]
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return (
+            f"free: {format_resources(self.free)}; in all: {format_resources(self.total)} "
+            f"on {len(self.nodes)} node(s)"
+        )
+
+
+def view_of_cluster() -> ClusterView:
+    """The cluster that this process has joined, as it is now."""
+    return ClusterView(alive_nodes(), ray.cluster_resources(), ray.available_resources())
 
 
 def alive_nodes() -> frozenset[str]:
@@ -24,15 +51,6 @@ def node_names(ids: Sequence[str]) -> list[str]:
         f"{known[i]['NodeManagerHostname']} ({known[i]['NodeManagerAddress']})" if i in known else i
         for i in ids
     ]
-
-
-def cluster_has() -> str:
-    """What the cluster has, free and in all, in words."""
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-    return (
-        f"free: {format_resources(ray.available_resources())}; "
-        f"in all: {format_resources(ray.cluster_resources())} on {nodes} node(s)"
-    )
 
 
 def format_resources(resources: Mapping[str, float]) -> str:

@@ -14,26 +14,29 @@ import hashlib
 import json
 import socket
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import ray
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig, state_settings
 from arm_ray.errors import ArmRayError, PlacementError
+from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.calls import NODE_FILES, get_results
 from arm_ray.runtime.cluster.nodes import node_names, this_node
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.output.run_directory import RunDirectory
+from arm_ray.runtime.shards.files import RemoteGroup, ShardFiles
+from arm_ray.runtime.shards.layer_shard import LayerShard, call_files
 from arm_ray.runtime.shards.node_files import NodeFiles
 from arm_ray.runtime.shards.placement import ShardGang
-from arm_ray.runtime.shards.scratch import Elsewhere
 from arm_ray.runtime.shards.spec import ShardSpec
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class StateStorage:
@@ -98,7 +101,7 @@ class StateStorage:
         partial.mkdir()
         get_results(
             [
-                actors[i % len(actors)].export.remote(partial, file, iteration)
+                call_files(actors[i % len(actors)], ShardFiles.export, partial, file, iteration)
                 for i, file in enumerate(files)
             ]
         )
@@ -128,7 +131,7 @@ class NodeStorage(StateStorage):
         self._settings = config.runtime
         self._name = _scratch_name(run, self._fingerprints, config)
         self._known_nodes = tuple(known_nodes)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Handle[NodeFiles]] = {}
         self._roots: dict[str, Path] = {}
         self._on_nodes: dict[str, set[tuple[int, int]]] = {}
 
@@ -146,16 +149,26 @@ class NodeStorage(StateStorage):
                 "max_concurrency": 4,
                 "scheduling_strategy": where,
             }
-            actor_class: Any = ray.remote(**options)(NodeFiles)
-            self._files[node] = actor_class.remote(self._settings.scratch, self._name)
+            scratch = self._settings.scratch
+            self._files[node] = start_actor(options, NodeFiles, scratch, self._name)
         origin, known = self._files[self._home], self._fingerprints
-        self._roots = self._ask("ready")
-        get_results([a.use_scratch.remote(self._name, origin, known) for a in self._gang.actors])
-        self._on_nodes = self._ask("groups")
+        self._roots = self._ask(NodeFiles.ready)
+        get_results(
+            [
+                shard.call(LayerShard.use_scratch, self._name, origin, known)
+                for shard in self._gang.actors
+            ]
+        )
+        self._on_nodes = self._ask(NodeFiles.groups)
 
-    def _ask(self, method: str, *arguments: object) -> dict[str, Any]:
+    def _ask(
+        self,
+        method: Callable[Concatenate[NodeFiles, _P], _R],
+        *args: _P.args,
+        **kwargs: _P.kwargs,
+    ) -> dict[str, _R]:
         """Node -> what its `NodeFiles` answers; nodes that are gone by now are left out."""
-        refs = {n: getattr(f, method).remote(*arguments) for n, f in self._files.items()}
+        refs = {n: files.call(method, *args, **kwargs) for n, files in self._files.items()}
         answers = {}
         for node, ref in refs.items():
             try:
@@ -188,17 +201,18 @@ class NodeStorage(StateStorage):
             here = self._on_nodes[node]
             absent = [key for key in sorted(wanted - here) if key[1] in spec.groups]
             if absent:
-                refs.append(actor.fetch_groups.remote([self._elsewhere(*key) for key in absent]))
+                groups = [self._on_another_node(*key) for key in absent]
+                refs.append(call_files(actor, ShardFiles.fetch_groups, groups))
                 here |= set(absent)
         get_results(refs)
 
-    def _elsewhere(self, iteration: int, group: int) -> Elsewhere:
+    def _on_another_node(self, iteration: int, group: int) -> RemoteGroup:
         in_run = states.group_file(states.state_directory(self._run.path, iteration), group)
         if in_run.is_file():
-            return Elsewhere(iteration, group, self._files[self._home], in_run)
+            return RemoteGroup(iteration, group, self._files[self._home], in_run)
         node = next(n for n, found in self._on_nodes.items() if (iteration, group) in found)
         directory = states.state_directory(self._roots[node], iteration)
-        return Elsewhere(iteration, group, self._files[node], states.group_file(directory, group))
+        return RemoteGroup(iteration, group, self._files[node], states.group_file(directory, group))
 
     def gather(self, iteration: int) -> None:
         """Have all groups of a merged state in the run directory."""
@@ -208,9 +222,7 @@ class NodeStorage(StateStorage):
         get_results(
             [
                 # Beside the next iterations, which the shards are working on.
-                actor.deliver.options(concurrency_group="deliver").remote(
-                    iteration, group, home, directory
-                )
+                call_files(actor, ShardFiles.deliver, iteration, group, home, directory)
                 for actor, spec in zip(self._gang.actors, self._specs, strict=True)
                 for group in spec.groups
                 if not states.group_file(directory, group).is_file()
@@ -231,7 +243,7 @@ class NodeStorage(StateStorage):
             self._forget(gone)
 
     def _forget(self, iterations: list[int]) -> None:
-        self._ask("discard", iterations)
+        self._ask(NodeFiles.discard, iterations)
         for found in self._on_nodes.values():
             found -= {key for key in found if key[0] in iterations}
 
@@ -247,7 +259,9 @@ class NodeStorage(StateStorage):
         if all(self._in_run(iteration, group) for group in self._groups):
             group_of = {n: g.index for g in self._inputs.layout.groups for n in g.tensors}
             state = states.state_directory(self._run.path, iteration)
-            exported = [home.export.remote(partial, file, state, group_of) for file in files]
+            exported = [
+                home.call(NodeFiles.export, partial, file, state, group_of) for file in files
+            ]
             get_results(exported, NODE_FILES)
             return
         model = [SharedWeightFile(partial / file.name, file.specs) for file in files]
@@ -255,7 +269,7 @@ class NodeStorage(StateStorage):
             file.create()
         get_results(
             [
-                actor.assemble.remote(iteration, group, model, home)
+                call_files(actor, ShardFiles.assemble, iteration, group, model, home)
                 for actor, spec in zip(self._gang.actors, self._specs, strict=True)
                 for group in spec.groups
             ]
@@ -268,10 +282,9 @@ class NodeStorage(StateStorage):
         # A complete run has nothing more to lose with a node.
         with contextlib.suppress(ArmRayError):
             if is_complete:
-                self._ask("remove", list(self._fingerprints.values()))
+                self._ask(NodeFiles.remove, list(self._fingerprints.values()))
         for files in self._files.values():
-            with contextlib.suppress(RayError):
-                ray.kill(files)
+            files.end()
 
 
 def _scratch_name(run: RunDirectory, fingerprints: Mapping[str, str], config: MergeConfig) -> str:
@@ -321,9 +334,8 @@ def storage_of(
             expected="one directory under the same path on all nodes (runtime.storage: shared)",
             hint="mount it there, or set runtime.storage to per_node",
         )
-    for node, missing in zip(
-        gang.nodes, get_results([a.missing_files.remote() for a in gang.actors]), strict=True
-    ):
+    absent = get_results([call_files(shard, ShardFiles.missing) for shard in gang.actors])
+    for node, missing in zip(gang.nodes, absent, strict=True):
         if missing:
             raise PlacementError(
                 "a node does not have the model files",
@@ -336,7 +348,7 @@ def storage_of(
     yield StateStorage(run, inputs, gang, specs)
     if run.is_complete and not all(given.is_local for given in inputs.checkpoints.values()):
         with contextlib.suppress(ArmRayError):
-            get_results([actor.remove_copies.remote() for actor in gang.actors])
+            get_results([call_files(shard, ShardFiles.remove_copies) for shard in gang.actors])
 
 
 def _blind(run: RunDirectory, gang: ShardGang) -> list[str]:
@@ -349,7 +361,8 @@ def _blind(run: RunDirectory, gang: ShardGang) -> list[str]:
     file = run.path / f".seen-{token[:12]}"
     file.write_text(token, encoding="utf-8")
     try:
-        seen = get_results([actor.sees.remote(file, token) for actor in asked.values()])
+        refs = [call_files(shard, ShardFiles.sees, file, token) for shard in asked.values()]
+        seen = get_results(refs)
     finally:
         file.unlink(missing_ok=True)
     return [node for node, sees in zip(asked, seen, strict=True) if not sees]

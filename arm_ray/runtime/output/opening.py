@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from arm_ray.checkpoints import states
@@ -32,6 +32,7 @@ from arm_ray.runtime.output.upload import (
     directories,
     is_complete,
 )
+from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.schedule import iterations_needed_after
 from arm_ray.storage import lease
 from arm_ray.storage.store import Store, StoredFile
@@ -47,7 +48,7 @@ def local_directory(url: Url, scratch: Path) -> Path:
 
 
 @contextlib.contextmanager
-def open_output(config: MergeConfig, told: Callable[[str], None]) -> Iterator[RunDirectory]:
+def open_output(config: MergeConfig, reporter: Reporter) -> Iterator[RunDirectory]:
     """Open a run directory as `open_run`, wherever the output is.
 
     For a URL, what the run needs to go on is copied here first, and what it finishes is uploaded
@@ -55,7 +56,7 @@ def open_output(config: MergeConfig, told: Callable[[str], None]) -> Iterator[Ru
 
     Args:
         config: The configuration.
-        told: Called with a line for people.
+        reporter: Told what people should know.
 
     Raises:
         RunDirectoryError: As `open_run`, or another machine works on the run.
@@ -79,11 +80,11 @@ def open_output(config: MergeConfig, told: Callable[[str], None]) -> Iterator[Ru
                 run.url, run.published_iteration = str(url), published
                 # Of a run that is complete there, its states are not here.
                 prunes = config.keep_states != "all" and not published
-                upload = RunUpload(store, local, files, prunes, held, told)
+                upload = RunUpload(store, local, files, prunes, held, reporter)
                 upload.start()
                 with _uploading(run, upload):
                     yield run
-                told(f"the run is at {url}")
+                reporter.say(f"the run is at {url}")
 
 
 @contextlib.contextmanager

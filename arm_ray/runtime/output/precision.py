@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.hardware import Units, all_of, cpu_units, gpu_units, own_gpu_units
+from arm_ray.runtime.cluster.actors import run_on
 from arm_ray.runtime.cluster.calls import get_results
+from arm_ray.runtime.session.reporter import Reporter
 
 RECORD_NAME = "precision.json"
 _ACCELERATOR = "accelerator_type:"
@@ -30,15 +31,7 @@ def units_of(device: str) -> Units:
     nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
     if len(nodes) < 2:
         return cpu_units()
-    ask = ray.remote(num_cpus=0)(cpu_units)
-    found = get_results(
-        [
-            ask.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
-            ).remote()
-            for node in nodes
-        ]
-    )
+    found = get_results([run_on(node["NodeID"], cpu_units) for node in nodes])
     return all_of(found, "a CPU of the cluster" if len(set(found)) > 1 else "the cluster's CPUs")
 
 
@@ -73,8 +66,7 @@ def settle(
     asked: str,
     preferred: Sequence[str],
     units: Callable[[], Units],
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
+    reporter: Reporter,
     began: str | None = None,
 ) -> str:
     """The format that a run computes in, recorded in its directory.
@@ -84,20 +76,19 @@ def settle(
         asked: `auto`, or a format.
         preferred: What `auto` takes of formats that the device multiplies by itself: the first.
         units: Of the device; called where nothing is recorded.
-        say: Called with the line that says what `auto` came to.
-        warn: Called where a format was asked for that the device has no units for.
+        reporter: Told what `auto` came to, and warned of a format that the device has no units for.
         began: What a run that recorded nothing is known to have begun with.
     """
     kept = recorded(directory) or began
     if asked == "auto" and kept is not None:
-        say(f"precision: {kept} (auto: as the run began)")
+        reporter.say(f"precision: {kept} (auto: as the run began)")
         chosen = kept
     elif asked == "auto":
         chosen, why = units().choose(*preferred)
-        say(f"precision: {chosen} (auto: {why})")
+        reporter.say(f"precision: {chosen} (auto: {why})")
     else:
         chosen, problem = asked, units().warning(asked)
         if problem is not None:
-            warn(problem)
+            reporter.warn(problem)
     record(directory, chosen)
     return chosen

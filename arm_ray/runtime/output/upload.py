@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import INDEX_NAME, read_json
 from arm_ray.errors import ArmRayError, StorageAccessError, StorageError
 from arm_ray.runtime.output.run_directory import CONFIG_NAME
+from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.storage.lease import Lease
 from arm_ray.storage.store import Store
 
@@ -37,7 +38,7 @@ class RunUpload:
         present: Names of the files that are at the URL.
         prunes: Whether states that are gone here are removed there.
         lease: Held on the URL.
-        told: Called with a line for people.
+        reporter: Told what people should know.
     """
 
     def __init__(
@@ -47,10 +48,10 @@ class RunUpload:
         present: Iterable[str],
         prunes: bool,
         lease: Lease,
-        told: Callable[[str], None],
+        reporter: Reporter,
     ) -> None:
         self._store, self._local, self._prunes = store, local, prunes
-        self._lease, self._told = lease, told
+        self._lease, self._reporter = lease, reporter
         self._there = set(present)
         self._complete = {name for name in directories(self._there) if self._is_complete(name)}
         self._sent: dict[str, tuple[int, int]] = {}
@@ -85,7 +86,7 @@ class RunUpload:
             except StorageError as error:
                 if pause is None or isinstance(error, StorageAccessError):
                     raise self._not_uploaded(error) from error
-                self._told(f"warning: {error.what}: {error.got}; trying again in {pause:g} s")
+                self._reporter.warn(f"{error.what}: {error.got}; trying again in {pause:g} s")
                 time.sleep(pause)
 
     def sync_once(self) -> None:
@@ -114,7 +115,7 @@ class RunUpload:
             except StorageError as error:
                 # The merge goes on; the next event, or its end, tries again.
                 if not self._failed:
-                    self._told(f"warning: {error.what}: {error.got}; the run goes on locally")
+                    self._reporter.warn(f"{error.what}: {error.got}; the run goes on locally")
                 self._failed = True
 
     def _not_uploaded(self, error: StorageError) -> StorageError:

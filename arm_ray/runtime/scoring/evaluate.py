@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -25,19 +25,14 @@ from arm_ray.runtime.cluster.joining import outliving, ray_session
 from arm_ray.runtime.output.opening import results_at
 from arm_ray.runtime.output.run_directory import locked
 from arm_ray.runtime.scoring.model_copies import CopiesOnNodes
-from arm_ray.runtime.scoring.service import (
-    KnownScores,
-    ScoringWork,
-    Subject,
-    as_error,
-    model_source,
-    scoring_service,
-    with_recorded_dtype,
-    write_table,
-)
-from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots, scored_event, scored_line
+from arm_ray.runtime.scoring.requests import KnownScores
+from arm_ray.runtime.scoring.results import write_table
+from arm_ray.runtime.scoring.service import as_error, scoring_service, with_recorded_dtype
+from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
+from arm_ray.runtime.scoring.subject import Subject, model_source
 from arm_ray.runtime.session.heartbeat import heartbeat
 from arm_ray.runtime.session.progress import duration
+from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
 from arm_ray.storage.urls import is_url
 
@@ -64,36 +59,27 @@ def evaluate(
         with results_at(config.output) as local:
             at_disk = config.model_copy(update={"output": str(local)})
             return evaluate(at_disk, address=address, console=console)
-    console = console or Console(stderr=True)
+    reporter = Reporter(console or Console(stderr=True))
     started = time.monotonic()
     output = outliving(config.output)
     check_installed(config.tracking)
     tasks = load_tasks(config.evaluation)
     subjects = [subject_of(name, given, config) for name, given in config.models.items()]
     output = open_output(output, config)
-    events = EventLog(output / "events.jsonl")
-
-    def told(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def wrote(subject: Subject, scores: Mapping[str, TaskScores], work: ScoringWork) -> None:
-        events.write(scored_event(subject, scores, work))
-        told(scored_line(subject.name, scores, work.seconds))
+    reporter = reporter.with_events(EventLog(output / "events.jsonl"))
 
     sizes = ", ".join(f"{t.name} ({len(t.problems)} x {t.repeats})" for t in tasks)
-    told(f"scoring {len(subjects)} model(s) on {sizes}")
+    reporter.say(f"scoring {len(subjects)} model(s) on {sizes}")
     scores = _known_scores(config.evaluation, tasks, subjects, output)
     if scores is not None:
-        told("all of it is scored already")
-        return _report(config, scores, output, console, started)
+        reporter.say("all of it is scored already")
+        return _report(config, scores, output, reporter, started)
     with (
-        heartbeat(console),
-        evaluation_session(config, config.evaluation, output, events, address, told),
+        heartbeat(reporter.console),
+        evaluation_session(config, config.evaluation, output, address, reporter),
     ):
         first, copies = subjects[0], CopiesOnNodes(config.scratch)
-        with scoring_service(
-            config.evaluation, tasks, output, first, told, wrote, copies
-        ) as service:
+        with scoring_service(config.evaluation, tasks, output, first, reporter, copies) as service:
             for subject in subjects:
                 service.submit(subject)
             try:
@@ -101,7 +87,7 @@ def evaluate(
             except Exception as error:
                 raise as_error(error) from error
             scores = service.scores()
-    return _report(config, scores, output, console, started)
+    return _report(config, scores, output, reporter, started)
 
 
 def _known_scores(
@@ -122,16 +108,16 @@ def _report(
     config: EvaluateConfig,
     scores: dict[str, dict[str, TaskScores]],
     output: Path,
-    console: Console,
+    reporter: Reporter,
     started: float,
 ) -> dict[str, dict[str, TaskScores]]:
     """Compare all models with the first, write and print the numbers, and return them."""
     reference = next(iter(config.models))
     paired = paired_results(scores, output, reference, config.evaluation)
     write_table(output, scores_as_json(scores, paired))
-    print_scores(console, scores, paired, title=f"scores, in % ({output.name})")
-    line = f"{duration(time.monotonic() - started)}; records and numbers are in {output}"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_scores(reporter.console, scores, paired, title=f"scores, in % ({output.name})")
+    seconds = duration(time.monotonic() - started)
+    reporter.say(f"{seconds}; records and numbers are in {output}")
     return scores
 
 
@@ -140,9 +126,8 @@ def evaluation_session(
     config: EvaluateConfig,
     settings: EvaluationSettings,
     output: Path,
-    events: EventLog,
     address: str | None,
-    told: Callable[[str], None],
+    reporter: Reporter,
 ) -> Iterator[None]:
     """Have the output to oneself, Ray at hand, and the run's numbers told to who wants them.
 
@@ -150,20 +135,18 @@ def evaluation_session(
         config: Of the evaluation.
         settings: What is reserved in a Ray that is started here.
         output: The output directory.
-        events: The run's events.
         address: As for `evaluate`.
-        told: Called with a line for people.
+        reporter: It has the run's events.
     """
     slots = 1 + local_evaluator_slots(settings)
     with (
         locked(output, "evaluation"),
         ray_session(address, slots, {"job": "evaluate", "output": str(output)}),
         telemetry(
-            events,
+            reporter,
             config.tracking,
             output,
             config.tracking.run or output.name,
-            told,
             parameters=config.model_dump(mode="json", exclude={"tracking"}),
         ),
     ):

@@ -28,9 +28,10 @@ from arm_ray.evaluation.engine import (
 )
 from arm_ray.evaluation.graders import Grader
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
+from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.calls import EVALUATOR, get_results
-from arm_ray.runtime.cluster.nodes import cluster_has, format_resources
-from arm_ray.runtime.scoring.model_copies import CopiesOnNodes
+from arm_ray.runtime.cluster.nodes import format_resources, view_of_cluster
+from arm_ray.runtime.scoring.model_copies import CopiesOnNodes, ModelCopies
 from arm_ray.runtime.session.heartbeat import activity
 from arm_ray.storage.mirror import present
 
@@ -83,7 +84,11 @@ class EngineActor:
     engine_class: ClassVar[type[Engine]] = Engine
 
     def __init__(
-        self, model: str, tokenizer: str, settings: EngineSettings, copies: Any = None
+        self,
+        model: str,
+        tokenizer: str,
+        settings: EngineSettings,
+        copies: Handle[ModelCopies] | None = None,
     ) -> None:
         self._arguments = (model, tokenizer, settings)
         self._copies = copies
@@ -101,7 +106,7 @@ class EngineActor:
             present(place)
         fetched_bytes = 0
         if self._copies is not None:
-            [placed] = get_results([self._copies.place.remote(source)], EVALUATOR)
+            [placed] = get_results([self._copies.call(ModelCopies.place, source)], EVALUATOR)
             source, fetched_bytes = placed.source, placed.fetched_bytes
         report = self._started.load(source, version)
         return replace(report, seconds=time.monotonic() - started, fetched_bytes=fetched_bytes)
@@ -123,8 +128,10 @@ class EngineActor:
             present(model)
             present(tokenizer)
             if self._copies is not None:
-                [placed] = get_results([self._copies.describe.remote(model, tokenizer)], EVALUATOR)
-                model, tokenizer = placed.source.path, placed.tokenizer
+                [placed] = get_results(
+                    [self._copies.call(ModelCopies.describe, model, tokenizer)], EVALUATOR
+                )
+                model, tokenizer = placed.source.path, placed.tokenizer or tokenizer
             self._engine = self.engine_class(model, tokenizer, settings)
         return self._engine
 
@@ -141,14 +148,24 @@ class EvaluatorGang:
     ) -> None:
         self._settings, self._resources, self._group = settings, resources, group
         self._copies = copies
-        self.engines: list[Any] = [None] * resources.replicas
-        self.graders: list[Any] = [None] * resources.graders
+        self._engines: list[Handle[EngineActor] | None] = [None] * resources.replicas
+        self._graders: list[Handle[Grader] | None] = [None] * resources.graders
         self._is_closed = False
 
-    def start_engine(self, index: int, model: str, tokenizer: str) -> Any:
+    @property
+    def engines(self) -> list[Handle[EngineActor]]:
+        """The engines that are there, by place."""
+        return [engine for engine in self._engines if engine is not None]
+
+    @property
+    def graders(self) -> list[Handle[Grader]]:
+        """The graders that are there, by place."""
+        return [grader for grader in self._graders if grader is not None]
+
+    def start_engine(self, index: int, model: str, tokenizer: str) -> Handle[EngineActor]:
         """Place an engine, instead of the one that may be in this place; `ready` starts it."""
         self._check_open()
-        self._kill(self.engines[index])
+        self._end(self._engines[index])
         self._wait_for_places()
         node = placement_group_table(self._group)["bundles_to_node_id"][index]
         threads = str(self._settings.engine.cpus_per_engine)
@@ -162,15 +179,15 @@ class EvaluatorGang:
         if not self._resources.engine.get("GPU"):
             # Ray leaves a process that asked for no GPU all of them, the trainer's included.
             env |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-        actor: Any = ray.remote(EngineActor)
-        self.engines[index] = actor.options(
-            **_options(self._resources.engine),
-            runtime_env={"env_vars": env},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=index
-            ),
-        ).remote(model, tokenizer, self._settings.engine, self._copies.on(node))
-        return self.engines[index]
+        options = {
+            **_options(self._resources.engine, self._group, index),
+            "runtime_env": {"env_vars": env},
+        }
+        engine = start_actor(
+            options, EngineActor, model, tokenizer, self._settings.engine, self._copies.on(node)
+        )
+        self._engines[index] = engine
+        return engine
 
     def _wait_for_places(self) -> None:
         """Those that were lost with their node come up again on another one."""
@@ -187,28 +204,26 @@ class EvaluatorGang:
                 )
         self._check_open()
 
-    def start_grader(self, index: int) -> Any:
+    def start_grader(self, index: int) -> Handle[Grader]:
         """Start a grader, instead of the one that may be in this place."""
         self._check_open()
-        self._kill(self.graders[index])
-        actor: Any = ray.remote(Grader)
-        self.graders[index] = actor.options(
-            **_options(self._resources.grader),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=self._resources.replicas + index
-            ),
-        ).remote(self._settings.grading)
-        return self.graders[index]
+        self._end(self._graders[index])
+        place = self._resources.replicas + index
+        options = _options(self._resources.grader, self._group, place)
+        grader = start_actor(options, Grader, self._settings.grading)
+        self._graders[index] = grader
+        return grader
 
     def close(self) -> None:
         """End all actors."""
         self._is_closed = True
         for grader in self.graders:
-            if grader is not None:
-                with contextlib.suppress(RayError):
-                    ray.get(grader.close.remote(), timeout=10)
-        for actor in [*self.engines, *self.graders]:
-            self._kill(actor)
+            with contextlib.suppress(RayError):
+                ray.get(grader.call(Grader.close), timeout=10)
+        for engine in self.engines:
+            engine.end()
+        for grader in self.graders:
+            grader.end()
         self._copies.close()
 
     def _check_open(self) -> None:
@@ -216,10 +231,9 @@ class EvaluatorGang:
             raise WorkerError("the evaluators have been ended")
 
     @staticmethod
-    def _kill(actor: Any) -> None:
+    def _end(actor: Handle[Any] | None) -> None:
         if actor is not None:
-            with contextlib.suppress(RayError):
-                ray.kill(actor)
+            actor.end()
 
 
 @contextlib.contextmanager
@@ -254,9 +268,9 @@ def placed_evaluators(
         engines = [gang.start_engine(i, model, tokenizer) for i in range(resources.replicas)]
         graders = [gang.start_grader(i) for i in range(resources.graders)]
         limit = settings.engine.timeout_s
-        get_results([grader.ready.remote(runs_code) for grader in graders], EVALUATOR, limit)
+        get_results([grader.call(Grader.ready, runs_code) for grader in graders], EVALUATOR, limit)
         with activity(f"starting {len(engines)} vLLM engine(s)"):
-            get_results([engine.ready.remote() for engine in engines], EVALUATOR, limit)
+            get_results([engine.call(EngineActor.ready) for engine in engines], EVALUATOR, limit)
         yield gang
     finally:
         gang.close()
@@ -264,12 +278,15 @@ def placed_evaluators(
             remove_placement_group(group)
 
 
-def _options(resources: dict[str, float]) -> dict[str, Any]:
+def _options(resources: dict[str, float], group: Any, bundle: int) -> dict[str, Any]:
     custom = {name: n for name, n in resources.items() if name not in ("CPU", "GPU")}
     return {
         "num_cpus": resources.get("CPU", 0.0),
         "num_gpus": resources.get("GPU", 0.0),
         "resources": custom,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=bundle
+        ),
     }
 
 
@@ -277,7 +294,7 @@ def _not_placed(settings: EvaluationSettings, resources: EvaluatorResources) -> 
     return PlacementError(
         f"the cluster did not place the evaluators within "
         f"{settings.engine.placement_timeout_s:g} s",
-        got=cluster_has(),
+        got=str(view_of_cluster()),
         expected=f"{resources.replicas} times {format_resources(resources.engine)} for the "
         f"engines, {resources.graders} times {format_resources(resources.grader)} for the graders",
         hint="use fewer evaluation.engine.replicas, a fraction of a GPU "

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,34 +25,30 @@ from arm_ray.evaluation.engine import Completion, LoadReport, Request, context_l
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.events import EventLog, ModelScored
 from arm_ray.report.trackers import check_installed
-from arm_ray.runtime.cluster.calls import EVALUATOR, get_results
+from arm_ray.runtime.cluster.calls import Calls
 from arm_ray.runtime.cluster.joining import outliving
 from arm_ray.runtime.output.opening import results_at
+from arm_ray.runtime.scoring.engine_slot import EngineSlot
 from arm_ray.runtime.scoring.evaluate import (
     CONFIG_NAME,
     evaluation_session,
     open_output,
     subject_of,
 )
-from arm_ray.runtime.scoring.evaluator import EvaluatorGang, placed_evaluators
+from arm_ray.runtime.scoring.evaluator import EngineActor, placed_evaluators
 from arm_ray.runtime.scoring.model_copies import CopiesOnNodes
-from arm_ray.runtime.scoring.service import (
-    Subject,
-    engine_kind,
-    tokenizer_digest,
-    vllm_version,
-    with_dtype,
-    with_recorded_dtype,
-)
+from arm_ray.runtime.scoring.requests import vllm_version
+from arm_ray.runtime.scoring.service import with_dtype, with_recorded_dtype
+from arm_ray.runtime.scoring.subject import Subject, tokenizer_digest
 from arm_ray.runtime.session.heartbeat import heartbeat
 from arm_ray.runtime.session.progress import LINE_INTERVAL_S, duration
+from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.storage.urls import is_url
 
 if TYPE_CHECKING:
     from arm_ray.evaluation.lm_eval_bridge import OpenTasks
 
 FILE_NAME = "lm_eval.json"
-_ATTEMPTS = 3
 # Of the machine and the working directory, nothing about the scores.
 _DROPPED = ("pretty_env_info", "git_hash", "upper_git_hash", "samples")
 
@@ -109,15 +105,11 @@ def evaluate_lm_eval(
         with results_at(config.output) as local:
             at_disk = config.model_copy(update={"output": str(local)})
             return evaluate_lm_eval(at_disk, options, tasks, address=address, console=console)
-    console = console or Console(stderr=True)
+    reporter = Reporter(console or Console(stderr=True))
     started = time.monotonic()
-
-    def told(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     tasks = tasks or open_lm_eval(options)
     for note in tasks.notes:
-        told(note)
+        reporter.say(note)
     subjects = [subject_of(name, given, config) for name, given in config.models.items()]
     if options.apply_chat_template:
         for subject in subjects:
@@ -127,26 +119,26 @@ def evaluate_lm_eval(
     has_config = (output / CONFIG_NAME).is_file()
     output = output.resolve() if has_config else open_output(output, config)
     check_installed(config.tracking)
-    events = EventLog(output / "events.jsonl")
+    reporter = reporter.with_events(EventLog(output / "events.jsonl"))
     # What is scored there already is scored in the format that is recorded, if it was `auto`.
     known = with_recorded_dtype(config.evaluation, output)
-    run = _Run(known, options, tasks, output, events, told)
-    told(f"lm_eval: scoring {len(subjects)} model(s) on {', '.join(tasks.names)}")
+    run = _Run(known, options, tasks, output, reporter)
+    reporter.say(f"lm_eval: scoring {len(subjects)} model(s) on {', '.join(tasks.names)}")
     digests = {subject.name: run.digest(subject) for subject in subjects}
     found = {name: run.known(name, digest) for name, digest in digests.items()}
     scored = {name: content for name, content in found.items() if content is not None}
     for name in scored:
-        told(f"{name}: lm_eval's numbers are there already")
+        reporter.say(f"{name}: lm_eval's numbers are there already")
     missing = [subject for subject in subjects if subject.name not in scored]
     failures: list[ArmRayError] = []
     if missing:
         with (
-            heartbeat(console),
-            evaluation_session(config, run.settings, output, events, address, told),
+            heartbeat(reporter.console),
+            evaluation_session(config, run.settings, output, address, reporter),
         ):
             first = missing[0]
-            settled = with_dtype(config.evaluation, first.source.path, output, told)
-            run = _Run(settled, options, tasks, output, events, told)
+            settled = with_dtype(config.evaluation, first.source.path, output, reporter)
+            run = _Run(settled, options, tasks, output, reporter)
             digests = {subject.name: run.digest(subject) for subject in missing}
             with placed_evaluators(
                 run.settings,
@@ -155,92 +147,41 @@ def evaluate_lm_eval(
                 runs_code=False,
                 copies=CopiesOnNodes(config.scratch),
             ) as gang:
-                engine = _OneEngine(gang, first, told)
+                limit = run.settings.engine.timeout_s
+                slot = EngineSlot(gang, 0, first, limit, reporter, Calls())
                 for subject in missing:
                     try:
-                        report = engine.load(subject)
+                        report = slot.load(subject)
                     except (EvaluationError, WorkerError) as error:
                         failures.append(error.of(subject.name))
-                        told(f"{subject.name}: not scored, its weights cannot be loaded")
+                        reporter.say(f"{subject.name}: not scored, its weights cannot be loaded")
                         continue
-                    scored[subject.name] = run.score(subject, engine, report, digests[subject.name])
+                    assert report is not None
+                    scored[subject.name] = run.score(subject, slot, report, digests[subject.name])
     ordered = {name: scored[name] for name in config.models if name in scored}
     if ordered:
-        _print_table(console, ordered, title=f"lm_eval ({output.name})")
-    told(f"{duration(time.monotonic() - started)}; numbers are in {output}")
+        _print_table(reporter.console, ordered, title=f"lm_eval ({output.name})")
+    reporter.say(f"{duration(time.monotonic() - started)}; numbers are in {output}")
     if failures:
         raise failures[0]
     return ordered
 
 
-class _OneEngine:
-    """The engine, as lm_eval's model class takes it; it is replaced where it is lost or broken."""
+class _Model:
+    """A model that an engine holds, as lm_eval's model class calls it."""
 
-    def __init__(self, gang: EvaluatorGang, first: Subject, told: Callable[[str], None]) -> None:
-        self._gang, self._told = gang, told
-        self._kind: str | None = engine_kind(first.source.path, first.tokenizer)
-        self._subject = first
-
-    def load(self, subject: Subject) -> LoadReport:
-        """Have the engine hold a model's weights: reloaded in place, or started anew.
-
-        Raises:
-            EvaluationError: Not even a fresh engine takes them in.
-        """
-        self._subject = subject
-        wanted = engine_kind(subject.source.path, subject.tokenizer)
-        if self._kind != wanted:
-            self._restart()
-        # Until it has gone well, what the engine holds is nothing to go on with.
-        self._kind = None
-        try:
-            report = self._load()
-        except (EvaluationError, WorkerError) as error:
-            self._told(f"{subject.name}: reloading failed, starting the engine anew: {error}")
-            self._restart()
-            self._kind = None
-            report = self._load()
-        self._kind = wanted
-        return report
+    def __init__(self, slot: EngineSlot, subject: Subject) -> None:
+        self._slot, self._subject = slot, subject
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.generate`."""
-        completions: list[Completion] = self._call("generate", requests)
-        return completions
+        return self._slot.ask(self._subject, EngineActor.generate, requests)
 
     def log_likelihoods(
         self, samples: Sequence[tuple[Sequence[int], int]]
     ) -> list[tuple[float, int, bool] | None]:
         """See `Engine.log_likelihoods`."""
-        found: list[tuple[float, int, bool] | None] = self._call("log_likelihoods", samples)
-        return found
-
-    def _call(self, method: str, argument: Any) -> Any:
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                if attempt > 1:
-                    self._restart()
-                    self._load()
-                ref = getattr(self._gang.engines[0], method).remote(argument)
-                return get_results([ref], EVALUATOR)[0]
-            except WorkerError:
-                if attempt == _ATTEMPTS:
-                    raise
-                self._told(f"{self._subject.name}: the engine was lost, starting it anew")
-        raise AssertionError("unreachable")
-
-    def _load(self) -> LoadReport:
-        # The name as the version: no other weights have it in this engine.
-        ref = self._gang.engines[0].load.remote(self._subject.source, self._subject.name)
-        report: LoadReport = get_results([ref], EVALUATOR)[0]
-        return report
-
-    def _restart(self) -> None:
-        self._kind = None
-        subject = self._subject
-        engine = self._gang.start_engine(0, subject.source.path, subject.tokenizer)
-        get_results([engine.ready.remote()], EVALUATOR)
-        self._kind = engine_kind(subject.source.path, subject.tokenizer)
+        return self._slot.ask(self._subject, EngineActor.log_likelihoods, samples)
 
 
 class _Run:
@@ -252,8 +193,7 @@ class _Run:
         options: LmEvalOptions,
         tasks: OpenTasks,
         output: Path,
-        events: EventLog,
-        told: Callable[[str], None],
+        reporter: Reporter,
     ) -> None:
         # One engine, and nothing that grades: lm_eval does that in this process.
         self.settings = replace(
@@ -261,8 +201,8 @@ class _Run:
             engine=replace(settings.engine, replicas=1),
             grading=replace(settings.grading, workers=0),
         )
-        self._options, self._tasks, self._output, self._told = options, tasks, output, told
-        self._events = events
+        self._options, self._tasks, self._output = options, tasks, output
+        self._reporter = reporter
         self._tasks_digest = tasks.digest(options.limit)
 
     def digest(self, subject: Subject) -> str:
@@ -287,30 +227,30 @@ class _Run:
         return None
 
     def score(
-        self, subject: Subject, engine: _OneEngine, report: LoadReport, digest: str
+        self, subject: Subject, slot: EngineSlot, report: LoadReport, digest: str
     ) -> dict[str, Any]:
         """Run lm_eval on a model that the engine holds, and write its file and event."""
         from arm_ray.evaluation.lm_eval_bridge import EngineLM
 
         started = time.monotonic()
         lm = EngineLM(
-            engine,
+            _Model(slot, subject),
             load_tokenizer(subject.tokenizer),
             context_length(subject.source.path, self.settings.engine),
             seed=self.settings.sampling.seed,
             chunk_size=self.settings.engine.chunk_size,
-            told=_Lines(subject.name, self._told),
+            told=_Lines(self._reporter.about(subject.name)),
         )
         found = self._evaluate(subject, lm)
         cut = sum(count.cut for count in lm.counts.values())
         asked = sum(count.requests for count in lm.counts.values())
         if cut:
-            self._told(
+            self._reporter.say(
                 f"{subject.name}: {cut} of {asked} prompts did not fit into the context of "
                 f"{lm.max_length} tokens and were cut from the left, as lm_eval does"
             )
         if lm.dropped_system_messages:
-            self._told(
+            self._reporter.say(
                 f"{subject.name}: the chat template refuses system messages; "
                 f"{lm.dropped_system_messages} were left out, as lm_eval does"
             )
@@ -330,7 +270,7 @@ class _Run:
         plain: dict[str, Any] = _plain(content)
         self._write(subject.name, plain)
         shown = shown_scores(plain)
-        self._events.write(
+        self._reporter.write(
             ModelScored(
                 subject.name,
                 subject.source.given,
@@ -346,7 +286,7 @@ class _Run:
             )
         )
         parts = [f"{task} {metric} {v:.4f}" for task, (metric, v, _) in shown.items()]
-        self._told(f"scored {subject.name}: {', '.join(parts)}  {seconds:.1f} s")
+        self._reporter.say(f"scored {subject.name}: {', '.join(parts)}  {seconds:.1f} s")
         return plain
 
     def _evaluate(self, subject: Subject, lm: Any) -> dict[str, Any]:
@@ -399,8 +339,8 @@ class _Run:
 class _Lines:
     """Progress of one model, a line now and then."""
 
-    def __init__(self, name: str, told: Callable[[str], None]) -> None:
-        self._name, self._told = name, told
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
         self._started = self._last = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
@@ -410,7 +350,7 @@ class _Lines:
         elif now - self._last > LINE_INTERVAL_S:
             self._last = now
             rest = (now - self._started) / done * (total - done)
-            self._told(f"{self._name}: {done} of {total} {what}, about {rest:.0f} s to go")
+            self._reporter.say(f"{done} of {total} {what}, about {rest:.0f} s to go")
 
 
 def shown_scores(content: Mapping[str, Any]) -> dict[str, tuple[str, float, float | None]]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -30,12 +30,16 @@ from arm_ray.checkpoints.naming import split_source
 from arm_ray.config import RuntimeConfig, scratch_path
 from arm_ray.errors import ArmRayError, DiskSpaceError, EvaluationError, WorkerError
 from arm_ray.evaluation.engine import ModelSource
+from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.nodes import this_node
+from arm_ray.runtime.shards.files import becomes_visible
 from arm_ray.runtime.shards.node_files import NodeFiles, read_chunks
-from arm_ray.runtime.shards.scratch import sighted
 from arm_ray.storage.mirror import is_companion, origin, with_adapter
 from arm_ray.storage.store import StoredFile
 from arm_ray.storage.urls import is_url
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _ROOT = "models"
 _LOCK = ".lock"
@@ -71,7 +75,7 @@ class ModelCopies:
         scratch: Directory for copies; None: as `runtime.scratch`.
     """
 
-    def __init__(self, home: Any, scratch: str | None) -> None:
+    def __init__(self, home: Handle[NodeFiles], scratch: str | None) -> None:
         self._home = home
         self._root = scratch_path(scratch) / _ROOT / uuid.uuid4().hex
         self._lock: IO[bytes] | None = None
@@ -118,7 +122,7 @@ class ModelCopies:
                 # Each node makes its own from the URL.
                 continue
             files = self._listing(directory, rules)
-            if directory not in self._held and sighted(partial(_is_here, directory, files)):
+            if directory not in self._held and becomes_visible(partial(_is_here, directory, files)):
                 continue
             try:
                 fetched += self._copy(directory, files)
@@ -151,7 +155,7 @@ class ModelCopies:
         if isinstance(rules, str):
             files = self._shards(directory, rules)
         else:
-            listed = self._from_home("listing", directory, False)
+            listed = self._from_home(NodeFiles.listing, directory, False)
             files = {n: file for n, file in listed.items() if any(rule(n, file) for rule in rules)}
         if not files:
             raise EvaluationError(
@@ -163,9 +167,11 @@ class ModelCopies:
 
     def _shards(self, directory: Path, kind: str) -> dict[str, StoredFile]:
         """A trainer's checkpoint without its other steps and what only its optimizer reads."""
-        files: dict[str, StoredFile] = self._from_home("listing", directory, True)
+        files: dict[str, StoredFile] = self._from_home(NodeFiles.listing, directory, True)
         if kind in ("zero", "universal") and "latest" in files:
-            data = self._from_home("read", directory / "latest", 0, files["latest"].num_bytes)
+            data = self._from_home(
+                NodeFiles.read, directory / "latest", 0, files["latest"].num_bytes
+            )
             step = bytes(data).decode("utf-8", "replace").strip() + "/"
             if any(name.startswith(step) for name in files):
                 files = {n: f for n, f in files.items() if "/" not in n or n.startswith(step)}
@@ -177,9 +183,15 @@ class ModelCopies:
             }
         return files
 
-    def _from_home(self, method: str, path: Path, *arguments: object) -> Any:
+    def _from_home(
+        self,
+        method: Callable[Concatenate[NodeFiles, Path, _P], _R],
+        path: Path,
+        *args: _P.args,
+        **kwargs: _P.kwargs,
+    ) -> _R:
         try:
-            return ray.get(getattr(self._home, method).remote(path, *arguments))
+            return ray.get(self._home.call(method, path, *args, **kwargs))
         except RayError as error:
             raise _unreachable(path, error) from None
 
@@ -371,10 +383,10 @@ class CopiesOnNodes:
 
     def __init__(self, scratch: str | None, *, is_shared: bool = False) -> None:
         self._scratch, self._is_shared = scratch, is_shared
-        self._home: Any = None
-        self._actors: dict[str, Any] = {}
+        self._home: Handle[NodeFiles] | None = None
+        self._actors: dict[str, Handle[ModelCopies]] = {}
 
-    def on(self, node: str) -> Any:
+    def on(self, node: str) -> Handle[ModelCopies] | None:
         """Handle of a node's `ModelCopies`; None where it needs none."""
         if self._is_shared or node == this_node():
             return None
@@ -387,13 +399,12 @@ class CopiesOnNodes:
     def close(self) -> None:
         """Remove all copies and end the actors."""
         with contextlib.suppress(RayError):
-            refs = [copies.remove.remote() for copies in self._actors.values()]
+            refs = [copies.call(ModelCopies.remove) for copies in self._actors.values()]
             if refs:
                 ray.wait(refs, num_returns=len(refs), timeout=_GONE_S)
         for actor in [*self._actors.values(), self._home]:
             if actor is not None:
-                with contextlib.suppress(RayError):
-                    ray.kill(actor)
+                actor.end()
         self._actors.clear()
         self._home = None
 
@@ -403,20 +414,21 @@ def copies_of(runtime: RuntimeConfig) -> CopiesOnNodes:
     return CopiesOnNodes(runtime.scratch, is_shared=runtime.storage == "shared")
 
 
-def start_on(node: str, kind: type, *arguments: object) -> Any:
+def start_on(node: str, kind: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> Handle[_R]:
     """Start an actor on a node, without CPUs of its own, that comes again where it is killed.
 
     Args:
         node: Ray's id of the node.
         kind: Its class; what it does can be done twice.
-        arguments: Of its constructor.
+        args: What the class is made with.
+        kwargs: The same, by name.
     """
-    actor: Any = ray.remote(kind)
-    return actor.options(
-        num_cpus=0,
+    options = {
+        "num_cpus": 0,
         # More than there are engines on a node, and one that removes.
-        max_concurrency=32,
-        max_restarts=3,
-        max_task_retries=3,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-    ).remote(*arguments)
+        "max_concurrency": 32,
+        "max_restarts": 3,
+        "max_task_retries": 3,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
+    return start_actor(options, kind, *args, **kwargs)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import ray
 from rich.console import Console
@@ -24,21 +23,15 @@ from arm_ray.evaluation.selection import (
 )
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import Task, load_tasks
-from arm_ray.events import ModelScored, Warned
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.output.run_directory import RunDirectory
 from arm_ray.runtime.scoring.evaluator import evaluator_resources
 from arm_ray.runtime.scoring.model_copies import copies_of
-from arm_ray.runtime.scoring.service import (
-    ScoringService,
-    ScoringWork,
-    Subject,
-    as_error,
-    model_source,
-    scoring_service,
-    write_table,
-)
+from arm_ray.runtime.scoring.results import flat_means, write_table
+from arm_ray.runtime.scoring.service import ScoringService, as_error, scoring_service
+from arm_ray.runtime.scoring.subject import Subject, model_source
+from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.schedule import BASE, candidate_name, iteration_of, state_name
 
 DIRECTORY = "evaluation"
@@ -53,7 +46,7 @@ class StateScoring:
         run: The run directory, open.
         service: The scoring service.
         criterion: What states are compared by; None publishes the last one.
-        told: Called with a line for people.
+        reporter: Told what goes wrong.
     """
 
     def __init__(
@@ -63,12 +56,12 @@ class StateScoring:
         run: RunDirectory,
         service: ScoringService,
         criterion: Criterion | None,
-        told: Callable[[str], None],
+        reporter: Reporter,
     ) -> None:
         assert config.evaluation is not None
         self._config, self._inputs, self._run = config, inputs, run
         self._settings: EvaluationSettings = config.evaluation
-        self._service, self._criterion, self._told = service, criterion, told
+        self._service, self._criterion, self._reporter = service, criterion, reporter
         self._submitted: set[int] = set()
         self._has_warned = False
 
@@ -126,7 +119,7 @@ class StateScoring:
             raise as_error(error) from error
         if not self._has_warned:
             self._has_warned = True
-            self._warn(f"the evaluation failed; the merge goes on without it: {error}")
+            self._reporter.warn(f"the evaluation failed; the merge goes on without it: {error}")
 
     def held(self) -> set[int]:
         """Iterations whose states must stay on disk: still to be scored, or the best so far."""
@@ -208,7 +201,7 @@ class StateScoring:
             if iteration_of(name) is not None or value is None or ours is None:
                 continue
             if self._criterion.is_better(value, ours):
-                self._warn(
+                self._reporter.warn(
                     f"{name} scores better ({value:.4f}) than the selected {marked} ({ours:.4f})"
                 )
 
@@ -243,10 +236,6 @@ class StateScoring:
         except Exception as error:
             raise as_error(error) from error
 
-    def _warn(self, message: str) -> None:
-        self._run.events.write(Warned(message))
-        self._told(f"warning: {message}")
-
 
 def checkpoint_subject(inputs: MergeInputs, name: str) -> Subject:
     """The base or a candidate as a model to score."""
@@ -262,7 +251,7 @@ def state_scoring(
     inputs: MergeInputs,
     run: RunDirectory,
     tasks: list[Task],
-    told: Callable[[str], None],
+    reporter: Reporter,
 ) -> Iterator[StateScoring]:
     """Place the evaluators of a merge, and have its checkpoints and states scored meanwhile.
 
@@ -274,15 +263,11 @@ def state_scoring(
     settings = config.evaluation
     criterion = make_criterion(settings.select, {task.name: task.metrics for task in tasks})
 
-    def wrote(subject: Subject, scores: Mapping[str, TaskScores], work: ScoringWork) -> None:
-        run.events.write(scored_event(subject, scores, work))
-        told(scored_line(subject.name, scores, work.seconds))
-
     base = checkpoint_subject(inputs, BASE)
     directory = run.path / DIRECTORY
     copies = copies_of(config.runtime)
-    with scoring_service(settings, tasks, directory, base, told, wrote, copies) as service:
-        scoring = StateScoring(config, inputs, run, service, criterion, told)
+    with scoring_service(settings, tasks, directory, base, reporter, copies) as service:
+        scoring = StateScoring(config, inputs, run, service, criterion, reporter)
         scoring.start()
         yield scoring
 
@@ -320,52 +305,9 @@ def local_evaluator_slots(settings: EvaluationSettings | None) -> int:
     return 0 if settings is None else int(evaluator_resources(settings, 0.0).total["CPU"])
 
 
-def scored_event(
-    subject: Subject, scores: Mapping[str, TaskScores], work: ScoringWork
-) -> ModelScored:
-    """The event of a scored model."""
-    report = work.report
-    return ModelScored(
-        subject.name,
-        subject.source.given,
-        {
-            task: {
-                name: round(value.mean, 6) if math.isfinite(value.mean) else None
-                for name, value in given.metrics.items()
-            }
-            for task, given in scores.items()
-        },
-        round(work.seconds, 3),
-        None if report is None else round(report.seconds, 3),
-        () if report is None else report.canary.token_ids,
-        work.samples,
-        work.tokens,
-        0 if report is None else report.fetched_bytes,
-    )
-
-
-def scored_line(name: str, scores: Mapping[str, TaskScores], seconds: float) -> str:
-    """A scored model in a line."""
-    parts = []
-    for task, given in scores.items():
-        metric, value = next(iter(given.metrics.items()))
-        shown = f"{value.mean:.4f}" if metric == "loss" else f"{100 * value.mean:.1f} %"
-        parts.append(f"{task} {metric} {shown}")
-    return f"scored {name}: {', '.join(parts)}  {seconds:.1f} s"
-
-
 def _sorted(
     scores: Mapping[str, dict[str, TaskScores]],
 ) -> dict[str, dict[str, TaskScores]]:
     """The base, the candidates, then the states, each by their number."""
     order = sorted(scores, key=lambda name: (iteration_of(name) or 0, len(name), name))
     return {name: scores[name] for name in sorted(order, key=lambda n: iteration_of(n) is not None)}
-
-
-def flat_means(tasks: Mapping[str, TaskScores]) -> dict[tuple[str, str], float]:
-    """Task and metric -> mean, as criteria take them."""
-    return {
-        (task, metric): value.mean
-        for task, given in tasks.items()
-        for metric, value in given.metrics.items()
-    }

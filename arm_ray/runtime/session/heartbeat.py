@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleRenderable, RenderHook
 
 from arm_ray.runtime.session.progress import LINE_INTERVAL_S, duration
+from arm_ray.runtime.session.reporter import print_line
 
 
 @dataclass(eq=False)
@@ -95,7 +96,7 @@ def heartbeat(console: Console, limit_s: float = LINE_INTERVAL_S) -> Iterator[No
         while not is_over.wait(max(silence.due_in(time.monotonic()), 0.5)):
             line = silence.line(time.monotonic())
             if line is not None:
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+                print_line(console, line)
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from arm_ray.runtime.session.reporter import print_line
+
 # Most seconds without a line, where there is no bar.
 LINE_INTERVAL_S = 8.0
 
@@ -66,9 +68,7 @@ class MergeProgress:
             )
         elif time.monotonic() - self._last_line > LINE_INTERVAL_S:
             self._last_line = time.monotonic()
-            self._console.print(
-                f"{where}  ETA {duration(self._eta())}", highlight=False, soft_wrap=True
-            )
+            print_line(self._console, f"{where}  ETA {duration(self._eta())}")
 
     def finish_iteration(
         self, iteration: int, regime: str, weights: float | None, task: float | None, seconds: float
@@ -78,11 +78,10 @@ class MergeProgress:
         self._cosines = f"cos weights {cosine_text(weights)}, task vectors {cosine_text(task)}"
         self._last_line = time.monotonic()
         eta = f"  ETA at most {duration(self._eta())}" if iteration < self._last else ""
-        self._console.print(
+        print_line(
+            self._console,
             f"iteration {iteration}/{self._last}  {regime.replace('_', ' ')}  {self._cosines}  "
             f"{duration(seconds)}{eta}",
-            highlight=False,
-            soft_wrap=True,
         )
 
     def _eta(self) -> float:

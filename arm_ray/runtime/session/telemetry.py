@@ -19,9 +19,10 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge
 
 from arm_ray.config import TrackingConfig
-from arm_ray.events import EventLog, IterationFinished, Warned, read_events
+from arm_ray.events import IterationFinished, read_events
 from arm_ray.report.scalars import Metric, Record, points
 from arm_ray.report.trackers import Ending, Tracker, make_trackers
+from arm_ray.runtime.session.reporter import Reporter
 
 # How long the end of a run waits for the trackers, together.
 _CLOSE_S = 30.0
@@ -183,11 +184,10 @@ class Telemetry:
 
 @contextlib.contextmanager
 def telemetry(
-    events: EventLog,
+    reporter: Reporter,
     settings: TrackingConfig | None,
     directory: Path,
     run: str,
-    say: Callable[[str], None],
     *,
     identity: object = None,
     parameters: Mapping[str, Any] | None = None,
@@ -196,16 +196,17 @@ def telemetry(
     """Have Ray's metrics and the trackers follow an event log. Ray has to be up.
 
     Args:
-        events: The log.
+        reporter: It has the log; told when one of them is left out.
         settings: Which trackers; None: only Ray's metrics, for what is a part of another run.
         directory: Where they keep what they need: the run's.
         run: Name of the run: the label of its metrics.
-        say: Called with a line for people when one is left out.
         identity: What decides the numbers: where it is another than before, the curves in MLflow
             and Weights & Biases are those of another run.
         parameters: The configuration.
         history: What happened in the run before; None: what is in the log.
     """
+    events = reporter.events
+    assert events is not None
     if history is None:
         history = read_events(events.path) if events.path.is_file() else []
     trackers: list[Tracker] = []
@@ -214,13 +215,7 @@ def telemetry(
         flat = dict(_flat(parameters or {}))
         trackers = make_trackers(settings, directory, run, digest.hexdigest()[:16], flat)
 
-    def failed(message: str) -> None:
-        # The log may be what has no room.
-        with contextlib.suppress(OSError):
-            events.write(Warned(message))
-        say(f"warning: {message}")
-
-    listening = Telemetry(RayMetrics(run, history), trackers, history, failed)
+    listening = Telemetry(RayMetrics(run, history), trackers, history, reporter.warn)
     events.subscribe(listening.take)
     ending: Ending = "stopped"
     try:

@@ -19,15 +19,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError
 from arm_ray.model.partition import choose_num_shards
+from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.cluster.nodes import (
-    alive_nodes,
-    cluster_has,
+    ClusterView,
     format_resources,
     node_names,
-    this_node,
+    view_of_cluster,
 )
 from arm_ray.runtime.session.heartbeat import activity
+from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.runtime.shards.transport import (
@@ -59,7 +60,7 @@ class ShardGang:
         nodes: Ray's id of the node that each is on.
     """
 
-    actors: list[Any]
+    actors: list[Handle[LayerShard]]
     transport: Transport
     nodes: list[str]
 
@@ -102,6 +103,7 @@ def local_slots(runtime: RuntimeConfig, num_groups: int) -> int:
 
 
 def plan_placement(
+    cluster: ClusterView,
     runtime: RuntimeConfig,
     num_groups: int,
     reserved: Mapping[str, float] | None = None,
@@ -111,6 +113,7 @@ def plan_placement(
     """Decide on the device, the shards and their resources from what the cluster has.
 
     Args:
+        cluster: What there is.
         runtime: The settings.
         num_groups: Most shards that there can be.
         reserved: What others of this run have taken of the cluster.
@@ -120,7 +123,7 @@ def plan_placement(
         ConfigError: More shards were asked for than there are layer groups.
         PlacementError: The cluster has no GPU or named resource, but one was asked for.
     """
-    resources, reserved = ray.cluster_resources(), reserved or {}
+    resources, reserved = cluster.total, reserved or {}
     gpus = resources.get("GPU", 0.0)
     device = runtime.device
     if device == "auto":
@@ -149,13 +152,13 @@ def plan_placement(
             raise PlacementError(
                 f"the cluster has no {name!r} for a layer shard",
                 where="runtime.resources",
-                got=cluster_has(),
+                got=str(cluster),
                 expected=f"{amount:g} {name} for each shard",
                 hint="start nodes with ray start --resources, or name a resource that they have",
             )
         slots = min(slots, there / amount)
     if runtime.placement_strategy == "STRICT_SPREAD":
-        slots = min(slots, len(alive_nodes()))
+        slots = min(slots, len(cluster.nodes))
     count = choose_num_shards(runtime.layer_shards, int(slots), num_groups)
     if takes_fewer:
         count = max(1, min(count, int(slots)))
@@ -177,7 +180,7 @@ def placed_shards(
     specs: Sequence[ShardSpec],
     runtime: RuntimeConfig,
     placement: Placement,
-    warn: Callable[[str], None],
+    reporter: Reporter,
     has_shrunk: Callable[[], bool] = lambda: False,
 ) -> Iterator[ShardGang]:
     """Have one actor for each shard, in a placement group; they end with the context.
@@ -186,7 +189,7 @@ def placed_shards(
         specs: The shards, in the order of the layers.
         runtime: Threads, placement strategy, time-out and transport.
         placement: What `plan_placement` decided.
-        warn: Called with a sentence if the wanted transport cannot be had.
+        reporter: Told where it has to wait, and where the wanted transport cannot be had.
         has_shrunk: Asked while the cluster does not place them: whether waiting is of no use,
             because it is smaller by now.
 
@@ -196,7 +199,7 @@ def placed_shards(
     """
     bundle = bundle_of(runtime, placement)
     group = placement_group([bundle] * len(specs), strategy=runtime.placement_strategy)
-    actors: list[Any] = []
+    actors: list[Handle[LayerShard]] = []
     transport = choose_transport(runtime.transport, placement.device, len(specs))
     try:
         deadline = time.monotonic() + runtime.placement_timeout_s
@@ -206,23 +209,21 @@ def placed_shards(
                 raise _not_placed(runtime, len(specs), bundle)
             if not has_told:
                 has_told = True
-                warn(
+                reporter.warn(
                     f"waiting for room for {len(specs)} layer shards, each "
                     f"{format_resources(bundle)}, for at most {runtime.placement_timeout_s:g} s; "
-                    f"{cluster_has()}"
+                    f"{view_of_cluster()}"
                 )
         actors = _start(specs, runtime, placement, group, transport)
         if transport != "object_store":
             problem = join_transport(actors, transport)
             if problem:
-                warn(f"no direct transport, using the object store: {problem}")
+                reporter.warn(f"no direct transport, using the object store: {problem}")
                 # Some may wait for the others in there, for long: they are of no more use.
                 _end(actors)
                 transport = "object_store"
                 actors = _start(specs, runtime, placement, group, transport)
-        nodes = get_results(
-            [actor.__ray_call__.remote(lambda _shard: this_node()) for actor in actors]
-        )
+        nodes = get_results([actor.node() for actor in actors])
         yield ShardGang(actors, transport, nodes)
     finally:
         leave_transport(actors, transport)
@@ -231,10 +232,9 @@ def placed_shards(
             remove_placement_group(group)
 
 
-def _end(actors: Sequence[Any]) -> None:
+def _end(actors: Sequence[Handle[LayerShard]]) -> None:
     for actor in actors:
-        with contextlib.suppress(RayError):
-            ray.kill(actor)
+        actor.end()
 
 
 def _start(
@@ -243,7 +243,7 @@ def _start(
     placement: Placement,
     group: Any,
     transport: Transport,
-) -> list[Any]:
+) -> list[Handle[LayerShard]]:
     threads = str(runtime.threads)
     # cuBLAS is deterministic only with a workspace of fixed size.
     env = {
@@ -264,23 +264,22 @@ def _start(
         options["memory"] = runtime.memory_gb * 1e9
     if transport != "object_store":
         options["enable_tensor_transport"] = True
-    actor_class: Any = ray.remote(**options)(LayerShard)
-    actors = [
-        actor_class.options(
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=index
-            ),
-        ).remote(dataclasses.replace(spec, transport=transport))
-        for index, spec in enumerate(specs)
-    ]
+    actors = []
+    for index, spec in enumerate(specs):
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=index
+        )
+        actors.append(
+            start_actor(options, LayerShard, dataclasses.replace(spec, transport=transport))
+        )
     # The actors import torch; that their group is placed does not mean that they run.
     with activity(f"starting {len(actors)} layer shard(s)"):
-        get_results([actor.ready.remote() for actor in actors])
+        get_results([actor.call(LayerShard.ready) for actor in actors])
     return actors
 
 
 def _not_placed(runtime: RuntimeConfig, count: int, bundle: dict[str, float]) -> PlacementError:
-    free, wanted = cluster_has(), format_resources(bundle)
+    free, wanted = str(view_of_cluster()), format_resources(bundle)
     if runtime.memory_gb is not None:
         have = ray.available_resources().get("memory", 0.0) / 1e9
         free, wanted = f"{free}; {have:.1f} GB free", f"{wanted}, {runtime.memory_gb:g} GB"

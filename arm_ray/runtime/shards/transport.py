@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from arm_ray.runtime.cluster.actors import Handle
+
 Transport = Literal["gloo", "nccl", "object_store"]
 
 _logger = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ def choose_transport(wanted: str, device: str, num_shards: int) -> Transport:
     return "nccl" if device == "cuda" else "gloo"
 
 
-def join_transport(actors: Sequence[Any], transport: Transport) -> str | None:
+def join_transport(shards: Sequence[Handle[Any]], transport: Transport) -> str | None:
     """Make the collective group that a direct transport needs.
 
     Returns:
@@ -38,20 +40,20 @@ def join_transport(actors: Sequence[Any], transport: Transport) -> str | None:
     try:
         from ray.experimental.collective import create_collective_group
 
-        create_collective_group(list(actors), backend=transport)
+        create_collective_group([shard.actor for shard in shards], backend=transport)
     except Exception as error:  # an alpha interface: absent, renamed, or a missing library
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return None
 
 
-def leave_transport(actors: Sequence[Any], transport: Transport) -> None:
+def leave_transport(shards: Sequence[Handle[Any]], transport: Transport) -> None:
     """Forget the collective group of actors that are about to end."""
     if transport == "object_store":
         return
     try:
         from ray.experimental.collective import destroy_collective_group, get_collective_groups
 
-        for group in get_collective_groups(list(actors), backend=transport):
+        for group in get_collective_groups([shard.actor for shard in shards], backend=transport):
             destroy_collective_group(group)
     except Exception as error:  # the actors may be gone, and the group with them
         _logger.debug("the collective group was not destroyed: %s", error)

@@ -1,0 +1,244 @@
+"""Submits the calls of iterations to layer shards that are placed; holds no weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray import ObjectRef
+
+from arm_ray.calibration.minibatch import MicroBatch, micro_batches, unique_samples
+from arm_ray.checkpoints.weight_file import SharedWeightFile
+from arm_ray.errors import ShardLostError
+from arm_ray.runtime.cluster.actors import Handle, in_place_of
+from arm_ray.runtime.cluster.calls import get_results
+from arm_ray.runtime.merge.job import MergeJob
+from arm_ray.runtime.shards.captures import forward_states
+from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts, joined, run_rounds
+from arm_ray.runtime.shards.files import ShardFiles
+from arm_ray.runtime.shards.layer_shard import LayerShard, call_files
+from arm_ray.runtime.shards.placement import ShardGang
+from arm_ray.runtime.shards.spec import GroupReport, ShardSpec, ShardUsage
+from arm_ray.schedule import IterationPlan
+
+MAX_MICRO_BATCH_SAMPLES = 64
+# Calls that must get through while work is queued.
+_CONTROL = {"concurrency_group": "control"}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The calibration samples of an iteration.
+
+    Attributes:
+        batches: Micro-batches of the different samples.
+        columns: `[N]` int64: which of these each sample of the mini-batch is.
+    """
+
+    batches: Sequence[MicroBatch]
+    columns: NDArray[np.int64]
+
+    @property
+    def num_samples(self) -> int:
+        """How many different samples there are."""
+        return sum(len(batch.lengths) for batch in self.batches)
+
+
+@dataclass(frozen=True)
+class Flight:
+    """An iteration that is submitted.
+
+    Attributes:
+        plan: The iteration.
+        forwards: Ends of the forward passes that send nothing.
+        merges: Of each layer group, in order, what merging it gives.
+        started: When it was submitted (`time.monotonic`).
+    """
+
+    plan: IterationPlan
+    forwards: Sequence[ObjectRef[Any]]
+    merges: Sequence[ObjectRef[GroupReport | None]]
+    started: float
+
+
+class Dispatcher:
+    """Submits work to one set of layer shards; an actor takes its calls in this order.
+
+    Args:
+        job: The merge.
+        gang: The shards, placed.
+        specs: What each of them was given, in the same order.
+    """
+
+    def __init__(self, job: MergeJob, gang: ShardGang, specs: Sequence[ShardSpec]) -> None:
+        self._job, self._gang, self._specs = job, gang, specs
+
+    @property
+    def _by_group(self) -> Iterator[tuple[Handle[LayerShard], int]]:
+        """Each layer group's shard and number, in the order of the layers."""
+        for shard, spec in zip(self._gang.actors, self._specs, strict=True):
+            for group in spec.groups:
+                yield shard, group
+
+    def check_weights(self) -> int:
+        """Have every shard look for NaN and infinity in its layers; returns bytes read."""
+        refs = [call_files(shard, ShardFiles.check_weights) for shard in self._gang.actors]
+        return sum(get_results(refs))
+
+    def draw(self, plan: IterationPlan) -> Draw:
+        """The samples of an iteration, in micro-batches."""
+        if self._job.stream is None:
+            return Draw([], np.zeros(0, dtype=np.int64))
+        different, columns = unique_samples(self._job.stream.batch(plan.draw))
+        batches = micro_batches(
+            different,
+            max_tokens=self._job.config.runtime.micro_batch_tokens,
+            max_samples=MAX_MICRO_BATCH_SAMPLES,
+        )
+        return Draw(batches, columns)
+
+    def submit(self, plan: IterationPlan, kept: Mapping[int, GroupReport]) -> Flight:
+        """Submit an iteration, stage by stage.
+
+        Args:
+            plan: The iteration.
+            kept: What shards that are gone have merged of it. It is taken over, and states are run
+                only as far as the last layer group that is still to be merged.
+        """
+        draw, started = self.draw(plan), time.monotonic()
+        groups = range(self._job.num_groups)
+        end = max((group for group in groups if group not in kept), default=-1) + 1
+        forwards: list[ObjectRef[Any]] = []
+        merges: list[ObjectRef[GroupReport | None]] = []
+        for shard, chunk, ends in self._chunks(plan, draw, end):
+            forwards += ends
+            for group in chunk:
+                if group in kept:
+                    merges.append(shard.call(LayerShard.adopt, plan, group, kept[group]))
+                else:
+                    merges.append(shard.call(LayerShard.merge, plan, group, draw.columns))
+        return Flight(plan, forwards, merges, started)
+
+    def submit_in_phases(self, plan: IterationPlan) -> Flight:
+        """Run all layers, find what is known of the whole model, and submit the merges."""
+        draw, started = self.draw(plan), time.monotonic()
+        refs: list[ObjectRef[Any]] = []
+        for shard, chunk, ends in self._chunks(plan, draw, self._job.num_groups):
+            refs += [*ends, shard.call(LayerShard.release_forward, chunk)]
+        get_results(refs)
+        summaries = [
+            shard.call(LayerShard.summarise, plan, draw.columns) for shard in self._gang.actors
+        ]
+        facts = self.measured(plan, draw.columns, joined(get_results(summaries)))
+        merges = [
+            shard.call(LayerShard.merge, plan, group, draw.columns, facts)
+            for shard, group in self._by_group
+        ]
+        return Flight(plan, [], merges, started)
+
+    def measured(
+        self, plan: IterationPlan, columns: NDArray[np.int64] | None, facts: ModelFacts
+    ) -> ModelFacts:
+        """Run the operator's rounds over the whole model."""
+
+        def measure(number: int, known: ModelFacts) -> Sequence[Mapping[str, Any]]:
+            return get_results(
+                [
+                    shard.call(LayerShard.measure, plan, group, columns, number, known)
+                    for shard, group in self._by_group
+                ]
+            )
+
+        return run_rounds(self._job.method, len(plan.contributors), facts, measure)
+
+    def merge_linear(
+        self,
+        plans: Sequence[IterationPlan],
+        written: frozenset[int],
+        files: Sequence[SharedWeightFile],
+        facts: ModelFacts = NOTHING_KNOWN,
+    ) -> list[list[GroupReport]]:
+        """All groups through some iterations without forward passes; of each group the reports."""
+        return get_results(
+            [
+                shard.call(LayerShard.merge_linear, plans, group, written, files, facts)
+                for shard, group in self._by_group
+            ]
+        )
+
+    def abandon(self, last: int) -> None:
+        """Have nothing more done for iterations after `last`."""
+        get_results(
+            [shard.call_with(_CONTROL, LayerShard.abandon, last) for shard in self._gang.actors]
+        )
+
+    def take_usage(self, iteration: int) -> list[ShardUsage]:
+        """What each shard has done since the last call; not behind what is submitted already."""
+        return get_results(
+            [
+                shard.call_with(_CONTROL, LayerShard.take_usage, iteration)
+                for shard in self._gang.actors
+            ]
+        )
+
+    def network_bytes(self, usage: Sequence[ShardUsage]) -> int:
+        """Hidden states of what shards sent that went to another node; bytes."""
+        return sum(usage[i].sent_bytes for i in self._gang.crossings)
+
+    def peak_bytes(self) -> tuple[int, ...]:
+        """Largest resident memory of each shard so far; empty where one is lost by now."""
+        try:
+            return tuple(
+                get_results([shard.call(LayerShard.peak_bytes) for shard in self._gang.actors])
+            )
+        except ShardLostError:
+            return ()
+
+    def _chunks(
+        self, plan: IterationPlan, draw: Draw, end: int
+    ) -> Iterator[tuple[Handle[LayerShard], range, list[ObjectRef[Any]]]]:
+        """Submit forward calls by chunk: the shard, its layers, and those that send nothing.
+
+        Args:
+            plan: The iteration.
+            draw: Its samples.
+            end: No forward pass is needed from this layer group on.
+        """
+        micro = [ray.put(batch) for batch in draw.batches]
+        hidden: dict[tuple[int, str], ObjectRef[Any]] = {}
+        run_states = forward_states(self._job.method, plan)
+        for shard, spec in zip(self._gang.actors, self._specs, strict=True):
+            is_last_shard = spec is self._specs[-1]
+            for chunk in spec.chunks:
+                if chunk[0] >= end:
+                    yield shard, chunk, []
+                    continue
+                sends = chunk == spec.chunks[-1] and not is_last_shard and chunk[-1] + 1 < end
+                direct = sends and self._gang.transport != "object_store"
+                options = {"tensor_transport": self._gang.transport} if direct else {}
+                ends: list[ObjectRef[Any]] = []
+                for index, batch in enumerate(micro):
+                    for state in run_states:
+                        # Later chunks of a shard find the hidden states where the first left them.
+                        before = hidden.pop((index, state), None)
+                        ref = shard.call_with(
+                            options,
+                            LayerShard.forward,
+                            plan,
+                            chunk,
+                            draw.num_samples,
+                            state,
+                            index,
+                            in_place_of(batch),
+                            in_place_of(before),
+                        )
+                        if sends:
+                            hidden[index, state] = ref
+                        else:
+                            ends.append(ref)
+                yield shard, chunk, ends

@@ -1,0 +1,142 @@
+"""Publishes what a merge makes: states, as far as they are wanted, and the final model."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.peft import WEIGHTS_NAME
+from arm_ray.checkpoints.weight_file import SharedWeightFile
+from arm_ray.events import ModelWritten
+from arm_ray.report.model_card import write_model_card
+from arm_ray.runtime.merge.adapter import write_adapter
+from arm_ray.runtime.merge.job import MergeJob
+from arm_ray.runtime.merge.state_storage import StateStorage
+
+
+class Publisher:
+    """Writes into a run directory what one set of layer shards has made.
+
+    Args:
+        job: The merge.
+        storage: Where the states lie.
+    """
+
+    def __init__(self, job: MergeJob, storage: StateStorage) -> None:
+        self._job, self._storage = job, storage
+        self._config, self._inputs, self._run = job.config, job.inputs, job.run
+        self._is_exported = False
+
+    def publish(self, manifest: states.StateManifest) -> None:
+        """Make a state that all shards have written visible: as a whole, or its manifest alone."""
+        self._storage.wrote(manifest.iteration)
+        if self._storage.is_shared or self._is_wanted_whole(manifest.iteration):
+            self._publish_whole(manifest)
+            return
+        # Its weights stay on the nodes.
+        directory = states.state_directory(self._run.path, manifest.iteration)
+        states.publish_manifest(directory, manifest)
+
+    def _is_wanted_whole(self, iteration: int) -> bool:
+        """Whether a state is wanted in the run directory, not only on the nodes."""
+        if self._config.keep_states == "all" or self._config.output_format == "adapter":
+            return True
+        if self._run.url is not None:
+            return True  # each state is uploaded from there
+        return self._job.scoring is not None and self._job.scoring.is_due(iteration)
+
+    def bring_home(self, iterations: Iterable[int]) -> None:
+        """Have whole states in the run directory, so that others can go on from there."""
+        for iteration in iterations:
+            if not self._storage.is_shared and iteration in self._run.finished:
+                self._publish_whole(self._run.finished[iteration])
+
+    def _publish_whole(self, manifest: states.StateManifest) -> None:
+        layout = self._inputs.layout
+        self._storage.gather(manifest.iteration)
+        states.publish_state(
+            states.state_directory(self._run.path, manifest.iteration),
+            manifest,
+            [group.tensors for group in layout.groups],
+            states.total_bytes(layout.shapes, torch.float32.itemsize),
+            self._inputs.model_config(torch.float32),
+            self._inputs.tokenizer,
+        )
+
+    def finished(self, manifest: states.StateManifest) -> None:
+        """Take note of a finished iteration: have it scored, and remove what nothing needs."""
+        self._run.finished[manifest.iteration] = manifest
+        held: set[int] = set()
+        if self._job.scoring is not None:
+            self._job.scoring.state_finished(manifest.iteration)
+            held = self._job.scoring.held()
+        self._run.prune(self._job.num_candidates, manifest.iteration, held)
+        self._storage.forget_pruned()
+
+    def create_model_files(self) -> list[SharedWeightFile]:
+        """The final model's weight files, made, so that the shards of a linear merge fill them."""
+        shutil.rmtree(self._run.partial_model, ignore_errors=True)
+        self._run.partial_model.mkdir()
+        files = [
+            SharedWeightFile(self._run.partial_model / file.name, file.specs)
+            for file in self._model_files()
+        ]
+        for file in files:
+            file.create()
+        self._is_exported = True
+        return files
+
+    def _model_files(self) -> Sequence[states.ExportFile]:
+        return states.plan_export(
+            self._inputs.layout.shapes,
+            self._inputs.storage_dtypes,
+            int(self._config.runtime.max_weight_file_gb * 1e9),
+        )
+
+    def publish_model(self, selected: int) -> Path:
+        """Write the final model, or the adapter, from a state; returns its directory.
+
+        Args:
+            selected: The iteration whose state becomes the model.
+        """
+        started = time.monotonic()
+        run, partial = self._run, self._run.partial_model
+        if self._config.keep_states == "last" or self._config.output_format == "adapter":
+            self.bring_home([selected])
+        state, rank = states.state_directory(run.path, selected), None
+        if self._config.output_format == "adapter":
+            # The state stays until it is published: with another rank or format, the run goes on
+            # here.
+            rank = write_adapter(partial, self._config, self._inputs, state, selected)
+            num_bytes = (partial / WEIGHTS_NAME).stat().st_size
+        else:
+            num_bytes = self._export(selected)
+        scoring = self._job.scoring
+        scores = None if scoring is None else scoring.scores()
+        write_model_card(partial, self._config, run.finished[selected], rank, scores)
+        # The rename is the moment of publication: `model/` is whole or absent.
+        partial.rename(run.model)
+        seconds = round(time.monotonic() - started, 3)
+        if self._config.keep_states == "none":
+            shutil.rmtree(run.path / "states", ignore_errors=True)
+        self._job.reporter.write(ModelWritten(state.name, str(run.model), num_bytes, seconds))
+        return run.model
+
+    def _export(self, iteration: int) -> int:
+        """Complete the final model in its unfinished directory; returns bytes of weights.
+
+        Each weight file is written by one of the shards from the state, unless a linear merge has
+        written it already.
+        """
+        partial, files = self._run.partial_model, self._model_files()
+        if not self._is_exported:
+            self._storage.write_model(files, iteration)
+        states.write_export_index(partial, files)
+        dtype = self._inputs.storage_dtypes[self._inputs.layout.groups[0].tensors[-1]]
+        states.write_companions(partial, self._inputs.model_config(dtype), self._inputs.tokenizer)
+        return sum(file.num_bytes for file in files)

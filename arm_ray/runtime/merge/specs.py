@@ -1,0 +1,84 @@
+"""What each layer shard of a merge is given, and whether it fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arm_ray.config import MergeConfig
+from arm_ray.errors import PlacementError
+from arm_ray.merging.method import Method
+from arm_ray.model.partition import choose_balance, partition_layers
+from arm_ray.planning.memory import actor_memory
+from arm_ray.planning.sources import open_workload
+from arm_ray.runtime.inputs import MergeInputs
+from arm_ray.runtime.shards.placement import Placement
+from arm_ray.runtime.shards.spec import ShardSpec
+
+
+def shard_specs(
+    config: MergeConfig, method: Method, inputs: MergeInputs, run: Path, placement: Placement
+) -> list[ShardSpec]:
+    """What each layer shard of a merge is given, in the order of the layers.
+
+    Args:
+        config: The configuration.
+        method: How states are merged.
+        inputs: The checked checkpoints.
+        run: The run directory.
+        placement: Number of shards, and their device.
+    """
+    ranges = partition_layers(
+        inputs.layout,
+        placement.num_shards,
+        choose_balance(config.runtime.balance, on_gpu=placement.device == "cuda"),
+        needs_forward=method.needs_forward,
+    )
+    rate = config.runtime.disk_mb_per_s
+    return [
+        ShardSpec(
+            inputs.layout,
+            groups,
+            inputs.checkpoints,
+            run,
+            config.schedule,
+            method,
+            placement.device,
+            inputs.compute_dtype,
+            config.runtime.threads,
+            config.runtime.residency,
+            second_moments=inputs.second_moments,
+            disk_bytes_per_s=None if rate is None else rate * 1e6 / len(ranges),
+            scratch=config.runtime.scratch,
+            niceness=config.runtime.niceness,
+        )
+        for groups in ranges
+    ]
+
+
+def check_memory(
+    config: MergeConfig, method: Method, inputs: MergeInputs, placement: Placement
+) -> None:
+    """Refuse a merge that is planned to need more memory than it was given.
+
+    Raises:
+        PlacementError: Says how much, and of what.
+    """
+    limit = config.runtime.memory_gb
+    if limit is None:
+        return
+    workload, _ = open_workload(config)
+    for index, spec in enumerate(shard_specs(config, method, inputs, Path(), placement)):
+        is_gpu = placement.device == "cuda"
+        peak = actor_memory(workload, spec.groups, config.runtime, on_gpu=is_gpu).host
+        if peak.total > limit * 1e9:
+            largest = sorted(peak.terms.items(), key=lambda term: -term[1])[:3]
+            raise PlacementError(
+                "a layer shard would need more memory than it is given",
+                where=f"runtime.memory_gb, shard {index + 1} of {placement.num_shards}",
+                got=f"{peak.total / 1e9:.2f} GB: "
+                + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in largest)
+                + ", …",
+                expected=f"at most {limit:g} GB",
+                hint="use runtime.residency: disk, more runtime.layer_shards, or fewer "
+                "runtime.micro_batch_tokens; arm-ray plan shows what fits",
+            )
