@@ -17,7 +17,7 @@ from arm_ray.events import EventLog
 from arm_ray.following.config import SharingConfig
 from arm_ray.runtime.attach import arrival_scoring
 from arm_ray.runtime.attach.arrival_scoring import ArrivalScoring
-from arm_ray.runtime.scoring.service import Subject
+from arm_ray.runtime.scoring.subject import Subject
 
 FIRST = Subject("base", ModelSource("/base"), "/base", "x")
 

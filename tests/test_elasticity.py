@@ -1,4 +1,4 @@
-"""When shards are lost, when there is room for more, and what a node must have."""
+"""When shards are lost, and what a node must have."""
 
 from __future__ import annotations
 
@@ -9,90 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from arm_ray.runtime.merge.elasticity import Gangs
 from rich.console import Console
 
 from arm_ray.calibration.minibatch import MiniBatch, micro_batches
 from arm_ray.checkpoints import states
-from arm_ray.config import RuntimeConfig
-from arm_ray.errors import PlacementError, ShardLostError, TransportError
+from arm_ray.errors import PlacementError, ShardLostError
 from arm_ray.events import read_events
 from arm_ray.runtime.cluster import calls
+from arm_ray.runtime.cluster.actors import Handle
+from arm_ray.runtime.cluster.node_files import NodeFiles
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.merge.state_storage import NodeStorage
-from arm_ray.runtime.output.run_directory import open_run
 from arm_ray.runtime.shards import placement
 from arm_ray.runtime.shards.layer_shard import LayerShard
-from arm_ray.runtime.shards.placement import Placement, ShardGang
+from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.schedule import plan_iteration
 from tests.conftest import MergeCase
 from tests.shards import DirectShard
 from tests.test_calls import instance
 from tests.test_merge import assert_same_bits, load_all
-
-
-class Cluster:
-    """A cluster in numbers."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *cpus: int) -> None:
-        self.cpus, self.free = dict(enumerate(cpus)), float(sum(cpus))
-        monkeypatch.setattr(ray, "cluster_resources", self.resources)
-        monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": self.free})
-        monkeypatch.setattr(ray, "nodes", self.nodes)
-
-    def resources(self) -> dict[str, float]:
-        return {"CPU": float(sum(self.cpus.values())), "object_store_memory": 1e9}
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "NodeID": str(number),
-                "Alive": True,
-                "NodeManagerHostname": f"host{number}",
-                "NodeManagerAddress": f"10.0.0.{number}",
-                "Resources": {"object_store_memory": 1e6},
-            }
-            for number in self.cpus
-        ]
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
-
-
-def gangs(case: MergeCase, said: list[str], **runtime: Any) -> Gangs:
-    config = case.make().config()
-    with open_run(config) as run:
-        return Gangs(run, RuntimeConfig(**runtime), 6, {}, said.append, said.append)
-
-
-def finish(of: Gangs, iteration: int) -> None:
-    of.run.finished[iteration] = states.StateManifest(iteration, "anchoring", "", (), None, None)
-
-
-def test_lost_shards_are_replaced_as_long_as_there_is_progress(
-    case: MergeCase, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster = Cluster(monkeypatch, 1, 1, 1)
-    of = gangs(case, said, layer_shards=3, max_recoveries=2)
-    counts = []
-
-    def attempt(placed: Placement, _runtime: RuntimeConfig) -> str:
-        counts.append(placed.num_shards)
-        if len(counts) == 2:
-            cluster.cpus.pop(2)
-        if len(counts) == 3:
-            finish(of, 1)
-        if len(counts) < 6:
-            raise ShardLostError("lost", got="node 2")
-        return "over"
-
-    with pytest.raises(ShardLostError):
-        of.run_until_over(of.plan(), attempt)
-    # Two before iteration 1 was finished, then three in a row: one more than allowed.
-    assert counts == [3, 3, 2, 2, 2]
-    assert [text[-8:] for text in said] == ["(1 of 2)", "(2 of 2)", "(1 of 2)", "(2 of 2)"]
 
 
 def test_a_node_that_is_gone_is_left_out_and_one_with_shards_is_lost(
@@ -116,83 +51,37 @@ def test_a_node_that_is_gone_is_left_out_and_one_with_shards_is_lost(
 
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "kill", lambda _actor: None)
-    gone = Files(ray.exceptions.ActorUnschedulableError("its node is dead"))
+    gone = Handle[NodeFiles](Files(ray.exceptions.ActorUnschedulableError("its node is dead")))
     storage = object.__new__(NodeStorage)
     storage._home, storage._gang = "home", ShardGang([], "object_store", ["shard"])
-    storage._files = {"home": Files({(1, 0)}), "shard": Files(set()), "earlier": gone}
-    assert storage._ask("groups") == {"home": {(1, 0)}, "shard": set()}
+    storage._files = {
+        "home": Handle(Files({(1, 0)})),
+        "shard": Handle(Files(set())),
+        "earlier": gone,
+    }
+    assert storage._ask(NodeFiles.groups) == {"home": {(1, 0)}, "shard": set()}
     assert list(storage._files) == ["home", "shard"]
     storage._files["shard"] = gone
     with pytest.raises(ShardLostError, match="what serves a node's files was lost"):
-        storage._ask("groups")
+        storage._ask(NodeFiles.groups)
     # Of a complete run nothing is lost with the node: it must not begin again.
     storage._fingerprints = {}
     storage.close(is_complete=True)
 
 
-def test_a_broken_transfer_is_tried_again_before_the_object_store(
-    case: MergeCase, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Cluster(monkeypatch, 2)
-    of = gangs(case, said, layer_shards=2)
-    transports = []
-
-    def attempt(_placed: Placement, runtime: RuntimeConfig) -> str:
-        transports.append(runtime.transport)
-        if len(transports) < 3:
-            raise TransportError("hidden states did not reach the next layer shard")
-        return "over"
-
-    assert of.run_until_over(of.plan(), attempt) == "over"
-    assert transports == ["auto", "auto", "object_store"]
-
-
-@pytest.mark.parametrize(
-    ("joined", "free", "elastic", "grown"),
-    [(1, 1.0, True, True), (0, 1.0, True, False), (1, 0.0, True, False), (1, 1.0, False, False)],
-)
-def test_more_shards_where_nodes_joined_and_have_room(
-    case: MergeCase,
-    said: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    joined: int,
-    free: float,
-    elastic: bool,
-    grown: bool,
-) -> None:
-    cluster = Cluster(monkeypatch, 1, 1)
-    of = gangs(case, said, layer_shards="auto", elastic=elastic)
-    assert of.plan().num_shards == 2
-    assert not of.has_grown()
-    if joined:
-        cluster.cpus[7] = 1
-    cluster.free = free
-    assert of.has_grown() is grown
-
-
-def test_no_more_shards_than_asked_for(
-    case: MergeCase, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster = Cluster(monkeypatch, 1, 1)
-    of = gangs(case, said, layer_shards=2)
-    assert of.plan().num_shards == 2
-    cluster.cpus[7], cluster.free = 1, 1.0
-    assert not of.has_grown()
-
-
-def test_a_named_resource_that_no_node_has(
-    case: MergeCase, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Cluster(monkeypatch, 2)
-    of = gangs(case, said, layer_shards=1, resources={"merger": 1.0})
-    with pytest.raises(PlacementError, match="has no 'merger'") as caught:
-        of.plan()
-    assert "2 CPU on 1 node(s)" in str(caught.value)
-
-
 def test_an_object_store_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    Cluster(monkeypatch, 1, 1)
-    gang = ShardGang([object(), object()], "object_store", ["0", "1"])
+    nodes = [
+        {
+            "NodeID": str(number),
+            "Alive": True,
+            "NodeManagerHostname": f"host{number}",
+            "NodeManagerAddress": f"10.0.0.{number}",
+            "Resources": {"object_store_memory": 1e6},
+        }
+        for number in range(2)
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    gang = ShardGang([Handle(None), Handle(None)], "object_store", ["0", "1"])
     placement.check_object_store(gang, 500_000)
     with pytest.raises(PlacementError, match="object store is too small") as caught:
         placement.check_object_store(gang, 500_001)
@@ -220,7 +109,7 @@ def test_what_is_merged_already_is_taken_over(case: MergeCase) -> None:
     assert report is not None
     for group in (0, 1):
         assert second.shard.adopt(plan, group, replace(report, group=group)).group == group
-    second.shard._wait_until_durable()
+    second.shard._flushes.finish()
     assert_same_bits(expected, second.state(1))
     # And the next iteration reads them from there.
     assert_same_bits(whole.with_forward(2), second.with_forward(2))
@@ -241,7 +130,7 @@ def test_a_node_needs_the_weight_files_of_its_own_layers_only(case: MergeCase) -
     part = LayerShard(spec)
     for file in everything - needed:
         file.unlink()
-    assert part.missing_files() == []
+    assert part.on_files("missing") == []
     plan = plan_iteration(shard.config.schedule, 2, 1)
     for group in spec.groups:
         part.merge_linear([plan], group, frozenset({1}), [])
@@ -251,45 +140,8 @@ def test_a_node_needs_the_weight_files_of_its_own_layers_only(case: MergeCase) -
         assert_same_bits(found, {name: expected[name] for name in found})
     gone = sorted(needed)[0]
     gone.rename(gone.with_suffix(".away"))
-    [told, *_] = part.missing_files()
+    [told, *_] = part.on_files("missing")
     assert told.endswith(str(gone))
-
-
-def test_states_that_are_gone_are_made_again(
-    case: MergeCase, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Cluster(monkeypatch, 1)
-    of = gangs(case, said, layer_shards=1)
-
-    class Storage:
-        """Of three states the second has lost a group."""
-
-        discarded: list[int] = []  # noqa: RUF012
-        brought: Any = None
-
-        def has_state(self, iteration: int) -> bool:
-            return iteration != 2
-
-        def has_group(self, iteration: int, group: int) -> bool:
-            return (iteration, group) != (2, 5)
-
-        def discard(self, iteration: int) -> None:
-            self.discarded.append(iteration)
-
-        def bring(self, iterations: list[int], merged: set[tuple[int, int]]) -> None:
-            self.brought = (iterations, merged)
-
-    for iteration in (1, 2, 3):
-        finish(of, iteration)
-    report: Any = object()
-    of.merged |= {(2, 5): report, (2, 4): report, (1, 0): report}
-    storage: Any = Storage()
-    of.settle(storage, 2)
-    assert sorted(of.run.finished) == [1]
-    assert sorted(storage.discarded) == [2, 3]
-    assert storage.brought == ([1], {(2, 4)})
-    assert [*of.merged] == [(2, 4)]
-    assert "going on after iteration 1" in said[0]
 
 
 @pytest.mark.usefixtures("shards_in_process")
@@ -311,7 +163,7 @@ def test_a_merge_goes_on_whatever_ray_says_of_a_lost_shard(
             raise error
         return list(ray.get(refs, timeout=timeout))
 
-    monkeypatch.setattr(calls, "ray", SimpleNamespace(get=get))
+    monkeypatch.setattr(calls, "ray", SimpleNamespace(get=get, wait=ray.wait))
     outcome = merge(case.config(), console=Console(quiet=True))
     assert answers[0] > 12
     events = read_events(outcome.run / "events.jsonl")
@@ -330,6 +182,6 @@ def test_a_shard_that_is_lost_again_and_again_ends_in_our_error(
     def get(_refs: list[Any], timeout: float | None = None) -> list[Any]:
         raise lost
 
-    monkeypatch.setattr(calls, "ray", SimpleNamespace(get=get))
+    monkeypatch.setattr(calls, "ray", SimpleNamespace(get=get, wait=ray.wait))
     with pytest.raises(ShardLostError, match=r"low on memory(?s:.*)more runtime\.layer_shards"):
         merge(case.config(), console=Console(quiet=True))

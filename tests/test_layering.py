@@ -43,7 +43,7 @@ WITHIN_RUNTIME: dict[str, set[str]] = {
     "session": set(),
     "inputs": set(),
     "cluster": {"session"},
-    "output": {"cluster"},
+    "output": {"session", "cluster"},
     "shards": {"cluster", "session"},
     "scoring": _CLUSTER,
     "train": {"session", "cluster", "output"},

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
@@ -24,7 +23,9 @@ from arm_ray.evaluation.lm_eval_bridge import EngineLM, open_tasks
 from arm_ray.evaluation.settings import EngineSettings
 from arm_ray.events import read_events
 from arm_ray.runtime.scoring import lm_eval as module
+from arm_ray.runtime.scoring.engine_slot import EngineSlot
 from arm_ray.runtime.scoring.lm_eval import LmEvalOptions, evaluate_lm_eval, shown_scores
+from arm_ray.runtime.scoring.subject import Subject
 from tests.conftest import SERVED, MergeCase, save_tokenizer
 from tests.evaluation.test_engine import Served
 from tests.evaluation.test_lm_eval_bridge import (
@@ -188,22 +189,22 @@ def test_own_tasks_come_first_and_a_broken_model_leaves_the_others(
         },
         source="test",
     )
-    load, call = module._OneEngine._load, module._OneEngine._call
+    load, ask = EngineSlot._load, EngineSlot.ask
     killed = []
 
-    def load_or_fail(engine: Any) -> Any:
-        if engine._subject.name == "broken":
+    def load_or_fail(slot: EngineSlot, subject: Subject) -> Any:
+        if subject.name == "broken":
             raise EvaluationError("the engine did not take in the weights")
-        return load(engine)
+        return load(slot, subject)
 
-    def kill_and_call(engine: Any, method: str, argument: Any) -> Any:
-        if engine._subject.name == "later" and not killed:
+    def kill_and_ask(slot: EngineSlot, subject: Subject, method: Any, *args: Any) -> Any:
+        if subject.name == "later" and not killed:
             killed.append(True)
-            ray.kill(engine._gang.engines[0])
-        return call(engine, method, argument)
+            slot.engine.end()
+        return ask(slot, subject, method, *args)
 
-    monkeypatch.setattr(module._OneEngine, "_load", load_or_fail)
-    monkeypatch.setattr(module._OneEngine, "_call", kill_and_call)
+    monkeypatch.setattr(EngineSlot, "_load", load_or_fail)
+    monkeypatch.setattr(EngineSlot, "ask", kill_and_ask)
     with pytest.raises(EvaluationError, match="broken: the engine did not take in"):
         evaluate_lm_eval(config, LmEvalOptions(("choices",), str(tasks)))
     told = capsys.readouterr().err

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from arm_ray.runtime.merge.driver import StreamingDriver
 from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -23,6 +22,7 @@ from arm_ray.errors import TransportError
 from arm_ray.events import read_events
 from arm_ray.merging import acm, aim
 from arm_ray.merging.settings import AcmSettings, AimSettings
+from arm_ray.runtime.merge.sweeps import Sweep
 from tests import reference
 from tests.conftest import MergeCase
 from tests.test_merge import assert_same_bits, load_all, relative_error, run, state
@@ -327,16 +327,16 @@ def test_a_failed_transfer_is_gone_on_with_by_the_object_store(
     case.make()
     untroubled = case.config("runtime.transport=object_store", output="untroubled")
     run(untroubled)
-    finish = StreamingDriver._finish
+    finish = Sweep._finish
     calls = []
 
-    def failing(driver: StreamingDriver, *args: Any) -> Any:
-        calls.append(driver._gang.transport)
+    def failing(sweep: Sweep, *args: Any) -> Any:
+        calls.append(sweep._dispatcher._gang.transport)
         if len(calls) in (3, 4):
             raise TransportError("hidden states did not reach the next layer shard")
-        return finish(driver, *args)
+        return finish(sweep, *args)
 
-    monkeypatch.setattr(StreamingDriver, "_finish", failing)
+    monkeypatch.setattr(Sweep, "_finish", failing)
     config = case.config("runtime.layer_shards=2")
     run(config)
     # The direct transport is tried once more: perhaps one end of the transfer was lost.

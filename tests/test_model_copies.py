@@ -20,11 +20,11 @@ from arm_ray.checkpoints.huggingface import open_checkpoint
 from arm_ray.errors import DiskSpaceError, EvaluationError, WorkerError
 from arm_ray.evaluation.engine import ModelSource
 from arm_ray.runtime.cluster.calls import EVALUATOR, get_results
+from arm_ray.runtime.cluster.node_files import NodeFiles
 from arm_ray.runtime.cluster.nodes import this_node
 from arm_ray.runtime.scoring import model_copies
 from arm_ray.runtime.scoring.model_copies import ModelCopies, start_on
-from arm_ray.runtime.scoring.service import model_source
-from arm_ray.runtime.shards.node_files import NodeFiles
+from arm_ray.runtime.scoring.subject import model_source
 from arm_ray.storage.store import StoredFile
 from tests.conftest import MergeCase
 from tests.in_process import Actor
@@ -82,7 +82,7 @@ class Nodes:
 
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
-    monkeypatch.setattr("arm_ray.runtime.shards.scratch._SIGHTING_S", 0.0)
+    monkeypatch.setattr("arm_ray.runtime.shards.files._LOOK_S", 0.0)
     made = Nodes(tmp_path)
     yield made
     made.close()

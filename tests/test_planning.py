@@ -46,7 +46,7 @@ from arm_ray.planning.timing import Placement
 from arm_ray.planning.workload import Workload, group_work, state_uses
 from arm_ray.planning.workspace import merge_workspace
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.merge import driver
+from arm_ray.runtime.merge import dispatch
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.shards import layer_shard, linear, write_behind
 from arm_ray.runtime.shards.spec import ShardSpec
@@ -204,13 +204,13 @@ def test_micro_batches_are_the_driver_s(
     )
     workload, _ = open_workload(config)
     batch = MiniBatch(1, list(range(samples)), [np.zeros(tokens, np.int32)] * samples)
-    found = micro_batches(batch, max_tokens=limit, max_samples=driver._MAX_MICRO_BATCH_SAMPLES)
+    found = micro_batches(batch, max_tokens=limit, max_samples=dispatch.MAX_MICRO_BATCH_SAMPLES)
     assert workload.micro_batches == len(found)
     assert workload.rows == max(len(m.lengths) for m in found)
 
 
 def test_constants_are_those_of_the_runtime() -> None:
-    assert driver._MAX_MICRO_BATCH_SAMPLES == counts.MAX_MICRO_BATCH_SAMPLES
+    assert dispatch.MAX_MICRO_BATCH_SAMPLES == counts.MAX_MICRO_BATCH_SAMPLES
     assert layer_shard._PIECE == counts.PIECE
     assert linear._PIECE == counts.LINEAR_PIECE
     assert linear._PIECE_GPU == counts.LINEAR_PIECE_GPU

@@ -13,7 +13,8 @@ from arm_ray.evaluation.engine import ModelSource
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings, TaskSettings
 from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.runtime.scoring import lm_eval
-from arm_ray.runtime.scoring.service import KnownScores, Subject, engine_kind
+from arm_ray.runtime.scoring.requests import KnownScores
+from arm_ray.runtime.scoring.subject import Subject, engine_kind
 from tests.conftest import MergeCase
 
 # Another value of each key, so that a new key is looked at here.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -27,7 +26,9 @@ from arm_ray.events import read_events
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.output.run_directory import locked
 from arm_ray.runtime.scoring import service as scoring
+from arm_ray.runtime.scoring.engine_slot import EngineSlot
 from arm_ray.runtime.scoring.evaluate import evaluate
+from arm_ray.runtime.scoring.subject import Subject
 from tests.conftest import SERVED, MergeCase
 from tests.test_merge import load_all
 from tests.test_peft_merge import write_adapters, write_dense
@@ -99,20 +100,20 @@ def test_the_number_of_engines_and_lost_ones_change_nothing(
     assert list(one["base"]["boxed"].metrics) == ["strict", "qwen_compat"]
 
     # Two engines, of which one is killed while it works, and a grader.
-    prepare = scoring.ScoringService._prepare
+    load = EngineSlot.load
     killed: list[int] = []
 
-    def prepare_and_kill(service: Any, index: int, subject: Any) -> None:
-        prepare(service, index, subject)
+    def load_and_kill(slot: EngineSlot, subject: Subject) -> Any:
+        report = load(slot, subject)
         if subject.name == "later" and not killed:
-            killed.append(index)
-            actor = service._gang.engines[index]
-            killing = threading.Timer(0.05, lambda: ray.kill(actor))
+            killed.append(slot._index)
+            killing = threading.Timer(0.05, slot.engine.end)
             killing.start()
-            ray.kill(service._gang.graders[0])
+            slot._gang.graders[0].end()
             killing.join()
+        return report
 
-    monkeypatch.setattr(scoring.ScoringService, "_prepare", prepare_and_kill)
+    monkeypatch.setattr(EngineSlot, "load", load_and_kill)
     engine = {**ENGINE, "replicas": 2}
     two = evaluate(evaluation(case, "two", engine=engine), console=quiet())
     assert killed
@@ -301,10 +302,10 @@ def test_an_evaluation_that_fails_leaves_the_merge(
 ) -> None:
     make(case)
 
-    def fail(self: Any, task: Any, items: Any) -> list[Any]:
+    def fail(task: Any, items: Any, size: int) -> list[Any]:
         raise ArmRayError("the evaluation broke")
 
-    monkeypatch.setattr(scoring.ScoringService, "_chunks", fail)
+    monkeypatch.setattr(scoring, "chunks_of", fail)
     outcome = merged(case, output="last")
     assert outcome.model is not None
     warnings = [e for e in read_events(outcome.run / "events.jsonl") if e["event"] == "warning"]

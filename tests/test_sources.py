@@ -34,7 +34,7 @@ from arm_ray.errors import (
 from arm_ray.planning.sources import open_workload
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.scoring import evaluate
-from arm_ray.runtime.scoring.service import model_source
+from arm_ray.runtime.scoring.subject import model_source
 
 Weights = dict[str, Tensor]
 # Fixture's directory -> the checkpoint in it, its format.

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from arm_ray.runtime.merge.driver import StreamingDriver
 from rich.console import Console
 
 from arm_ray.checkpoints import states
@@ -22,9 +21,12 @@ from arm_ray.evaluation import records
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.statistics import Estimate
 from arm_ray.events import read_events
+from arm_ray.runtime.merge.publisher import Publisher
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.scoring import service as scoring
 from arm_ray.runtime.scoring import state_scoring
+from arm_ray.runtime.scoring.results import ScoringWork
+from arm_ray.runtime.scoring.subject import Subject
 from tests.conftest import SERVED, MergeCase
 from tests.waiting import wait_for
 
@@ -55,7 +57,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scores]:
         named = {f"state-{t:04d}": loss for t, loss in enumerate(losses, start=1)}
         given = Scores(named, **more)
 
-        def score(self: scoring.ScoringService, subject: scoring.Subject) -> dict[str, TaskScores]:
+        def score(self: scoring.ScoringService, subject: Subject) -> dict[str, TaskScores]:
             found = self._known.of(subject)
             if not found:
                 given.before(subject.name)
@@ -67,8 +69,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scores]:
                 digest = self._known.digest(task, subject)
                 value = {"loss": Estimate(loss, loss, loss)}
                 found = {"held": TaskScores("held", "loss", digest, value, 1, 1, {}, 1.0, 1.0, "v")}
-                records.write_records(self._directory / subject.name, [], found["held"])
-            self._wrote(subject, found, scoring.ScoringWork(None, 0.0))
+                records.write_records(self._evaluators.directory / subject.name, [], found["held"])
+            self._tell(subject, found, ScoringWork(None, 0.0))
             return found
 
         monkeypatch.setattr(scoring, "placed_evaluators", no_evaluators)
@@ -121,9 +123,9 @@ def test_late_scores_select_the_same_state(
     case.make("smollm2", sizes=SERVED)
     gate = threading.Event()
     made_up(LOSSES, before=lambda name: gate.wait(60) if name == "state-0003" else None)
-    publish = StreamingDriver._publish
+    publish = Publisher.publish
 
-    def delayed(self: StreamingDriver, manifest: states.StateManifest) -> None:
+    def delayed(self: Publisher, manifest: states.StateManifest) -> None:
         publish(self, manifest)
         if manifest.iteration == 5:
             # The scores of 3 and 4 come within one iteration.
@@ -131,7 +133,7 @@ def test_late_scores_select_the_same_state(
             scores = (case.root / "run").rglob
             wait_for(lambda: any(scores("state-0004/held.json")), "the score of state 4")
 
-    monkeypatch.setattr(StreamingDriver, "_publish", delayed)
+    monkeypatch.setattr(Publisher, "publish", delayed)
     options = ("keep_states=last", "schedule.max_iterations=6")
     assert published(run(case, *options, select={"by": "held", "patience": 1})) == ["state-0002"]
 
@@ -238,12 +240,12 @@ def test_closing_does_not_wait_for_an_engine(
     monkeypatch.setattr(scoring, "placed_evaluators", placed)
     begun = {}
 
-    def stop(self: StreamingDriver, manifest: states.StateManifest) -> None:
+    def stop(self: Publisher, manifest: states.StateManifest) -> None:
         wait_for(in_flight.exists, "a call in flight")
         begun["at"] = time.monotonic()
         raise ArmRayError("the merge fails")
 
-    monkeypatch.setattr(StreamingDriver, "_publish", stop)
+    monkeypatch.setattr(Publisher, "publish", stop)
     try:
         with pytest.raises(ArmRayError, match="the merge fails"):
             run(case, "schedule.max_iterations=2", base=True)

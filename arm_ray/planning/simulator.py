@@ -1,11 +1,11 @@
 """How the driver's schedule fills the actors: a simulation of the wavefront. Pure.
 
-The order of calls is `StreamingDriver._submit`'s. An actor takes its calls in the order they were
-submitted: iteration after iteration; of an iteration, chunk after chunk of its layers; of a chunk,
-the forward calls of all micro-batches and states, and then the merges. The first chunk's forward
-waits for the hidden states of the shard before. An iteration is submitted once at most `lookahead`
-earlier ones are unfinished. So every start depends on earlier ends alone, and one pass in that
-order gives all times; no event queue is needed.
+The order of calls is that of `merge.dispatch.Dispatcher.submit`. An actor takes its calls in the
+order they were submitted: iteration after iteration; of an iteration, chunk after chunk of its
+layers; of a chunk, the forward calls of all micro-batches and states, and then the merges. The
+first chunk's forward waits for the hidden states of the shard before. An iteration is submitted
+once at most `lookahead` earlier ones are unfinished. So every start depends on earlier ends alone,
+and one pass in that order gives all times; no event queue is needed.
 
 Between neighbours there is one link, which sends one hidden state at a time while both actors
 compute. Times are in seconds.

@@ -27,7 +27,7 @@ from arm_ray.errors import (
     NotACheckpointError,
 )
 from arm_ray.evaluation import data as benchmarks
-from arm_ray.runtime.scoring.service import model_source
+from arm_ray.runtime.scoring.subject import model_source
 from arm_ray.storage.store import Store
 from arm_ray.training.data import read_path
 from tests import test_peft

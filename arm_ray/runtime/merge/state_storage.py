@@ -26,12 +26,12 @@ from arm_ray.config import MergeConfig, state_settings
 from arm_ray.errors import ArmRayError, PlacementError
 from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.calls import NODE_FILES, get_results
+from arm_ray.runtime.cluster.node_files import NodeFiles
 from arm_ray.runtime.cluster.nodes import node_names, this_node
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.output.run_directory import RunDirectory
 from arm_ray.runtime.shards.files import RemoteGroup, ShardFiles
 from arm_ray.runtime.shards.layer_shard import LayerShard, call_files
-from arm_ray.runtime.shards.node_files import NodeFiles
 from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.runtime.shards.spec import ShardSpec
 

@@ -31,9 +31,9 @@ from arm_ray.config import RuntimeConfig, scratch_path
 from arm_ray.errors import ArmRayError, DiskSpaceError, EvaluationError, WorkerError
 from arm_ray.evaluation.engine import ModelSource
 from arm_ray.runtime.cluster.actors import Handle, start_actor
+from arm_ray.runtime.cluster.node_files import NodeFiles, read_chunks
 from arm_ray.runtime.cluster.nodes import this_node
 from arm_ray.runtime.shards.files import becomes_visible
-from arm_ray.runtime.shards.node_files import NodeFiles, read_chunks
 from arm_ray.storage.mirror import is_companion, origin, with_adapter
 from arm_ray.storage.store import StoredFile
 from arm_ray.storage.urls import is_url

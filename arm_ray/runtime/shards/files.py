@@ -26,8 +26,7 @@ from arm_ray.checkpoints.weight_file import SharedWeightFile, atomic_file
 from arm_ray.config import scratch_path
 from arm_ray.errors import NotACheckpointError, about
 from arm_ray.runtime.cluster.actors import Handle
-from arm_ray.runtime.shards.meter import Meter
-from arm_ray.runtime.shards.node_files import (
+from arm_ray.runtime.cluster.node_files import (
     CHUNK_BYTES,
     COPIES,
     NodeDirectory,
@@ -35,8 +34,8 @@ from arm_ray.runtime.shards.node_files import (
     read_chunks,
     send_file,
 )
+from arm_ray.runtime.shards.meter import Meter, RateLimit
 from arm_ray.runtime.shards.pieces import group_specs, row_pieces
-from arm_ray.runtime.shards.rate import RateLimit
 from arm_ray.runtime.shards.spec import ShardSpec
 
 # How often a shard looks for a file that is to be seen on all nodes, and how long it waits between.

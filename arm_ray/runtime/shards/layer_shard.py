@@ -23,14 +23,13 @@ from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.model.group import GroupRunner, Templates
 from arm_ray.model.layout import LM_HEAD
 from arm_ray.runtime.cluster.actors import Handle
+from arm_ray.runtime.cluster.node_files import NodeFiles
 from arm_ray.runtime.shards.captures import Captures, MicroPass, forward_states, wanted_of
 from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts
 from arm_ray.runtime.shards.files import ShardFiles
 from arm_ray.runtime.shards.group_merge import GroupMerge
 from arm_ray.runtime.shards.linear import merge_linear
-from arm_ray.runtime.shards.meter import Meter, peak_bytes
-from arm_ray.runtime.shards.node_files import NodeFiles
-from arm_ray.runtime.shards.rate import RateLimit
+from arm_ray.runtime.shards.meter import Meter, RateLimit, peak_bytes
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec, ShardUsage
 from arm_ray.runtime.shards.transport import pack_tensor, unpack_tensor
 from arm_ray.runtime.shards.weights import WeightStore

@@ -26,7 +26,7 @@ from arm_ray.checkpoints.validation import check_second_moments
 from arm_ray.errors import about
 from arm_ray.merging.alignment import aligned
 from arm_ray.model.layout import EMBEDDING, ModelLayout, is_layer_tensor
-from arm_ray.runtime.shards.rate import RateLimit
+from arm_ray.runtime.shards.meter import RateLimit
 from arm_ray.schedule import iteration_of
 
 Residency = Literal["device", "host", "disk"]
