@@ -370,7 +370,7 @@ def test_every_state_is_a_model_in_float32(case: MergeCase) -> None:
 def test_a_shard_holds_its_own_layers_only(case: MergeCase) -> None:
     from arm_ray.merging.method import open_method
     from arm_ray.runtime.inputs import open_inputs
-    from arm_ray.runtime.merge.run import shard_specs
+    from arm_ray.runtime.merge.specs import shard_specs
     from arm_ray.runtime.output.run_directory import open_run
     from arm_ray.runtime.shards.layer_shard import LayerShard
     from arm_ray.runtime.shards.placement import Placement

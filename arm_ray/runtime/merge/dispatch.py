@@ -22,8 +22,9 @@ from arm_ray.runtime.shards.captures import forward_states
 from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts, joined, run_rounds
 from arm_ray.runtime.shards.files import ShardFiles
 from arm_ray.runtime.shards.layer_shard import LayerShard, call_files
+from arm_ray.runtime.shards.meter import ShardUsage
 from arm_ray.runtime.shards.placement import ShardGang
-from arm_ray.runtime.shards.spec import GroupReport, ShardSpec, ShardUsage
+from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.schedule import IterationPlan
 
 MAX_MICRO_BATCH_SAMPLES = 64

@@ -29,8 +29,8 @@ from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts
 from arm_ray.runtime.shards.files import ShardFiles
 from arm_ray.runtime.shards.group_merge import GroupMerge
 from arm_ray.runtime.shards.linear import merge_linear
-from arm_ray.runtime.shards.meter import Meter, RateLimit, peak_bytes
-from arm_ray.runtime.shards.spec import GroupReport, ShardSpec, ShardUsage
+from arm_ray.runtime.shards.meter import Meter, RateLimit, ShardUsage, peak_bytes
+from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.runtime.shards.transport import pack_tensor, unpack_tensor
 from arm_ray.runtime.shards.weights import WeightStore
 from arm_ray.runtime.shards.workers import Workers

@@ -83,20 +83,3 @@ class GroupReport:
     rank_deficient: tuple[str, ...]
     seconds: float
     num_bytes: int
-
-
-@dataclass(frozen=True)
-class ShardUsage:
-    """What a shard has done since it was asked last; times in seconds, sizes in bytes.
-
-    Attributes:
-        forward_seconds: In forward passes.
-        merge_seconds: In merging.
-        sent_bytes: Of hidden states that were given to the next shard, for one iteration.
-        fetched_bytes: Of weights that came from elsewhere than the shard's own node.
-    """
-
-    forward_seconds: float = 0.0
-    merge_seconds: float = 0.0
-    sent_bytes: int = 0
-    fetched_bytes: int = 0
