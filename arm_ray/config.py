@@ -30,6 +30,7 @@ from pydantic import (
 
 from arm_ray.errors import ConfigError, StorageError
 from arm_ray.evaluation.settings import EvaluationSettings
+from arm_ray.identity import MODEL, NOTHING, RESULT, Decides, flat, identity
 from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
 from arm_ray.presets import PRESETS, merged
 from arm_ray.storage.urls import checked, is_url
@@ -148,11 +149,13 @@ class RuntimeConfig(Section):
     Only `threads`, `micro_batch_tokens` and `device` have an influence on the bits.
     """
 
+    DECIDES: ClassVar[Decides] = NOTHING
+
     layer_shards: Literal["auto"] | PositiveInt = "auto"
     """Actors that share the layers; auto: one per GPU, or one per CPU slot without GPUs."""
     layers_per_group: PositiveInt = 1
     """Decoder layers loaded, run, merged and written together."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], RESULT] = "auto"
     """auto: cuda where the cluster has GPUs."""
     balance: Literal["auto", "bytes", "work"] = "auto"
     """What the shards' layers are balanced by; auto: bytes on GPUs, work on CPUs."""
@@ -166,9 +169,9 @@ class RuntimeConfig(Section):
     """GPUs reserved for a shard; auto: 1 on cuda, 0 on cpu."""
     placement_strategy: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = "SPREAD"
     """How the shards' placement group is laid over the nodes."""
-    threads: PositiveInt = 1
+    threads: Annotated[PositiveInt, RESULT] = 1
     """CPU threads of one shard. More threads sum in another order: it is part of the result."""
-    micro_batch_tokens: PositiveInt = 2048
+    micro_batch_tokens: Annotated[PositiveInt, RESULT] = 2048
     """Padded tokens in one forward pass: fewer leave less padding and fill the pipeline better."""
     max_weight_file_gb: Annotated[float, Field(gt=0.0)] = 5.0
     """Size of one weight file of the final model, 10^9 bytes."""
@@ -197,8 +200,6 @@ class RuntimeConfig(Section):
     elastic: bool = True
     """Whether shards are placed anew, between two iterations, once nodes have joined the cluster,
     and on fewer places than `layer_shards` once nodes have left."""
-
-    IDENTITY_KEYS: ClassVar[frozenset[str]] = frozenset({"threads", "micro_batch_tokens", "device"})
 
     @property
     def scratch_path(self) -> Path:
@@ -249,22 +250,22 @@ class MergeConfig(Section):
     """A directory, hub id or URL, as all checkpoints: of any format, perhaps as `FORMAT:PATH`."""
     candidates: Annotated[list[str], Field(min_length=1)]
     """The checkpoints that are merged, in the order of the training."""
-    output: str
+    output: Annotated[str, NOTHING]
     """The run directory, or the URL that it is uploaded to: see docs/storage.md."""
     initial_state: str | None = None
     """Directory of the model that `schedule.initial: given` starts from, such as a merged state."""
-    keep_states: Literal["all", "last", "none"] = "all"
+    keep_states: Annotated[Literal["all", "last", "none"], NOTHING] = "all"
     """Merged states kept on disk; `last` removes those that no later iteration needs, `none` also
     the last one once the final model is written."""
-    output_format: Literal["model", "adapter"] = "model"
+    output_format: Annotated[Literal["model", "adapter"], MODEL] = "model"
     """What `model/` is: the whole model, or a LoRA adapter over the base, for a merge of adapters
     whose difference from the base is of low rank."""
-    adapter_rank: PositiveInt | None = None
+    adapter_rank: Annotated[PositiveInt | None, MODEL] = None
     """Rank of the adapter, filled up with zeros; null: the smallest that fits, at most 256."""
     tokenizer: Literal["auto", "base", "last_candidate"] = "auto"
     """Whose tokenizer, chat template and generation settings the merged model gets; auto: the
     base's, unless it lacks a tokenizer or chat template that the last candidate has."""
-    preset: str | None = None
+    preset: Annotated[str | None, NOTHING] = None
     """Where keys that are not given come from, instead of the defaults: see `arm_ray.presets`."""
     calibration: CalibrationConfig | None = None
     method: MethodSettings = MethodSettings()
@@ -272,9 +273,9 @@ class MergeConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
     runtime: RuntimeConfig = RuntimeConfig()
-    evaluation: EvaluationSettings | None = None
+    evaluation: Annotated[EvaluationSettings | None, Decides("model", only=("select",))] = None
     """What the checkpoints and merged states are scored on, beside the merge."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: Annotated[TrackingConfig, NOTHING] = TrackingConfig()
 
     def with_compute_dtype(self, dtype: str) -> MergeConfig:
         """The same with `precision.compute_dtype` settled."""
@@ -462,13 +463,7 @@ def apply_override(content: dict[str, Any], text: str) -> None:
 
 def state_settings(config: MergeConfig) -> dict[str, Any]:
     """Keys that decide what the merged states are, with their values."""
-    flat = dict(_flatten(config.model_dump(mode="json")))
-    return {
-        key: value
-        for key, value in flat.items()
-        if key not in _WITHOUT_INFLUENCE | {"output_format", "adapter_rank"}
-        and not key.startswith(("evaluation", "tracking."))
-    }
+    return dict(flat(identity(MergeConfig, config.model_dump(mode="json"))))
 
 
 def config_difference(old: MergeConfig, new: MergeConfig, *, published: bool = False) -> list[str]:
@@ -477,29 +472,21 @@ def config_difference(old: MergeConfig, new: MergeConfig, *, published: bool = F
     Args:
         old: The configuration of the run.
         new: The one that it would go on with.
-        published: Whether the final model is there. Before, it may still become an adapter or not.
+        published: Whether the final model is there. Before, it may still become an adapter or not,
+            and be another state; one that is published was chosen by its scores.
     """
-    before, after = (dict(_flatten(c.model_dump(mode="json"))) for c in (old, new))
-    ignored = _WITHOUT_INFLUENCE | ({"output_format", "adapter_rank"} if not published else set())
+    before, after = (
+        dict(flat(identity(MergeConfig, c.model_dump(mode="json"), with_model=published)))
+        for c in (old, new)
+    )
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in dict.fromkeys([*before, *after])
-        if key not in ignored
-        and not key.startswith("tracking.")
-        and before.get(key, ...) != after.get(key, ...)
+        if before.get(key, ...) != after.get(key, ...)
         # What `auto` came to is looked at where it is recorded.
         and not (key == "precision.compute_dtype" and "auto" in (before[key], after[key]))
-        # Scores change nothing about the states, but a model that is published was chosen by them.
-        and (not key.startswith("evaluation") or (published and ".select." in key))
     ]
 
-
-# Keys that have no influence on the bits. A preset is but a name for the keys, which are all there.
-_WITHOUT_INFLUENCE = {"output", "keep_states", "preset"} | {
-    f"runtime.{name}"
-    for name in RuntimeConfig.model_fields
-    if name not in RuntimeConfig.IDENTITY_KEYS
-}
 
 # Besides its own errors the library lets those of nested text and impossible dates through.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
@@ -537,14 +524,6 @@ for _class in (_Loader, _Dumper):
         re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
         list("-+0123456789."),
     )
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, child in value.items():
-            yield from _flatten(child, f"{prefix}{key}.")
-    else:
-        yield prefix.removesuffix("."), value
 
 
 _UNION_MEMBERS = ("constrained-int", "constrained-float", "literal['auto']", "TaskSettings")

@@ -18,6 +18,7 @@ from arm_ray.following.config import SharingConfig
 from arm_ray.runtime.attach import arrival_scoring
 from arm_ray.runtime.attach.arrival_scoring import ArrivalScoring
 from arm_ray.runtime.scoring.subject import Subject
+from tests.doubles.said import reporter_into
 
 FIRST = Subject("base", ModelSource("/base"), "/base", "x")
 
@@ -49,7 +50,7 @@ def start(tmp_path: Path, **sharing: Any) -> tuple[bool, list[str]]:
     settings = EvaluationSettings(("gsm8k",), engine=EngineSettings(gpus_per_engine=1.0))
     scoring = ArrivalScoring(
         settings, SharingConfig(**sharing), [], None, tmp_path, RuntimeConfig(),
-        EventLog(tmp_path / "events.jsonl"), told.append,
+        reporter_into(told, EventLog(tmp_path / "events.jsonl")),
     )  # fmt: skip
     with scoring:
         return scoring.start(FIRST), told

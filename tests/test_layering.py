@@ -13,15 +13,16 @@ import pytest
 from tests.conftest import ROOT
 
 # Room -> the rooms of arm_ray that it may import. A room is a package or a module of arm_ray.
-CORE = {"errors", "hardware", "config", "events", "presets", "schedule", "storage"}
+CORE = {"errors", "hardware", "identity", "config", "events", "presets", "schedule", "storage"}
 PURE = CORE | {"merging", "checkpoints", "model", "calibration", "evaluation", "report"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "hardware": set(),
+    "identity": set(),
     "storage": {"errors"},
     "events": {"errors"},
     "presets": set(),
-    "config": {"errors", "evaluation", "merging", "presets", "storage"},
+    "config": {"errors", "evaluation", "identity", "merging", "presets", "storage"},
     "schedule": {"errors", "config"},
     "merging": {"errors"},
     "checkpoints": CORE,

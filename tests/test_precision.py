@@ -24,6 +24,7 @@ from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.output import precision
 from arm_ray.runtime.scoring.evaluate import evaluate
 from tests.conftest import SERVED, MergeCase
+from tests.doubles.said import reporter_into
 from tests.training.common import content, make_base, make_config, make_rows
 
 FAST = Units(frozenset({"float32", "bfloat16"}), "this CPU")
@@ -144,7 +145,7 @@ def test_zero_3_on_cpus_trains_in_float32(tmp_path: Path, machine: Any) -> None:
     values = content(tmp_path, tmp_path, tmp_path / "out") | {"precision": "auto"}
     config = make_config(values, "runtime.zero_stage=3")
     workers = train._Workers(2, "cpu", 1)
-    settled = train._with_precision(config, "auto", None, workers, lambda _: None, lambda _: None)
+    settled = train._with_precision(config, "auto", None, workers, reporter_into([]))
     assert settled.precision == "float32"
 
 

@@ -37,6 +37,7 @@ from arm_ray.runtime.session.telemetry import telemetry
 from tests import in_process
 from tests.boards import Curves, tensorboard
 from tests.conftest import MergeCase
+from tests.doubles.said import reporter_into
 
 RUN = "told everywhere"
 # Name and labels -> value.
@@ -261,7 +262,8 @@ def listen(events: EventLog, *, trackers: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(telemetry_module, "make_trackers", lambda *_: trackers)
     monkeypatch.setattr(telemetry_module, "_CLOSE_S", 1.0)
     said: list[str] = []
-    with telemetry(events, TrackingConfig(), events.path.parent, "other", said.append):
+    reporter = reporter_into(said, events)
+    with telemetry(reporter, TrackingConfig(), events.path.parent, "other"):
         for iteration in (1, 2):
             events.write(scored(iteration))
     return said

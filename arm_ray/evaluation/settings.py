@@ -1,8 +1,7 @@
 """Settings of an evaluation: plain values with their ranges.
 
 The section `evaluation` of a merge and of `arm-ray evaluate` is `EvaluationSettings`. The ranges in
-the annotations are checked where a configuration is read. Nothing is imported here but the standard
-library and the vocabulary of ranges.
+the annotations are checked where a configuration is read. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from arm_ray.identity import NOTHING, identity
 
 GraderName = Literal["math", "exact", "number", "python"]
 Metric = Literal["strict", "qwen_compat", "pass@1", "loss"]
@@ -92,15 +93,15 @@ class EngineSettings:
     """The vLLM engines."""
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    replicas: Annotated[int, Ge(1)] = 1
+    replicas: Annotated[int, Ge(1), NOTHING] = 1
     """Engines that share the prompts. It has no influence on the result."""
     tensor_parallel: Annotated[int, Ge(1)] = 1
     """GPUs that share one model."""
-    gpus_per_engine: Literal["auto"] | Annotated[float, Ge(0.0)] = "auto"
+    gpus_per_engine: Annotated[Literal["auto"] | Annotated[float, Ge(0.0)], NOTHING] = "auto"
     """GPUs reserved for an engine; auto: `tensor_parallel` where the cluster has GPUs, else 0."""
     cpus_per_engine: Annotated[int, Ge(1)] = 1
     """CPU slots and threads of an engine. On CPUs, threads are part of the result."""
-    resources: Mapping[str, float] = field(default_factory=dict)
+    resources: Annotated[Mapping[str, float], NOTHING] = field(default_factory=dict)
     """Custom Ray resources, to place the engines on nodes of your choice."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and computation; auto: as the first model says, and float32 as bfloat16, where the
@@ -121,19 +122,15 @@ class EngineSettings:
     """Whether to do without graph capture and compilation; on CPUs that is so anyway."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine."""
-    placement_timeout_s: Annotated[float, Gt(0.0)] = 300.0
+    placement_timeout_s: Annotated[float, Gt(0.0), NOTHING] = 300.0
     """Longest time that the cluster may take to have room for the engines."""
-    timeout_s: Annotated[float, Gt(0.0)] = 3600.0
+    timeout_s: Annotated[float, Gt(0.0), NOTHING] = 3600.0
     """Longest time for one chunk, a start or a reload; an engine that is silent for longer is
     started anew."""
 
-    NO_INFLUENCE: ClassVar[frozenset[str]] = frozenset(
-        {"replicas", "gpus_per_engine", "resources", "placement_timeout_s", "timeout_s"}
-    )
-
     def identity(self) -> dict[str, Any]:
         """The keys that decide what an engine says, with their values."""
-        return {k: v for k, v in asdict(self).items() if k not in self.NO_INFLUENCE}
+        return identity(EngineSettings, asdict(self))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -23,6 +23,7 @@ from arm_ray.config import (
 from arm_ray.errors import ConfigError
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.following.hooks import HookSettings
+from arm_ray.identity import NOTHING, Decides
 
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 # Keys that attach sets in every merge.
@@ -108,10 +109,14 @@ class SharingConfig(Section):
 class AttachConfig(Section):
     """Everything `arm-ray attach` needs."""
 
-    run: RunConfig
-    merge: MeetingConfig
-    publish: PublishConfig
-    evaluation: EvaluationSettings | None = None
+    DECIDES: ClassVar[Decides] = NOTHING
+
+    run: Annotated[RunConfig, Decides("result", only=("path", "kind"))]
+    merge: Annotated[MeetingConfig, Decides("result", but=("runtime",))]
+    publish: Annotated[PublishConfig, Decides("result", only=("dir",))]
+    evaluation: Annotated[
+        EvaluationSettings | None, Decides("result", only=("select", "tasks"))
+    ] = None
     """What each new checkpoint and its merge are scored on, with the same prompts and seeds."""
     sharing: SharingConfig = SharingConfig()
     tracking: TrackingConfig = TrackingConfig()

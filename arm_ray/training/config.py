@@ -26,6 +26,7 @@ from arm_ray.config import (
     validate,
 )
 from arm_ray.errors import ConfigError
+from arm_ray.identity import NOTHING, RESULT, Decides, identity
 from arm_ray.presets import merged
 
 ConfigT = TypeVar("ConfigT", bound="TrainingConfig")
@@ -49,11 +50,13 @@ class LoraConfig(Section):
 class TrainRuntimeConfig(Section):
     """Where and with what the training runs. Only `zero_stage` decides the result."""
 
+    DECIDES: ClassVar[Decides] = NOTHING
+
     workers: Literal["auto"] | PositiveInt = "auto"
     """Processes that share a batch; auto: one per GPU of the cluster, or one without GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where the cluster has GPUs."""
-    zero_stage: Literal[0, 3] = 0
+    zero_stage: Annotated[Literal[0, 3], RESULT] = 0
     """0: every worker holds the whole model. 3: DeepSpeed ZeRO-3 shards the weights, gradients and
     optimizer over the workers."""
     zero_gather: bool = True
@@ -65,15 +68,13 @@ class TrainRuntimeConfig(Section):
     max_failures: Count = 2
     """How often lost workers are replaced; each time, the last complete checkpoint goes on."""
 
-    IDENTITY_KEYS: ClassVar[frozenset[str]] = frozenset({"zero_stage"})
-
 
 class TrainingConfig(Section):
     """What all training jobs have in common."""
 
     model: str
     """Directory of the model to start from, or a model on the hub."""
-    output: LocalPath
+    output: Annotated[LocalPath, NOTHING]
     """Directory of the run: checkpoints, log and resolved configuration."""
     data: DataConfig
     learning_rate: Positive
@@ -88,7 +89,7 @@ class TrainingConfig(Section):
     """Passes over the rows; the last step is filled up with rows of the next pass."""
     save_steps: PositiveInt | list[PositiveInt]
     """Every so many steps, or exactly these steps."""
-    save_total_limit: PositiveInt | None = None
+    save_total_limit: Annotated[PositiveInt | None, NOTHING] = None
     """Checkpoints kept; older ones are removed. null: all."""
     save_optimizer: bool = True
     """False: checkpoints hold the model alone, and a run that was killed starts over."""
@@ -97,7 +98,7 @@ class TrainingConfig(Section):
     state is saved, so that rounding never enters the run."""
     batch_size: PositiveInt = 16
     """Samples of one step, over all workers."""
-    micro_batch_size: Literal["auto"] | PositiveInt = "auto"
+    micro_batch_size: Annotated[Literal["auto"] | PositiveInt, NOTHING] = "auto"
     """Samples in one forward pass of a worker; auto: its whole part of the batch."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Of AdamW; norms and biases have none."""
@@ -120,27 +121,14 @@ class TrainingConfig(Section):
     on_overlap: Literal["error", "drop", "warn"] = "drop"
     """What happens where the training rows hold such questions: an error, these rows are left out,
     or they are kept with a warning."""
-    stop_after: PositiveInt | None = None
+    stop_after: Annotated[PositiveInt | None, NOTHING] = None
     """Halt after this step of the schedule; a later run with a larger value, or none, goes on."""
-    log_every: PositiveInt = 5
+    log_every: Annotated[PositiveInt, NOTHING] = 5
     """Steps between two printed lines; where steps are slow, a line comes sooner."""
-    preset: str | None = None
+    preset: Annotated[str | None, NOTHING] = None
     """Where keys that are not given come from, instead of the defaults: see `TRAINING_PRESETS`."""
     runtime: TrainRuntimeConfig = TrainRuntimeConfig()
-    tracking: TrackingConfig = TrackingConfig()
-
-    # What decides neither the weights nor where they are written.
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
-        {
-            "output",
-            "log_every",
-            "stop_after",
-            "preset",
-            "micro_batch_size",
-            "save_total_limit",
-            "tracking",
-        }
-    )
+    tracking: Annotated[TrackingConfig, NOTHING] = TrackingConfig()
 
     def steps_to_save(self, total: int | None = None) -> list[int]:
         """The steps after which a checkpoint is written, ascending.
@@ -175,13 +163,7 @@ class TrainingConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The keys that decide the result, with their values, as JSON has them."""
-        content = self.model_dump(mode="json", exclude=set(self.NOT_IDENTITY))
-        content["runtime"] = {
-            key: value
-            for key, value in content["runtime"].items()
-            if key in TrainRuntimeConfig.IDENTITY_KEYS
-        }
-        return content
+        return identity(type(self), self.model_dump(mode="json"))
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, every key written out."""

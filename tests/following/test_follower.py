@@ -14,6 +14,7 @@ from arm_ray.following.config import RunConfig
 from arm_ray.following.snapshots import snapshots
 from arm_ray.runtime.attach import follower as follower_module
 from arm_ray.runtime.attach.follower import Follower, Taken
+from tests.doubles.said import reporter_into
 from tests.following.test_layouts import write
 
 
@@ -45,7 +46,9 @@ class Session:
 
         config = RunConfig(path=str(root / "run"), poll_s=0.05, **settings)
         ours = root / "ours"
-        self.follower = Follower(config, root / "run", ours, {}, first_step, self.told.append)
+        self.follower = Follower(
+            config, root / "run", ours, {}, first_step, reporter_into(self.told)
+        )
 
     def look(self) -> None:
         """Look without the thread, as often as it takes to see what is complete."""

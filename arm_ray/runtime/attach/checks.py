@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import yaml
 
 from arm_ray.checkpoints.formats import open_given
@@ -12,6 +9,7 @@ from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.config import read_yaml
 from arm_ray.errors import ArmRayError, RunDirectoryError
 from arm_ray.following.config import AttachConfig
+from arm_ray.identity import flat, identity
 from arm_ray.model.layout import check_layout, load_config, model_layout
 from arm_ray.runtime.cluster.joining import outliving
 from arm_ray.schedule import BASE
@@ -42,7 +40,9 @@ def open_work(config: AttachConfig) -> None:
     content = config.model_dump(mode="json")
     text = yaml.safe_dump(content, sort_keys=False)
     if file.is_file():
-        before, after = _identity(read_yaml(file)), _identity(content)
+        before, after = (
+            dict(flat(identity(AttachConfig, given))) for given in (read_yaml(file), content)
+        )
         keys = sorted({*before, *after})
         differing = [key for key in keys if before.get(key) != after.get(key)]
         if differing:
@@ -55,20 +55,6 @@ def open_work(config: AttachConfig) -> None:
             )
     with atomic_file(file) as written:
         written.write(text.encode())
-
-
-def _identity(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What must stay as it was for the arrivals to be one stream."""
-    run, merging = content.get("run") or {}, content.get("merge") or {}
-    scoring = content.get("evaluation") or {}
-    return {
-        "evaluation.select": scoring.get("select"),
-        "evaluation.tasks": scoring.get("tasks"),
-        "run.path": run.get("path"),
-        "run.kind": run.get("kind"),
-        "publish.dir": (content.get("publish") or {}).get("dir"),
-        **{f"merge.{key}": value for key, value in merging.items() if key != "runtime"},
-    }
 
 
 def check_base(config: AttachConfig) -> None:

@@ -20,6 +20,7 @@ from ray.util.metrics import Counter, Gauge
 
 from arm_ray.config import TrackingConfig
 from arm_ray.events import IterationFinished, read_events
+from arm_ray.identity import flat
 from arm_ray.report.scalars import Metric, Record, points
 from arm_ray.report.trackers import Ending, Tracker, make_trackers
 from arm_ray.runtime.session.reporter import Reporter
@@ -212,8 +213,8 @@ def telemetry(
     trackers: list[Tracker] = []
     if settings is not None:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
-        flat = dict(_flat(parameters or {}))
-        trackers = make_trackers(settings, directory, run, digest.hexdigest()[:16], flat)
+        keys = dict(flat(parameters or {}))
+        trackers = make_trackers(settings, directory, run, digest.hexdigest()[:16], keys)
 
     listening = Telemetry(RayMetrics(run, history), trackers, history, reporter.warn)
     events.subscribe(listening.take)
@@ -227,11 +228,3 @@ def telemetry(
     finally:
         listening.close(ending)
         events.unsubscribe(listening.take)
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

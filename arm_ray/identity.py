@@ -1,0 +1,94 @@
+"""What a key of the configuration decides: one mark, on the field that declares it.
+
+A run goes on, and a score is used again, only where the keys are the same that decide its result.
+A field without a mark decides the result. Others say so where they are declared::
+
+    output: Annotated[str, NOTHING]
+    threads: Annotated[int, RESULT] = 1          in a section whose `DECIDES` is `NOTHING`
+    evaluation: Annotated[Evaluation, Decides("model", only=("select",))]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Decides:
+    """What a key has an influence on.
+
+    Attributes:
+        what: `result`: the merged states, trained weights or scores. `model`: only what is
+            published of them. `nothing`: neither.
+        only: Of a section: the keys that this holds for; the others decide nothing. Empty: all.
+        but: Of a section: keys that decide nothing.
+    """
+
+    what: Literal["result", "model", "nothing"]
+    only: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
+
+
+RESULT, MODEL, NOTHING = Decides("result"), Decides("model"), Decides("nothing")
+# The attribute of a section's class that says what its fields without a mark decide.
+_DEFAULT = "DECIDES"
+
+
+def identity(
+    section: type, content: Mapping[str, Any], *, with_model: bool = False
+) -> dict[str, Any]:
+    """The keys that decide a result, with their values.
+
+    Args:
+        section: The class of the section: a pydantic model or a dataclass.
+        content: Its content as JSON has it. Keys that the class does not know decide.
+        with_model: Whether keys that decide only what is published count too.
+    """
+    counts = {RESULT.what, MODEL.what} if with_model else {RESULT.what}
+    hints = get_type_hints(section, include_extras=True)
+    default: Decides = getattr(section, _DEFAULT, RESULT)
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        mark, inner = _mark(hints.get(key)), _section(hints.get(key))
+        decides = mark or default
+        if mark is not None and (mark.only or mark.but):
+            if decides.what in counts and isinstance(value, Mapping):
+                found[key] = {
+                    name: member
+                    for name, member in value.items()
+                    if (not mark.only or name in mark.only) and name not in mark.but
+                }
+        elif decides is RESULT and inner is not None and isinstance(value, Mapping):
+            found[key] = identity(inner, value, with_model=with_model)
+        elif decides.what in counts:
+            found[key] = value
+    return found
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested sections."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _mark(annotation: Any) -> Decides | None:
+    if get_origin(annotation) is not Annotated:
+        return None
+    return next((m for m in annotation.__metadata__ if isinstance(m, Decides)), None)
+
+
+def _section(annotation: Any) -> type | None:
+    """The section that an annotation names, inside of a union too."""
+    if isinstance(annotation, type) and (
+        dataclasses.is_dataclass(annotation) or hasattr(annotation, "model_fields")
+    ):
+        return annotation
+    if get_origin(annotation) in (list, tuple, dict):
+        return None
+    return next((s for a in get_args(annotation) if (s := _section(a)) is not None), None)
