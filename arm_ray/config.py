@@ -671,20 +671,10 @@ def _adapter_problems(config: MergeConfig) -> list[str]:
         if config.adapter_rank is None:
             return []
         return ["adapter_rank: is set, but output_format is 'model'; remove it, or ask for adapter"]
-    problems = []
-    single = {"ties", "ota"} | ({"dare"} if method.dare.drop_rate > 0.0 else set())
-    on_weights = {"slerp": method.slerp.of, "spherical_mean": method.spherical_mean.of}
-    for step in method.steps:
-        if step in single:
-            problems.append(
-                f"output_format: {step} changes single entries of a weight, so that its result is "
-                "of full rank and no adapter; use output_format: model"
-            )
-        elif on_weights.get(step) == "weights":
-            problems.append(
-                f"output_format: {step} of weights also scales what the base has, and no adapter "
-                f"can; set method.{step}.of to task_vectors, or use output_format: model"
-            )
+    problems = [
+        f"output_format: {reason}, or use output_format: model"
+        for reason in method.full_rank_reasons
+    ]
     if config.precision.storage_dtype != "auto":
         problems.append(
             "precision.storage_dtype: an adapter is written in float32; leave it at auto"

@@ -46,9 +46,8 @@ from arm_ray.planning.timing import Placement
 from arm_ray.planning.workload import Workload, group_work, state_uses
 from arm_ray.planning.workspace import merge_workspace
 from arm_ray.runtime.inputs import open_inputs
-from arm_ray.runtime.merge import dispatch
 from arm_ray.runtime.merge.run import merge
-from arm_ray.runtime.shards import layer_shard, linear, write_behind
+from arm_ray.runtime.shards import layer_shard
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.schedule import BASE, states_needed_after
 from tests.conftest import (
@@ -204,17 +203,12 @@ def test_micro_batches_are_the_driver_s(
     )
     workload, _ = open_workload(config)
     batch = MiniBatch(1, list(range(samples)), [np.zeros(tokens, np.int32)] * samples)
-    found = micro_batches(batch, max_tokens=limit, max_samples=dispatch.MAX_MICRO_BATCH_SAMPLES)
+    found = micro_batches(batch, max_tokens=limit, max_samples=counts.MAX_MICRO_BATCH_SAMPLES)
     assert workload.micro_batches == len(found)
     assert workload.rows == max(len(m.lengths) for m in found)
 
 
-def test_constants_are_those_of_the_runtime() -> None:
-    assert dispatch.MAX_MICRO_BATCH_SAMPLES == counts.MAX_MICRO_BATCH_SAMPLES
-    assert layer_shard._PIECE == counts.PIECE
-    assert linear._PIECE == counts.LINEAR_PIECE
-    assert linear._PIECE_GPU == counts.LINEAR_PIECE_GPU
-    assert write_behind._WRITERS == counts.WRITERS
+def test_block_sizes_are_those_of_the_comparison() -> None:
     assert similarity._BLOCK == counts.COMPARE_BLOCK
     assert similarity._BLOCK_GPU == counts.COMPARE_BLOCK_GPU
 

@@ -16,6 +16,7 @@ from arm_ray.runtime.scoring import lm_eval
 from arm_ray.runtime.scoring.requests import KnownScores
 from arm_ray.runtime.scoring.subject import Subject, engine_kind
 from tests.conftest import MergeCase
+from tests.doubles.said import reporter_into
 
 # Another value of each key, so that a new key is looked at here.
 OTHER: dict[str, Any] = {
@@ -50,8 +51,7 @@ def digests(case: MergeCase, engine: EngineSettings) -> tuple[str, str]:
     ours = KnownScores(settings, [loaded], Path("nowhere")).digest(loaded, subject)
     opened: Any = SimpleNamespace(digest=lambda _limit: "definitions")
     options = lm_eval.LmEvalOptions(("choices",))
-    events: Any = None
-    run = lm_eval._Run(settings, options, opened, Path("nowhere"), events, print)
+    run = lm_eval._Run(settings, options, opened, Path("nowhere"), reporter_into([]))
     return ours, run.digest(subject)
 
 

@@ -314,6 +314,30 @@ class MethodSettings:
         return self.rotates or bool({"aim", "acm"} & set(self.steps))
 
     @property
+    def is_plain_sum(self) -> bool:
+        """Whether a tensor takes no more time than a weighted sum of its task vectors."""
+        return self.steps in (("task_arithmetic",), ("average",))
+
+    @property
+    def full_rank_reasons(self) -> list[str]:
+        """Why the result is never of low rank over the base; empty: it may be."""
+        single = {"ties", "ota"} | ({"dare"} if self.dare.drop_rate > 0.0 else set())
+        on_weights = {"slerp": self.slerp.of, "spherical_mean": self.spherical_mean.of}
+        reasons = []
+        for step in self.steps:
+            if step in single:
+                reasons.append(
+                    f"{step} changes single entries of a weight, so that its result is of full "
+                    "rank and no adapter; choose another operator"
+                )
+            elif on_weights.get(step) == "weights":
+                reasons.append(
+                    f"{step} of weights also scales what the base has, and no adapter can; set "
+                    f"method.{step}.of to task_vectors"
+                )
+        return reasons
+
+    @property
     def sections_read(self) -> set[str]:
         """The sections that the operator, its steps and the edit read."""
         used = {*self.steps, self.edit}

@@ -88,8 +88,7 @@ def open_workload(
     }
     storage = config.precision.storage_dtype
     samples, tokens = _calibration(config, tokens_per_sample, notes)
-    steps = config.method.steps
-    if steps[-1] not in ("task_arithmetic", "average") or len(steps) > 1:
+    if not config.method.is_plain_sum:
         notes.append(
             f"{config.method.operator}: time is that of a plain sum; what the operator computes, "
             f"and its rounds over the model, are not in it"

@@ -19,12 +19,15 @@ from arm_ray.schedule import BASE, IterationPlan, plan_iteration, states_read_af
 
 FLOAT32 = 4
 FLOAT64 = 8
-# As in the driver, the layer shard and the linear merge.
+# The runtime takes these sizes from here. Most samples in a micro-batch:
 MAX_MICRO_BATCH_SAMPLES = 64
+# Elements of a tensor that are merged at once where it needs no activations.
 PIECE = 1 << 24
+# The same without forward passes. On a CPU a piece of every state in use should stay in cache; on a
+# GPU, where each operation costs a launch, it should be large.
 LINEAR_PIECE = 1 << 17
 LINEAR_PIECE_GPU = 1 << 24
-# Pieces on their way from a GPU to the disk.
+# Pieces on their way from a GPU to the disk: writers, and pieces that wait in host memory at most.
 WRITERS = 4
 # Elements of one block of the comparison of states, and the small operations it takes.
 COMPARE_BLOCK = 1 << 16

@@ -10,19 +10,18 @@ from arm_ray.events import EventLog
 from arm_ray.runtime.session.reporter import Reporter
 
 
-class _Lines(io.StringIO):
-    """A file that puts each whole line into a list."""
+class _Prints(io.StringIO):
+    """A file that puts what each `Console.print` writes into a list."""
 
-    def __init__(self, lines: list[str]) -> None:
+    def __init__(self, prints: list[str]) -> None:
         super().__init__()
-        self._lines, self._begun = lines, ""
+        self._prints = prints
 
     def write(self, text: str) -> int:
-        *whole, self._begun = (self._begun + text).split("\n")
-        self._lines += whole
+        self._prints.append(text.removesuffix("\n"))
         return len(text)
 
 
 def reporter_into(lines: list[str], events: EventLog | None = None) -> Reporter:
-    """A reporter that appends its lines to a list."""
-    return Reporter(Console(file=_Lines(lines), width=80), events)
+    """A reporter that appends what it says to a list, one entry for each time."""
+    return Reporter(Console(file=_Prints(lines), width=80), events)

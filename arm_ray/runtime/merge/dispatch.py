@@ -15,6 +15,7 @@ from ray import ObjectRef
 from arm_ray.calibration.minibatch import MicroBatch, micro_batches, unique_samples
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.errors import ShardLostError
+from arm_ray.planning.workload import MAX_MICRO_BATCH_SAMPLES
 from arm_ray.runtime.cluster.actors import Handle, in_place_of
 from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.merge.job import MergeJob
@@ -27,7 +28,6 @@ from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.schedule import IterationPlan
 
-MAX_MICRO_BATCH_SAMPLES = 64
 # Calls that must get through while work is queued.
 _CONTROL = {"concurrency_group": "control"}
 

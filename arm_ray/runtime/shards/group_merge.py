@@ -18,6 +18,7 @@ from arm_ray.checkpoints.weight_file import TensorSpec, WeightFileWriter
 from arm_ray.merging.operator import MergedTensor, TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
 from arm_ray.model.layout import EMBEDDING
+from arm_ray.planning.workload import PIECE
 from arm_ray.runtime.shards.captures import Captures
 from arm_ray.runtime.shards.facts import ModelFacts
 from arm_ray.runtime.shards.pieces import (
@@ -33,9 +34,7 @@ from arm_ray.runtime.shards.workers import Workers
 from arm_ray.runtime.shards.write_behind import Flushes, WriteBehind
 from arm_ray.schedule import BASE, IterationPlan
 
-# Elements of a tensor that are merged at once where it needs no activations.
-_PIECE = 1 << 24
-# The same for numbers over the whole model: few enough to stay in cache.
+# Elements that numbers over the whole model are taken of at once: few enough to stay in cache.
 _MEASURED_PIECE = 1 << 20
 
 # One piece of a tensor, and the call that makes what the operator is given of it: so that this
@@ -101,7 +100,7 @@ class GroupMerge:
                     group_writer(directory, group, specs, is_read_again=not keeps)
                 )
                 work = partial(self._merge_piece, plan, group, writer, writes)
-                pieces = self._pieces(plan, group, columns, facts, _PIECE)
+                pieces = self._pieces(plan, group, columns, facts, PIECE)
                 for spec, result, sums in self.workers.in_order(work, pieces):
                     found.similarity.append(sums)
                     found.rotated += result.rotated

@@ -23,6 +23,7 @@ from arm_ray.checkpoints.weight_file import (
 from arm_ray.errors import about
 from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
+from arm_ray.planning.workload import LINEAR_PIECE, LINEAR_PIECE_GPU
 from arm_ray.runtime.shards.facts import ModelFacts
 from arm_ray.runtime.shards.pieces import (
     group_specs,
@@ -37,10 +38,7 @@ from arm_ray.runtime.shards.workers import Workers
 from arm_ray.runtime.shards.write_behind import Write, WriteBehind
 from arm_ray.schedule import BASE, IterationPlan
 
-# Elements merged at once. On a CPU a piece of every state in use should stay in cache; on a GPU,
-# where each operation costs a launch, it should be large.
-_PIECE, _PIECE_GPU = 1 << 17, 1 << 24
-# The same where numbers of a whole tensor are taken.
+# Elements at once where numbers of a whole tensor are taken.
 _MEASURED_PIECE = 1 << 20
 # Up to this a tensor is measured and merged whole, by one thread, and read once.
 _LARGEST_WHOLE = 1 << 23
@@ -158,7 +156,7 @@ class _GroupMerge:
                     self.writes.extend(self.behind.write(write, tensor.name, rows.start, result))
             return sums
 
-        for sums in self.workers.in_order(run, self._items(tensors, _PIECE, is_measured)):
+        for sums in self.workers.in_order(run, self._items(tensors, LINEAR_PIECE, is_measured)):
             for plan, part in zip(plans, sums, strict=True):
                 self.sums.setdefault(plan.iteration, []).append(part)
 
@@ -185,7 +183,7 @@ class _GroupMerge:
         self, tensors: Sequence[TensorSpec], elements: int, measures_tensors: bool
     ) -> Iterator[Rows]:
         if self.store.device.type != "cpu":
-            elements = _PIECE_GPU
+            elements = LINEAR_PIECE_GPU
         for tensor in tensors:
             pieces = pieces_of(self.spec, tensor, elements, measures_tensors=measures_tensors)
             for rows in pieces:

@@ -10,10 +10,10 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from arm_ray.planning.workload import WRITERS
+
 # A weight file's `write`, or that of one that several processes fill.
 Write = Callable[[str, int, Tensor], object]
-# Writers, and pieces that wait in host memory at most.
-_WRITERS = 4
 
 
 class WriteBehind:
@@ -26,8 +26,8 @@ class WriteBehind:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._room = threading.BoundedSemaphore(_WRITERS)
-        self._pool = None if device.type == "cpu" else ThreadPoolExecutor(_WRITERS, "write")
+        self._room = threading.BoundedSemaphore(WRITERS)
+        self._pool = None if device.type == "cpu" else ThreadPoolExecutor(WRITERS, "write")
 
     def write(self, write: Write, name: str, first_row: int, rows: Tensor) -> list[Future[None]]:
         """Write some rows of a tensor, now or soon.
