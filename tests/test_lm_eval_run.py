@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 
 from arm_ray.cli import main
 from arm_ray.config import EvaluateConfig, validate
-from arm_ray.errors import ConfigError, EvaluationError
+from arm_ray.errors import ConfigError, EvaluationError, RunDirectoryError
 from arm_ray.evaluation.engine import ModelSource
 from arm_ray.evaluation.lm_eval_bridge import EngineLM, open_tasks
 from arm_ray.evaluation.settings import EngineSettings
@@ -274,7 +274,7 @@ def test_an_output_that_holds_something_else_is_left_alone(case: MergeCase) -> N
         },
         source="test",
     )
-    with pytest.raises(ConfigError, match="something else than an evaluation"):
+    with pytest.raises(RunDirectoryError, match="something else than an evaluation"):
         evaluate_lm_eval(config, LmEvalOptions(("choices",), str(tasks)))
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 from arm_ray.config import EvaluateConfig, MergeConfig, validate
 from arm_ray.errors import (
     ArmRayError,
-    ConfigError,
     EvaluationError,
     PlacementError,
     RunDirectoryError,
@@ -24,7 +23,7 @@ from arm_ray.errors import (
 from arm_ray.evaluation.records import Record, read_records, read_scores
 from arm_ray.events import read_events
 from arm_ray.runtime.merge.run import MergeOutcome, merge
-from arm_ray.runtime.output.run_directory import locked
+from arm_ray.runtime.output.claim import claimed
 from arm_ray.runtime.scoring import service as scoring
 from arm_ray.runtime.scoring.engine_slot import EngineSlot
 from arm_ray.runtime.scoring.evaluate import evaluate
@@ -197,7 +196,7 @@ def test_what_cannot_be_placed_or_used_is_told_at_once(case: MergeCase) -> None:
         evaluate(evaluation(case, "b", engine=engine, grading=graders), console=quiet())
     (case.root / "c").mkdir()
     (case.root / "c" / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match="something else than an evaluation"):
+    with pytest.raises(RunDirectoryError, match="something else than an evaluation"):
         evaluate(evaluation(case, "c"), console=quiet())
     content = evaluation(case, "d").model_dump(mode="json")
     content["models"] = {"later": str(case.candidates[1])}
@@ -372,7 +371,7 @@ def test_two_evaluations_do_not_work_in_one_directory(case: MergeCase) -> None:
     (case.root / "shared").mkdir()
     (case.root / "shared" / "config.yaml").write_text(config.to_yaml())
     with (
-        locked(case.root / "shared", "evaluation"),
+        claimed(case.root / "shared", "evaluation"),
         pytest.raises(RunDirectoryError, match="another evaluation is working"),
     ):
         evaluate(config, console=quiet())

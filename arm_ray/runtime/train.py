@@ -22,7 +22,7 @@ from rich.console import Console
 import arm_ray
 from arm_ray.calibration.tokens import load_tokenizer
 from arm_ray.checkpoints.huggingface import open_checkpoint, resolve_path
-from arm_ray.checkpoints.weight_file import atomic_file
+from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.config import read_yaml
 from arm_ray.errors import (
     ArmRayError,
@@ -36,8 +36,8 @@ from arm_ray.report.scalars import TRAINING_STEP, Record
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.cluster.joining import outliving, ray_session
 from arm_ray.runtime.cluster.nodes import view_of_cluster
+from arm_ray.runtime.output.claim import CONFIG_NAME, claimed, holds_earlier, write_config
 from arm_ray.runtime.output.precision import recorded, settle, units_of
-from arm_ray.runtime.output.run_directory import locked
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import LINE_INTERVAL_S, duration, print_summary
 from arm_ray.runtime.session.reporter import Reporter
@@ -63,7 +63,6 @@ from arm_ray.training.records import (
 )
 from arm_ray.training.split import keep_apart
 
-CONFIG_NAME = "config.yaml"
 EVENTS_NAME = "events.jsonl"
 DATA_NAME = "data.json"
 _SCRATCH = ".ray_train"
@@ -218,7 +217,7 @@ def _run(
     try:
         about = {"job": kind, "output": str(output)}
         with (
-            locked(output, "training"),
+            claimed(output, "training"),
             heartbeat(reporter.console),
             ray_session(address, _local_slots(config), about),
         ):
@@ -324,16 +323,8 @@ def _claim(output: Path, config: TrainingConfig, kind: str, prepared: _Prepared)
     """
     record = output / CONFIG_NAME
     try:
-        if record.is_file():
+        if holds_earlier(output, "training"):
             _refuse_other(record, config, kind)
-        elif output.exists() and any(output.iterdir()):
-            raise RunDirectoryError(
-                "the output directory holds something else than a training run",
-                where=output,
-                got=", ".join(sorted(path.name for path in output.iterdir())[:5]),
-                expected="an empty or new directory, or an earlier run of this configuration",
-                hint="choose another output; nothing there was touched",
-            )
         output.mkdir(parents=True, exist_ok=True)
         known = output / DATA_NAME
         content = {"kind": kind, "sha256": prepared.digest, "rows": prepared.kept}
@@ -345,9 +336,8 @@ def _claim(output: Path, config: TrainingConfig, kind: str, prepared: _Prepared)
                 expected="the same rows and tokenizer",
                 hint="restore them, or choose another output",
             )
-        for path, text in ((record, config.to_yaml()), (known, json.dumps(content) + "\n")):
-            with atomic_file(path) as file:
-                file.write(text.encode())
+        write_config(output, config.to_yaml())
+        write_json(known, content)
     except (OSError, ValueError) as error:
         raise RunDirectoryError(
             "the output directory cannot be used", where=output, got=error

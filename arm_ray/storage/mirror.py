@@ -7,11 +7,11 @@ a node that does not have it can make it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from arm_ray.errors import StorageError
+from arm_ray.storage.room import locked
 from arm_ray.storage.store import Store, StoredFile, require
 from arm_ray.storage.urls import SCHEMES, Url
 
@@ -111,12 +111,3 @@ def present(path: str | Path) -> Path:
 def with_adapter(name: str, file: StoredFile) -> bool:
     """Of an adapter also its weights, and not those of a model."""
     return is_companion(name, file) or name in ADAPTER_WEIGHTS
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Be the only process on this node that writes a directory; waits for others."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

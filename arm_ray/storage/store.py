@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import shutil
 import threading
 import uuid
 from collections.abc import Iterable
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from arm_ray.errors import DiskSpaceError, NoSuchObjectError, StorageError
+from arm_ray.errors import NoSuchObjectError, StorageError
 from arm_ray.storage.failures import told
 from arm_ray.storage.filesystem import open_filesystem
+from arm_ray.storage.room import check_room
 from arm_ray.storage.urls import Url, parse_url
 
 _PIECE_BYTES = 8 << 20
@@ -167,15 +167,8 @@ class Store:
             DiskSpaceError: There is no room for it.
         """
         local.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(local.parent).free
-        if file.num_bytes > free:
-            raise DiskSpaceError(
-                "not enough room on the disk for a copy",
-                where=f"{self.url / name}, to {local}",
-                got=f"{free} bytes free",
-                expected=f"{file.num_bytes} bytes",
-                hint="free some, or set runtime.scratch to a larger disk",
-            )
+        hint = "or set runtime.scratch to a larger disk"
+        check_room(local.parent, file.num_bytes, "a copy", self.url / name, hint)
         partial = local.with_name(f".{local.name}.{uuid.uuid4().hex[:12]}.partial")
         try:
             with (

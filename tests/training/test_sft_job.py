@@ -33,7 +33,7 @@ from arm_ray.errors import (
 )
 from arm_ray.events import read_events
 from arm_ray.runtime import train
-from arm_ray.runtime.output.run_directory import locked
+from arm_ray.runtime.output.claim import claimed
 from arm_ray.training import memory
 from tests.boards import tensorboard
 from tests.conftest import ROOT
@@ -322,7 +322,7 @@ def test_two_runs_do_not_work_in_one_directory(job: Job) -> None:
     job.output.mkdir()
     (job.output / "config.yaml").write_text(make_config(job.values()).to_yaml())
     with (
-        locked(job.output, "training"),
+        claimed(job.output, "training"),
         pytest.raises(RunDirectoryError, match="another training is working"),
     ):
         job.run()

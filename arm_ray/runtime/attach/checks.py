@@ -5,16 +5,14 @@ from __future__ import annotations
 import yaml
 
 from arm_ray.checkpoints.formats import open_given
-from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.config import read_yaml
 from arm_ray.errors import ArmRayError, RunDirectoryError
 from arm_ray.following.config import AttachConfig
 from arm_ray.identity import flat, identity
 from arm_ray.model.layout import check_layout, load_config, model_layout
 from arm_ray.runtime.cluster.joining import outliving
+from arm_ray.runtime.output.claim import CONFIG_NAME, write_config
 from arm_ray.schedule import BASE
-
-_CONFIG_NAME = "config.yaml"
 
 
 def check_outlives_job(config: AttachConfig) -> None:
@@ -36,7 +34,7 @@ def open_work(config: AttachConfig) -> None:
     Raises:
         RunDirectoryError: It belongs to another run, or merges otherwise.
     """
-    file = config.work / _CONFIG_NAME
+    file = config.work / CONFIG_NAME
     content = config.model_dump(mode="json")
     text = yaml.safe_dump(content, sort_keys=False)
     if file.is_file():
@@ -53,8 +51,7 @@ def open_work(config: AttachConfig) -> None:
                 got="\n" + "\n".join(lines),
                 hint="choose another publish.dir and output, or restore these keys to go on",
             )
-    with atomic_file(file) as written:
-        written.write(text.encode())
+    write_config(config.work, text)
 
 
 def check_base(config: AttachConfig) -> None:

@@ -24,7 +24,7 @@ from arm_ray.runtime.attach.held import HeldCheckpoints
 from arm_ray.runtime.attach.processing import ArrivalProcessor
 from arm_ray.runtime.attach.publication import ArrivalPublisher
 from arm_ray.runtime.cluster.joining import ray_session
-from arm_ray.runtime.output.run_directory import locked
+from arm_ray.runtime.output.claim import claimed
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
 from arm_ray.runtime.session.progress import duration, print_summary
 from arm_ray.runtime.session.reporter import Reporter
@@ -71,7 +71,7 @@ def attach(
         names = {task.name: task.metrics for task in tasks}
         criterion = make_criterion(config.evaluation.select, names)
     work = config.work
-    with locked(config.published, "attach"), locked(work, "attach"):
+    with claimed(config.published, "attach"), claimed(work, "attach"):
         open_work(config)
         check_base(config)
         reporter = reporter.with_events(EventLog(work / "events.jsonl"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,15 +15,10 @@ from arm_ray.config import (
     read_yaml,
     scratch_path,
 )
-from arm_ray.errors import ArmRayError, DiskSpaceError, RunDirectoryError, StorageError
+from arm_ray.errors import ArmRayError, RunDirectoryError, StorageError
+from arm_ray.runtime.output.claim import CONFIG_NAME, claimed_url
 from arm_ray.runtime.output.precision import RECORD_NAME
-from arm_ray.runtime.output.run_directory import (
-    CONFIG_NAME,
-    INPUTS_NAME,
-    RunDirectory,
-    locked,
-    open_run,
-)
+from arm_ray.runtime.output.run_directory import INPUTS_NAME, RunDirectory, open_run
 from arm_ray.runtime.output.upload import (
     EVENTS_NAME,
     LAST,
@@ -34,7 +28,7 @@ from arm_ray.runtime.output.upload import (
 )
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.schedule import iterations_needed_after
-from arm_ray.storage import lease
+from arm_ray.storage.room import check_room
 from arm_ray.storage.store import Store, StoredFile
 from arm_ray.storage.urls import Url, is_url, parse_url
 
@@ -69,22 +63,19 @@ def open_output(config: MergeConfig, reporter: Reporter) -> Iterator[RunDirector
     url = parse_url(config.output)
     local = local_directory(url, config.runtime.scratch_path)
     store = Store(url)
-    store.check_writable()
-    # One lock around both: what is copied here, and the run.
-    with locked(local.parent, "merge"):
-        _refuse_foreign(store.files(recursive=True), store)
-        with lease.leased(store, "merge") as held:
-            files = store.files(recursive=True)
-            published = _pull(config, store, files, local)
-            with open_run(config, local) as run:
-                run.url, run.published_iteration = str(url), published
-                # Of a run that is complete there, its states are not here.
-                prunes = config.keep_states != "all" and not published
-                upload = RunUpload(store, local, files, prunes, held, reporter)
-                upload.start()
-                with _uploading(run, upload):
-                    yield run
-                reporter.say(f"the run is at {url}")
+    # One claim around both: what is copied here, and the run.
+    with claimed_url(store, local, "merge") as held:
+        files = store.files(recursive=True)
+        published = _pull(config, store, files, local)
+        with open_run(config, local) as run:
+            run.url, run.published_iteration = str(url), published
+            # Of a run that is complete there, its states are not here.
+            prunes = config.keep_states != "all" and not published
+            upload = RunUpload(store, local, files, prunes, held, reporter)
+            upload.start()
+            with _uploading(run, upload):
+                yield run
+            reporter.say(f"the run is at {url}")
 
 
 @contextlib.contextmanager
@@ -104,18 +95,15 @@ def results_at(given: str) -> Iterator[Path]:
     url = parse_url(given)
     local = local_directory(url, scratch_path(None))
     store = Store(url)
-    store.check_writable()
-    with locked(local.parent, "evaluation"):
-        _refuse_foreign(store.files(recursive=True), store)
-        with lease.leased(store, "evaluation"):
-            for name, file in store.files(recursive=True).items():
-                if not name.startswith(".") and not (local / name).is_file():
-                    store.download(name, local / name, file)
-            before = {path: _stamp(path) for path in local.rglob("*")}
-            try:
-                yield local
-            finally:
-                _upload_results(store, local, before)
+    with claimed_url(store, local, "evaluation"):
+        for name, file in store.files(recursive=True).items():
+            if not name.startswith(".") and not (local / name).is_file():
+                store.download(name, local / name, file)
+        before = {path: _stamp(path) for path in local.rglob("*")}
+        try:
+            yield local
+        finally:
+            _upload_results(store, local, before)
 
 
 def _upload_results(store: Store, local: Path, before: Mapping[Path, tuple[int, int]]) -> None:
@@ -160,18 +148,6 @@ def _uploading(run: RunDirectory, upload: RunUpload) -> Iterator[None]:
     upload.finish()
 
 
-def _refuse_foreign(files: Mapping[str, StoredFile], store: Store) -> None:
-    names = [name for name in files if not name.startswith(lease.NAME)]
-    if names and CONFIG_NAME not in files:
-        raise RunDirectoryError(
-            "the output's URL holds something else than a run",
-            where=store,
-            got=", ".join(names[:6]) + (" …" if len(names) > 6 else ""),
-            expected="a URL with nothing below it, or with a run",
-            hint="choose another output; nothing there was touched",
-        )
-
-
 def _pull(config: MergeConfig, store: Store, files: Mapping[str, StoredFile], local: Path) -> int:
     """Copy here what a run needs to go on and what is not here.
 
@@ -211,7 +187,10 @@ def _pull(config: MergeConfig, store: Store, files: Mapping[str, StoredFile], lo
         inside = sorted(n for n in files if n.startswith(f"{name}/"))
         late = [f"{name}/{file}" for file in LAST]
         wanted += [n for n in inside if n not in late] + [n for n in late if n in inside]
-    _check_room(store, local, sum(files[name].num_bytes for name in wanted))
+    local.mkdir(parents=True, exist_ok=True)
+    size = sum(files[name].num_bytes for name in wanted)
+    hint = "or set runtime.scratch to a larger disk"
+    check_room(local, size, "what the run needs to go on", store, hint)
     for name in wanted:
         store.download(name, local / name, files[name])
     return last if published and not (local / "model").is_dir() else 0
@@ -246,19 +225,6 @@ def _check_config(
             where=store,
             got="\n" + "\n".join(f"      {line}" for line in difference),
             hint="choose another output, or restore these keys to go on with the run",
-        )
-
-
-def _check_room(store: Store, local: Path, needed: int) -> None:
-    local.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(local).free
-    if needed > free:
-        raise DiskSpaceError(
-            "not enough room on the disk for what the run needs to go on",
-            where=f"{store}, to {local}",
-            got=f"{free / 1e9:.2f} GB free",
-            expected=f"{needed / 1e9:.2f} GB",
-            hint="free some, or set runtime.scratch to a larger disk",
         )
 
 

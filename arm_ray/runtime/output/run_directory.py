@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
 import uuid
@@ -26,13 +25,18 @@ from arm_ray.checkpoints.weight_file import atomic_file, write_json
 from arm_ray.config import MergeConfig, config_difference, parse_merge_config, read_yaml
 from arm_ray.errors import ArmRayError, DiskSpaceError, RunDirectoryError
 from arm_ray.events import EventLog
+from arm_ray.runtime.output.claim import (
+    CONFIG_NAME,
+    claimed,
+    holds_earlier,
+    unusable,
+    write_config,
+)
 from arm_ray.runtime.output.precision import recorded
 from arm_ray.schedule import iteration_of, states_needed_after
+from arm_ray.storage.room import size_text
 
-# Checkpoints that had to be brought into another form to be read.
-CONFIG_NAME = "config.yaml"
 INPUTS_NAME = "inputs.json"
-_LOCK_NAME = ".lock"
 _ID_NAME = ".run_id"
 _MAKE_ROOM = "free some, choose another output, or set keep_states: last"
 
@@ -150,7 +154,7 @@ class RunDirectory:
             raise DiskSpaceError(
                 "not enough room on the disk for the run",
                 where=self.path,
-                got=f"{_size(free)} free",
+                got=f"{size_text(free)} free",
                 expected=_needed(count, room, needed - free),
                 hint=_MAKE_ROOM,
             )
@@ -169,7 +173,8 @@ class RunDirectory:
         return DiskSpaceError(
             f"the disk is full: {cause.strerror}",
             where=self.path,
-            got=f"{_size(free)} free, and {_size(taken)} in unfinished files, which go first",
+            got=f"{size_text(free)} free, and {size_text(taken)} in unfinished files, "
+            "which go first",
             expected=_needed(count, room, max(0, needed - free - taken)),
             hint=f"{_MAKE_ROOM}; the same command goes on after iteration {self.last_iteration}",
         )
@@ -199,14 +204,10 @@ class RunDirectory:
 
 def _needed(count: int, room: Room, missing: int) -> str:
     return (
-        f"{_size(count * room.state_bytes + room.model_bytes)}: {count} states of "
-        f"{_size(room.state_bytes)} and the model of {_size(room.model_bytes)}; "
-        f"{_size(missing)} are missing"
+        f"{size_text(count * room.state_bytes + room.model_bytes)}: {count} states of "
+        f"{size_text(room.state_bytes)} and the model of {size_text(room.model_bytes)}; "
+        f"{size_text(missing)} are missing"
     )
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes} bytes"
 
 
 def _bytes_on_disk(directory: Path) -> int:
@@ -217,36 +218,6 @@ def _bytes_on_disk(directory: Path) -> int:
         with contextlib.suppress(OSError):
             total += path.lstat().st_blocks * 512
     return total
-
-
-@contextlib.contextmanager
-def locked(path: Path, who: str) -> Iterator[None]:
-    """Make a directory if it is not there, and be the only one that works in it meanwhile.
-
-    Args:
-        path: The directory.
-        who: What works in it, for the error.
-
-    Raises:
-        RunDirectoryError: It cannot be written, or another process works in it.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK_NAME).open("w")
-    except OSError as error:
-        raise RunDirectoryError(
-            "the output directory cannot be written", where=path, got=error
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunDirectoryError(
-                f"another {who} is working in the output directory",
-                where=path,
-                hint="wait for it, or choose another output",
-            ) from None
-        yield
 
 
 @contextlib.contextmanager
@@ -275,7 +246,7 @@ def open_run(config: MergeConfig, path: Path | None = None) -> Iterator[RunDirec
                 got="\n" + "\n".join(f"      {line}" for line in difference),
                 hint="choose another output, or restore these keys to go on with the run",
             )
-    with locked(path, "merge"):
+    with claimed(path, "merge"):
         run = RunDirectory(path, config)
         states.discard_unfinished_states(path)
         shutil.rmtree(run.partial_model, ignore_errors=True)
@@ -287,8 +258,7 @@ def open_run(config: MergeConfig, path: Path | None = None) -> Iterator[RunDirec
             with atomic_file(path / _ID_NAME) as file:
                 file.write(uuid.uuid4().hex.encode())
         run.id = (path / _ID_NAME).read_text(encoding="utf-8")
-        with atomic_file(path / CONFIG_NAME) as file:
-            file.write(config.to_yaml().encode())
+        write_config(path, config.to_yaml())
         yield run
 
 
@@ -301,27 +271,9 @@ def _with_recorded_dtype(config: MergeConfig, path: Path) -> MergeConfig:
 
 
 def _existing_config(path: Path) -> MergeConfig | None:
-    if not path.exists():
-        return None
-    if not path.is_dir():
-        raise RunDirectoryError("the output is not a directory", where=path)
-    try:
-        ours = (_LOCK_NAME, _ID_NAME, f".{_ID_NAME}.partial", f".{CONFIG_NAME}.partial")
-        content = sorted(p.name for p in path.iterdir() if p.name not in ours)
-    except OSError as error:
-        raise RunDirectoryError(
-            "the output directory cannot be read", where=path, got=error
-        ) from None
-    if not content:
+    if not holds_earlier(path, "merge", (_ID_NAME, f".{_ID_NAME}.partial")):
         return None
     try:
         return parse_merge_config(read_yaml(path / CONFIG_NAME), source=str(path / CONFIG_NAME))
     except ArmRayError as error:
-        raise RunDirectoryError(
-            "the output directory holds something else than a run",
-            where=path,
-            got=", ".join(content[:6]) + (" …" if len(content) > 6 else ""),
-            expected="an empty or new directory, or a run that this version can go on with "
-            f"({error.what.splitlines()[0]})",
-            hint="choose another output; nothing there was touched",
-        ) from None
+        raise unusable(path, "merge", error.what.splitlines()[0]) from None

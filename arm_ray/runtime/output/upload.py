@@ -16,7 +16,7 @@ from typing import Any
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import INDEX_NAME, read_json
 from arm_ray.errors import ArmRayError, StorageAccessError, StorageError
-from arm_ray.runtime.output.run_directory import CONFIG_NAME
+from arm_ray.runtime.output.claim import CONFIG_NAME
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.storage.lease import Lease
 from arm_ray.storage.store import Store

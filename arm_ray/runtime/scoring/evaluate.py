@@ -12,9 +12,8 @@ from rich.console import Console
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.formats import find_format, open_given, open_source, split_source
 from arm_ray.checkpoints.huggingface import resolve_path
-from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.config import EvaluateConfig
-from arm_ray.errors import ArmRayError, ConfigError, EvaluationError
+from arm_ray.errors import ArmRayError, ConfigError, EvaluationError, RunDirectoryError
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import Task, load_tasks
@@ -22,8 +21,8 @@ from arm_ray.events import EventLog
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.cluster.joining import outliving, ray_session
+from arm_ray.runtime.output.claim import claimed, holds_earlier, write_config
 from arm_ray.runtime.output.opening import results_at
-from arm_ray.runtime.output.run_directory import locked
 from arm_ray.runtime.scoring.model_copies import CopiesOnNodes
 from arm_ray.runtime.scoring.requests import KnownScores
 from arm_ray.runtime.scoring.results import write_table
@@ -35,8 +34,6 @@ from arm_ray.runtime.session.progress import duration
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
 from arm_ray.storage.urls import is_url
-
-CONFIG_NAME = "config.yaml"
 
 
 def evaluate(
@@ -140,7 +137,7 @@ def evaluation_session(
     """
     slots = 1 + local_evaluator_slots(settings)
     with (
-        locked(output, "evaluation"),
+        claimed(output, "evaluation"),
         ray_session(address, slots, {"job": "evaluate", "output": str(output)}),
         telemetry(
             reporter,
@@ -219,21 +216,14 @@ def open_output(output: Path, config: EvaluateConfig) -> Path:
     """Make the directory of the results, unless it holds something else.
 
     Raises:
-        ConfigError: It does, or cannot be written.
+        RunDirectoryError: It does, or cannot be written.
     """
+    holds_earlier(output, "evaluation")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if any(output.iterdir()) and not (output / CONFIG_NAME).is_file():
-            raise ConfigError(
-                "the output directory holds something else than an evaluation",
-                where=output,
-                expected="an empty or new directory, or an earlier evaluation",
-                hint="choose another output; nothing there was touched",
-            )
-        with atomic_file(output / CONFIG_NAME) as file:
-            file.write(config.to_yaml().encode())
+        write_config(output, config.to_yaml())
     except OSError as error:
-        raise ConfigError(
+        raise RunDirectoryError(
             "the output directory cannot be written", where=output, got=error
         ) from None
     return output.resolve()

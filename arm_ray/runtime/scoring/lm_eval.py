@@ -27,14 +27,10 @@ from arm_ray.events import EventLog, ModelScored
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.cluster.calls import Calls
 from arm_ray.runtime.cluster.joining import outliving
+from arm_ray.runtime.output.claim import CONFIG_NAME
 from arm_ray.runtime.output.opening import results_at
 from arm_ray.runtime.scoring.engine_slot import EngineSlot
-from arm_ray.runtime.scoring.evaluate import (
-    CONFIG_NAME,
-    evaluation_session,
-    open_output,
-    subject_of,
-)
+from arm_ray.runtime.scoring.evaluate import evaluation_session, open_output, subject_of
 from arm_ray.runtime.scoring.evaluator import EngineActor, placed_evaluators
 from arm_ray.runtime.scoring.model_copies import CopiesOnNodes
 from arm_ray.runtime.scoring.requests import vllm_version

@@ -28,13 +28,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arm_ray.checkpoints.naming import split_source
 from arm_ray.config import RuntimeConfig, scratch_path
-from arm_ray.errors import ArmRayError, DiskSpaceError, EvaluationError, WorkerError
+from arm_ray.errors import ArmRayError, EvaluationError, WorkerError
 from arm_ray.evaluation.engine import ModelSource
 from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.node_files import NodeFiles, read_chunks
 from arm_ray.runtime.cluster.nodes import this_node
 from arm_ray.runtime.shards.files import becomes_visible
 from arm_ray.storage.mirror import is_companion, origin, with_adapter
+from arm_ray.storage.room import check_room
 from arm_ray.storage.store import StoredFile
 from arm_ray.storage.urls import is_url
 
@@ -42,6 +43,10 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _ROOT = "models"
+_HINT = (
+    "set runtime.scratch (`scratch` of arm-ray evaluate) to a larger disk, or put the models on "
+    "storage that all nodes see"
+)
 _LOCK = ".lock"
 _Rule = Callable[[str, StoredFile], bool]
 # Which files of a directory are wanted: those that one of the rules takes, or a trainer's shards
@@ -226,18 +231,9 @@ class ModelCopies:
         total = sum(file.num_bytes for file in missing.values())
         try:
             target.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(target).free
+            check_room(target, total, "the copy of a model on an engine's node", directory, _HINT)
         except OSError as error:
             raise _unwritable(target, error) from None
-        if total > free:
-            raise DiskSpaceError(
-                "not enough room on an engine's node for the copy of a model",
-                where=f"{directory}, to {target}",
-                got=f"{free} bytes free",
-                expected=f"{total} bytes",
-                hint="free some, set runtime.scratch (`scratch` of arm-ray evaluate) to a larger "
-                "disk, or put the models on storage that all nodes see",
-            )
         for name, file in missing.items():
             self._fetch(directory / name, target / name, file.num_bytes)
             held[name] = file
