@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from arm_ray.config import MergeConfig, parse_merge_config
-from tests import in_process, stores
+from tests.doubles import in_process, stores
 from tests.doubles.plain_engine import PlainEngineActor
 
 ROOT = Path(__file__).parent.parent
@@ -225,7 +225,7 @@ def local_ray() -> Iterator[None]:
 def shards_in_process(
     request: pytest.FixtureRequest, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layer shards are no actors, unless the test is marked so (see `tests.in_process`)."""
+    """Layer shards are no actors, unless the test is marked so (see `tests.doubles.in_process`)."""
     if request.node.get_closest_marker("actors") is None:
         monkeypatch.setattr("arm_ray.runtime.merge.run.placed_shards", in_process.placed_shards)
 
@@ -234,7 +234,7 @@ def shards_in_process(
 def trainers(
     request: pytest.FixtureRequest, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> str:
-    """Where training runs: in a thread of this process (`tests.in_process`), or on Ray Train."""
+    """Where training runs: in this process (`tests.doubles.in_process`), or on Ray Train."""
     if request.param == "in process":
         monkeypatch.setattr("arm_ray.runtime.train._on_ray_train", in_process.on_ray_train)
     return str(request.param)
@@ -244,7 +244,7 @@ def trainers(
 def engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What models are scored by: vLLM's engines, or plain ones (`tests.doubles.plain_engine`).
 
-    Plain ones are no actors, unless the test is marked so (see `tests.in_process`).
+    Plain ones are no actors, unless the test is marked so (see `tests.doubles.in_process`).
     """
     if request.param == "plain":
         if request.node.get_closest_marker("actors") is None:
@@ -256,7 +256,7 @@ def engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `tests.trainer_shards` writes, by two processes."""
+    """What `tests.builders.trainer_shards` writes, by two processes."""
     pytest.importorskip("deepspeed")
     root = tmp_path_factory.mktemp("shards")
     with socket.socket() as free:
@@ -266,7 +266,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.trainer_shards", str(root)],
+            [sys.executable, "-m", "tests.builders.trainer_shards", str(root)],
             cwd=ROOT,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,

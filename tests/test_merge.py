@@ -16,8 +16,9 @@ from arm_ray.config import MergeConfig
 from arm_ray.events import read_events
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.shards.placement import placed_shards
-from tests import in_process, reference
+from tests.builders import reference
 from tests.conftest import FAMILIES, MergeCase
+from tests.doubles import in_process
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")
 

@@ -27,7 +27,7 @@ from arm_ray.runtime.scoring.service import model_source
 from arm_ray.runtime.shards.node_files import NodeFiles
 from arm_ray.storage.store import StoredFile
 from tests.conftest import MergeCase
-from tests.in_process import Actor
+from tests.doubles.in_process import Actor
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -24,9 +24,9 @@ from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.plan import make_plan
 from arm_ray.runtime.merge.adapter import write_adapter
 from arm_ray.runtime.merge.run import merge
-from tests import reference
+from tests.builders import reference
+from tests.builders.shards import DirectShard, Weights
 from tests.conftest import MergeCase, save, tiny_model
-from tests.shards import DirectShard, Weights
 from tests.test_merge import load_all, relative_error
 
 RANK, ALPHA = 2, 4

@@ -21,7 +21,7 @@ from arm_ray.merging.rotation import Rotation, activation_rotation
 from arm_ray.merging.settings import MethodSettings, RotationSettings, SignRule
 from arm_ray.merging.similarity import SimilaritySums, cosines, similarity_sums
 from arm_ray.model.group import output_shifts
-from tests.reference import dense_rotation
+from tests.builders.reference import dense_rotation
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
 SIGNS: tuple[SignRule, ...] = ("positive_diagonal", "library")

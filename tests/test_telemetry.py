@@ -34,9 +34,9 @@ from arm_ray.report.trackers import TensorBoard, check_installed
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.session import telemetry as telemetry_module
 from arm_ray.runtime.session.telemetry import telemetry
-from tests import in_process
-from tests.boards import Curves, tensorboard
+from tests.builders.boards import Curves, tensorboard
 from tests.conftest import MergeCase
+from tests.doubles import in_process
 
 RUN = "told everywhere"
 # Name and labels -> value.

@@ -21,7 +21,7 @@ from arm_ray.merging.settings import (
     PomeSettings,
     TimberSettings,
 )
-from tests.reference import dense_rotation
+from tests.builders.reference import dense_rotation
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
 UP = "model.layers.0.mlp.up_proj.weight"

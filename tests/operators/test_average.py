@@ -13,7 +13,7 @@ from hypothesis import given
 from arm_ray.errors import ConfigError
 from arm_ray.merging.average import member_weights
 from arm_ray.merging.settings import AverageSettings
-from tests.operators.common import (
+from tests.builders.operators import (
     PROPERTY,
     assert_near,
     assert_rows_give_the_whole,

@@ -15,7 +15,7 @@ from hypothesis import given
 
 from arm_ray.merging.dare import drop
 from arm_ray.merging.settings import AverageSettings, DareSettings, TiesSettings
-from tests.operators.common import (
+from tests.builders.operators import (
     PROPERTY,
     assert_near,
     assert_rows_give_the_whole,

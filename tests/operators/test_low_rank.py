@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from arm_ray.merging import svd
 from arm_ray.merging.settings import LoreSettings, TwinSettings
 from arm_ray.merging.spectral import scale_singular_values
-from tests.operators.common import (
+from tests.builders.operators import (
     PROPERTY,
     assert_near,
     exact,

@@ -10,7 +10,7 @@ from hypothesis import given
 
 from arm_ray.merging.opcm import project
 from arm_ray.merging.settings import OpcmSettings
-from tests.operators.common import (
+from tests.builders.operators import (
     PROPERTY,
     assert_near,
     coarse,

@@ -13,7 +13,7 @@ from hypothesis import given
 
 from arm_ray.errors import ConfigError
 from arm_ray.merging.settings import OtaSettings
-from tests.operators.common import (
+from tests.builders.operators import (
     PROPERTY,
     assert_near,
     assert_rows_give_the_whole,

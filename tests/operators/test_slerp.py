@@ -14,7 +14,7 @@ from hypothesis import given
 
 from arm_ray.errors import ConfigError
 from arm_ray.merging.settings import SlerpSettings, SphericalMeanSettings
-from tests.operators.common import (
+from tests.builders.operators import (
     PROPERTY,
     assert_near,
     coarse,

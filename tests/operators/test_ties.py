@@ -12,7 +12,7 @@ from hypothesis import given
 
 from arm_ray.merging import quantile
 from arm_ray.merging.settings import TiesSettings
-from tests.operators.common import (
+from tests.builders.operators import (
     PROPERTY,
     assert_near,
     assert_rows_give_the_whole,

@@ -32,7 +32,7 @@ from arm_ray.storage.store import Store
 from arm_ray.training.data import read_path
 from tests import test_peft
 from tests.conftest import MergeCase, write_texts
-from tests.stores import put
+from tests.doubles.stores import put
 
 MODULE = "model.layers.0.mlp.up_proj"
 
