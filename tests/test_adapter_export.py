@@ -18,7 +18,7 @@ from arm_ray.merging.method import open_method
 from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.settings import MethodSettings
 from arm_ray.model.layout import ModelLayout, load_config, model_layout
-from tests.conftest import tiny_model
+from tests.builders.models import tiny_model
 
 Weights = dict[str, torch.Tensor]
 

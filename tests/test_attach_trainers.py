@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from arm_ray.events import read_events
 from arm_ray.following import publish
+from tests.builders.models import SERVED, save, save_tokenizer, tiny_model, write_texts
 from tests.builders.training import content, make_rows
 from tests.cluster.common import local_cluster, processes_with, submit
-from tests.conftest import SERVED, save, save_tokenizer, tiny_model, write_texts
 from tests.test_merge import load_all
 
 pytestmark = pytest.mark.minutes

@@ -41,7 +41,8 @@ from arm_ray.merging.method import open_method
 from arm_ray.model.layout import ModelLayout, base_dtype, check_layout, load_config, model_layout
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.shards.layer_shard import LayerShard, ShardSpec
-from tests.conftest import FAMILIES, MergeCase, save, tiny_model
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import FAMILIES, save, tiny_model
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"

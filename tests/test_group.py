@@ -7,7 +7,7 @@ from torch import nn
 from arm_ray.model import group as group_module
 from arm_ray.model.group import GroupRunner, embed, output_shifts
 from arm_ray.model.layout import model_layout
-from tests.conftest import FAMILIES, tiny_model
+from tests.builders.models import FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
 LENGTHS = torch.tensor([20, 13, 1, 7])

@@ -25,7 +25,8 @@ from arm_ray.evaluation.settings import EngineSettings
 from arm_ray.events import read_events
 from arm_ray.runtime.scoring import lm_eval as module
 from arm_ray.runtime.scoring.lm_eval import LmEvalOptions, evaluate_lm_eval, shown_scores
-from tests.conftest import SERVED, MergeCase, save_tokenizer
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import SERVED, save_tokenizer
 from tests.evaluation.test_engine import Served
 from tests.evaluation.test_lm_eval_bridge import (
     CONTEXT,

@@ -17,7 +17,8 @@ from arm_ray.events import read_events
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.shards.placement import placed_shards
 from tests.builders import reference
-from tests.conftest import FAMILIES, MergeCase
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import FAMILIES
 from tests.doubles import in_process
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")

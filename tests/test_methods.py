@@ -24,7 +24,7 @@ from arm_ray.merging import acm, aim
 from arm_ray.merging.settings import AcmSettings, AimSettings
 from arm_ray.runtime.merge.driver import StreamingDriver
 from tests.builders import reference
-from tests.conftest import MergeCase
+from tests.builders.merge_case import MergeCase
 from tests.test_merge import assert_same_bits, load_all, relative_error, run, state
 
 Weights = dict[str, torch.Tensor]

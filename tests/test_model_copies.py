@@ -26,7 +26,7 @@ from arm_ray.runtime.scoring.model_copies import ModelCopies, start_on
 from arm_ray.runtime.scoring.service import model_source
 from arm_ray.runtime.shards.node_files import NodeFiles
 from arm_ray.storage.store import StoredFile
-from tests.conftest import MergeCase
+from tests.builders.merge_case import MergeCase
 from tests.doubles.in_process import Actor
 
 pytestmark = pytest.mark.usefixtures("local_ray")

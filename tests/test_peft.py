@@ -32,7 +32,7 @@ from arm_ray.merging.settings import MethodSettings
 from arm_ray.model.layout import check_layout, load_config, model_layout
 from arm_ray.planning.sources import open_workload
 from arm_ray.runtime.inputs import open_inputs
-from tests.conftest import tiny_model
+from tests.builders.models import tiny_model
 
 Tensors = dict[str, torch.Tensor]
 QUERY = "model.layers.0.self_attn.q_proj"

@@ -14,7 +14,8 @@ from arm_ray.errors import ArmRayError, ConfigError
 from arm_ray.events import read_events
 from arm_ray.runtime.pipeline import run_pipeline
 from arm_ray.training.pipeline import PipelineConfig, Stages
-from tests.conftest import SERVED, WORDS, MergeCase
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import SERVED, WORDS
 
 
 def content(case: MergeCase, **others: Any) -> dict[str, Any]:

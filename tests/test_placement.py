@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from arm_ray.config import parse_merge_config
 from arm_ray.runtime.merge.run import merge
-from tests.conftest import ROOT, MergeCase
+from tests.builders.merge_case import MergeCase
+from tests.builders.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")
 

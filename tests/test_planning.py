@@ -51,15 +51,9 @@ from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.shards import layer_shard, linear, write_behind
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.schedule import BASE, states_needed_after
-from tests.conftest import (
-    ROOT,
-    MergeCase,
-    fine_tuned,
-    save,
-    save_tokenizer,
-    tiny_model,
-    write_texts,
-)
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import fine_tuned, save, save_tokenizer, tiny_model, write_texts
+from tests.builders.paths import ROOT
 
 GB = 10**9
 QWEN: dict[str, dict[str, Any]] = {

@@ -23,8 +23,9 @@ from arm_ray.runtime import train
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.output import precision
 from arm_ray.runtime.scoring.evaluate import evaluate
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import SERVED
 from tests.builders.training import content, make_base, make_config, make_rows
-from tests.conftest import SERVED, MergeCase
 
 FAST = Units(frozenset({"float32", "bfloat16"}), "this CPU")
 SLOW = Units(frozenset({"float32"}), "this CPU")

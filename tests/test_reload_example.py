@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from arm_ray.following.hooks import HookSettings, run_hook
-from tests.conftest import ROOT, SERVED, fine_tuned, save, save_tokenizer, tiny_model
+from tests.builders.models import SERVED, fine_tuned, save, save_tokenizer, tiny_model
+from tests.builders.paths import ROOT
 
 pytestmark = pytest.mark.minutes
 PROMPT = [5, 80, 33, 120, 7]

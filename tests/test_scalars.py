@@ -19,7 +19,7 @@ from arm_ray.following.events import (
 )
 from arm_ray.report import dashboard as dashboards
 from arm_ray.report.scalars import BY_NAME, METRICS, Marks, Point, Record, last_points, points
-from tests.conftest import ROOT
+from tests.builders.paths import ROOT
 
 ITERATION = IterationFinished(
     iteration=3,

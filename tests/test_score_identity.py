@@ -14,7 +14,7 @@ from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings, Task
 from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.runtime.scoring import lm_eval
 from arm_ray.runtime.scoring.service import KnownScores, Subject, engine_kind
-from tests.conftest import MergeCase
+from tests.builders.merge_case import MergeCase
 
 # Another value of each key, so that a new key is looked at here.
 OTHER: dict[str, Any] = {

@@ -17,8 +17,8 @@ from arm_ray.errors import (
     NotACheckpointError,
 )
 from arm_ray.runtime.inputs import open_inputs
+from tests.builders.merge_case import MergeCase
 from tests.builders.shards import DirectShard, Weights
-from tests.conftest import MergeCase
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 ANCHORED = "schedule={anchor_iterations: 2, max_iterations: 2, tolerance: 0.0}"

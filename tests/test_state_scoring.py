@@ -25,7 +25,8 @@ from arm_ray.runtime.merge.driver import StreamingDriver
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.scoring import service as scoring
 from arm_ray.runtime.scoring import state_scoring
-from tests.conftest import SERVED, MergeCase
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import SERVED
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")

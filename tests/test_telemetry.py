@@ -35,7 +35,7 @@ from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.session import telemetry as telemetry_module
 from arm_ray.runtime.session.telemetry import telemetry
 from tests.builders.boards import Curves, tensorboard
-from tests.conftest import MergeCase
+from tests.builders.merge_case import MergeCase
 from tests.doubles import in_process
 
 RUN = "told everywhere"

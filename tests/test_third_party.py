@@ -25,7 +25,7 @@ from arm_ray.merging.operator import Operator
 from arm_ray.merging.registry import ENTRY_POINTS, OPERATORS, find_operator
 from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
 from tests.builders.operators import assert_rows_give_the_whole, gaussian, inputs_of, merge
-from tests.conftest import ROOT
+from tests.builders.paths import ROOT
 
 GUIDE = ROOT / "docs" / "adding-an-operator.md"
 Install = Callable[[str, str, str], Path]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from arm_ray.runtime.shards.write_behind import WriteBehind
+from tests.builders.merge_case import MergeCase
 from tests.builders.shards import DirectShard
-from tests.conftest import MergeCase
 from tests.test_merge import assert_same_bits
 from tests.waiting import wait_for
 

@@ -29,7 +29,7 @@ from arm_ray.errors import (
     PickleRefusedError,
 )
 from arm_ray.runtime.merge.run import merge
-from tests.conftest import MergeCase
+from tests.builders.merge_case import MergeCase
 
 WORLD = 3
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.conftest import fine_tuned, save, save_tokenizer, tiny_model
+from tests.builders.models import fine_tuned, save, save_tokenizer, tiny_model
 
 # One dimension of each kind is odd: ranks have different shares.
 SIZES = {"intermediate_size": 81, "vocab_size": 321}

@@ -21,7 +21,7 @@ from arm_ray.training.data import (
     make_stream,
     read_data,
 )
-from tests.conftest import WORDS, save, save_tokenizer, tiny_model
+from tests.builders.models import WORDS, save, save_tokenizer, tiny_model
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"

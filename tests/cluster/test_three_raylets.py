@@ -13,7 +13,7 @@ import pytest
 
 from arm_ray.checkpoints import states
 from arm_ray.events import read_events
-from tests.conftest import ROOT
+from tests.builders.paths import ROOT
 from tests.test_merge import assert_same_bits, load_all
 
 pytestmark = pytest.mark.minutes

@@ -18,7 +18,8 @@ from arm_ray.evaluation import engine as module
 from arm_ray.evaluation.engine import ENVIRONMENT, Completion, Engine, ModelSource, Request
 from arm_ray.evaluation.settings import EngineSettings
 from arm_ray.runtime.cluster.calls import EVALUATOR, get_results
-from tests.conftest import SERVED, MergeCase
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import SERVED
 from tests.test_peft_merge import write_adapters, write_dense
 from tests.test_zero import write_zero
 

@@ -26,7 +26,7 @@ from arm_ray.errors import EvaluationError
 from arm_ray.evaluation import lm_eval_bridge
 from arm_ray.evaluation.engine import Completion, Request
 from arm_ray.evaluation.lm_eval_bridge import EngineLM, OpenTasks, Sampling, open_tasks, sampling_of
-from tests.conftest import WORDS, save_tokenizer, tiny_model
+from tests.builders.models import WORDS, save_tokenizer, tiny_model
 
 CONTEXT = 64
 

@@ -31,7 +31,8 @@ from arm_ray.runtime.scoring.service import model_source
 from arm_ray.storage.store import Store
 from arm_ray.training.data import read_path
 from tests import test_peft
-from tests.conftest import MergeCase, write_texts
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import write_texts
 from tests.doubles.stores import put
 
 MODULE = "model.layers.0.mlp.up_proj"

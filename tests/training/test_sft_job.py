@@ -36,8 +36,8 @@ from arm_ray.runtime import train
 from arm_ray.runtime.output.run_directory import locked
 from arm_ray.training import memory
 from tests.builders.boards import tensorboard
+from tests.builders.paths import ROOT
 from tests.builders.training import content, logged, make_base, make_config, make_rows, plain_losses
-from tests.conftest import ROOT
 
 # Sums in another order, in float32, over six steps.
 TOLERANCE = 2e-5
