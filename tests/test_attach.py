@@ -30,8 +30,8 @@ from arm_ray.hardware import Units
 from arm_ray.runtime.attach import run as attach_module
 from arm_ray.runtime.attach.run import AttachOutcome, attach
 from tests.builders.boards import tensorboard
+from tests.builders.checkpoints import assert_same_bits, load_all
 from tests.builders.models import fine_tuned, save, save_tokenizer, tiny_model, write_texts
-from tests.test_merge import assert_same_bits, load_all
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from arm_ray.following import publish
 from arm_ray.following.config import parse_attach_config
 from arm_ray.runtime.attach.run import attach
-from tests.test_merge import load_all
+from tests.builders.checkpoints import load_all
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from arm_ray.events import read_events
 from arm_ray.following import publish
+from tests.builders.checkpoints import load_all
 from tests.builders.models import SERVED, save, save_tokenizer, tiny_model, write_texts
 from tests.builders.training import content, make_rows
 from tests.cluster.common import local_cluster, processes_with, submit
-from tests.test_merge import load_all
 
 pytestmark = pytest.mark.minutes
 ENGINE = {"kv_cache_gb": 0.05, "max_model_len": 64, "dtype": "float32", "chunk_size": 16}

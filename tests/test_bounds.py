@@ -10,9 +10,9 @@ from rich.console import Console
 from arm_ray.errors import PlacementError
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.shards.rate import RateLimit
+from tests.builders.checkpoints import assert_same_bits, load_all
 from tests.builders.merge_case import MergeCase
 from tests.builders.shards import DirectShard
-from tests.test_merge import assert_same_bits, load_all
 
 LINEAR = "method.operator=task_arithmetic"
 

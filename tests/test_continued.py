@@ -12,9 +12,9 @@ from arm_ray.config import MergeConfig
 from arm_ray.errors import ConfigError, MismatchError
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge.run import merge
+from tests.builders.checkpoints import assert_same_bits, load_all
 from tests.builders.merge_case import MergeCase
 from tests.builders.models import save, tiny_model
-from tests.test_merge import assert_same_bits, load_all
 
 pytestmark = pytest.mark.usefixtures("shards_in_process")
 

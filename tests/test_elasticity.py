@@ -25,10 +25,10 @@ from arm_ray.runtime.shards import placement
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.placement import Placement, ShardGang
 from arm_ray.schedule import plan_iteration
+from tests.builders.checkpoints import assert_same_bits, load_all
 from tests.builders.merge_case import MergeCase
 from tests.builders.shards import DirectShard
 from tests.test_calls import instance
-from tests.test_merge import assert_same_bits, load_all
 
 
 class Cluster:

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arm_ray.config import MergeConfig
 from arm_ray.events import read_events
-from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.shards.placement import placed_shards
 from tests.builders import reference
+from tests.builders.checkpoints import assert_same_bits, load_all, relative_error
 from tests.builders.merge_case import MergeCase
+from tests.builders.merges import run, state
 from tests.builders.models import FAMILIES
 from tests.doubles import in_process
 
@@ -39,32 +39,6 @@ def both_ways(
     """What is computed is the same in this process; dozens of actors take minutes to start."""
     if request.param == "actors":
         monkeypatch.setattr("arm_ray.runtime.merge.run.placed_shards", placed_shards)
-
-
-def run(config: MergeConfig, **options: Any) -> MergeOutcome:
-    return merge(config, console=Console(quiet=True), **options)
-
-
-def state(config: MergeConfig, iteration: int) -> dict[str, torch.Tensor]:
-    return load_all(Path(config.output) / "states" / f"{iteration:04d}")
-
-
-def load_all(directory: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        # Copies: the library maps files into memory, and a test may overwrite the file.
-        tensors.update({name: t.clone() for name, t in load_file(file).items()})
-    return tensors
-
-
-def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def assert_equals_reference(case: MergeCase, content: dict[str, Any], *overrides: str) -> None:

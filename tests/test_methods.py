@@ -24,8 +24,9 @@ from arm_ray.merging import acm, aim
 from arm_ray.merging.settings import AcmSettings, AimSettings
 from arm_ray.runtime.merge.driver import StreamingDriver
 from tests.builders import reference
+from tests.builders.checkpoints import assert_same_bits, load_all, relative_error
 from tests.builders.merge_case import MergeCase
-from tests.test_merge import assert_same_bits, load_all, relative_error, run, state
+from tests.builders.merges import run, state
 
 Weights = dict[str, torch.Tensor]
 Array = NDArray[np.float64]

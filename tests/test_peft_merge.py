@@ -25,10 +25,10 @@ from arm_ray.planning.plan import make_plan
 from arm_ray.runtime.merge.adapter import write_adapter
 from arm_ray.runtime.merge.run import merge
 from tests.builders import reference
+from tests.builders.checkpoints import load_all, relative_error
 from tests.builders.merge_case import MergeCase
 from tests.builders.models import save, tiny_model
 from tests.builders.shards import DirectShard, Weights
-from tests.test_merge import load_all, relative_error
 
 RANK, ALPHA = 2, 4
 ONCE = "schedule={anchor_iterations: 1, max_iterations: 1, tolerance: 0.0}"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from arm_ray.runtime.shards.write_behind import WriteBehind
+from tests.builders.checkpoints import assert_same_bits
 from tests.builders.merge_case import MergeCase
 from tests.builders.shards import DirectShard
-from tests.test_merge import assert_same_bits
 from tests.waiting import wait_for
 
 # As a GPU's pieces are written; that these are on the CPU makes no difference.
