@@ -19,6 +19,7 @@ from arm_ray.errors import (
     WorkerError,
 )
 from arm_ray.runtime.cluster.calls import EVALUATOR, LOST, NODE_FILES, SHARD, Callee, get_results
+from tests.builders.ray_errors import instance
 
 # All that there are, so that one of a later Ray is looked at.
 ALL = [
@@ -92,15 +93,6 @@ def test_every_exception_of_ray_becomes_ours(
         assert type(found) is WorkerError
         assert "failed unexpectedly" in str(found) or "no answer in time" in str(found)
     assert found.__cause__ is not None or "no answer" in str(found)
-
-
-def instance(kind: type[Exception], text: str = "as Ray says it") -> Exception:
-    """Of a subclass that is made without arguments, because those of Ray's kinds are its affair."""
-    own: dict[str, Any] = {"__init__": lambda _self: None, "__str__": lambda _self: text}
-    if issubclass(kind, exceptions.RayActorError):
-        own["actor_init_failed"] = False
-    made: Exception = type(kind.__name__, (kind,), own)()
-    return made
 
 
 def test_a_killed_actor_is_a_transfer_that_failed_for_shards_alone(raised: Any) -> None:

@@ -27,8 +27,8 @@ from arm_ray.runtime.shards.placement import Placement, ShardGang
 from arm_ray.schedule import plan_iteration
 from tests.builders.checkpoints import assert_same_bits, load_all
 from tests.builders.merge_case import MergeCase
+from tests.builders.ray_errors import instance
 from tests.builders.shards import DirectShard
-from tests.test_calls import instance
 
 
 class Cluster:

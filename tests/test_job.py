@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from tests.builders.merge_case import MergeCase
 from tests.builders.models import SERVED
 from tests.builders.paths import ROOT
+from tests.builders.pipelines import content as pipeline_content
 from tests.cluster.common import (
     BIN,
     clean_environment,
@@ -30,7 +31,6 @@ from tests.cluster.common import (
     processes_with,
     submit,
 )
-from tests.test_pipeline import content as pipeline_content
 
 
 def environment(temporary: str) -> dict[str, str]:

@@ -25,16 +25,10 @@ from arm_ray.evaluation.settings import EngineSettings
 from arm_ray.events import read_events
 from arm_ray.runtime.scoring import lm_eval as module
 from arm_ray.runtime.scoring.lm_eval import LmEvalOptions, evaluate_lm_eval, shown_scores
+from tests.builders.engines import Served
+from tests.builders.lm_eval_tasks import CONTEXT, asked, harness, read_index_once, write_tasks
 from tests.builders.merge_case import MergeCase
 from tests.builders.models import SERVED, save_tokenizer
-from tests.evaluation.test_engine import Served
-from tests.evaluation.test_lm_eval_bridge import (
-    CONTEXT,
-    asked,
-    harness,
-    read_index_once,
-    write_tasks,
-)
 
 ENGINE = {"kv_cache_gb": 0.05, "max_model_len": CONTEXT, "dtype": "float32", "chunk_size": 16}
 

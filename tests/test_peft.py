@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from arm_ray.checkpoints import peft
 from arm_ray.checkpoints.formats import missing
-from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
+from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.peft import AdaptedCheckpoint, is_adapter, open_adapter
 from arm_ray.checkpoints.validation import check_finite
 from arm_ray.config import parse_merge_config
@@ -32,24 +31,15 @@ from arm_ray.merging.settings import MethodSettings
 from arm_ray.model.layout import check_layout, load_config, model_layout
 from arm_ray.planning.sources import open_workload
 from arm_ray.runtime.inputs import open_inputs
-from tests.builders.models import tiny_model
+from tests.builders.adapters import factors, save_base
+from tests.builders.adapters import write_adapter as write
+from tests.builders.tensors import gaussian
 
-Tensors = dict[str, torch.Tensor]
 QUERY = "model.layers.0.self_attn.q_proj"
 KEY = "model.layers.1.self_attn.k_proj"
 UP = "model.layers.2.mlp.up_proj"
 EMBED = "model.embed_tokens"
 HEAD = "lm_head"
-
-
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def save_base(path: Path, family: str) -> Checkpoint:
-    model = tiny_model(family, seed=1).to(torch.bfloat16)
-    model.save_pretrained(path)
-    return open_checkpoint(path)
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +51,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return save_base(tmp_path_factory.mktemp("tied"), "smollm2")
-
-
-def factors(base: Checkpoint, module: str, rank: int, seed: int = 0) -> Tensors:
-    """A and B of one linear module, under PEFT's names."""
-    rows, columns = base.tensors[f"{module}.weight"].shape
-    return {
-        f"{peft.PREFIX}{module}.lora_A.weight": gaussian(rank, columns, seed=seed),
-        f"{peft.PREFIX}{module}.lora_B.weight": gaussian(rows, rank, seed=seed + 1),
-    }
-
-
-def write(path: Path, tensors: Tensors, **settings: Any) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", **settings}
-    (path / peft.CONFIG_NAME).write_text(json.dumps(config))
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path / peft.WEIGHTS_NAME)
-    return path
 
 
 def expected(base: Checkpoint, module: str, a: torch.Tensor, b: torch.Tensor, s: float) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from arm_ray.checkpoints import peft, states
 from arm_ray.checkpoints.adapter_export import adapter_bytes
@@ -19,61 +19,19 @@ from arm_ray.checkpoints.peft import AdaptedCheckpoint, open_adapter
 from arm_ray.config import MergeConfig, config_difference
 from arm_ray.errors import CheckpointError, ConfigError, RunDirectoryError
 from arm_ray.events import read_events
-from arm_ray.model.layout import load_config, model_layout
 from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.plan import make_plan
 from arm_ray.runtime.merge.adapter import write_adapter
 from arm_ray.runtime.merge.run import merge
 from tests.builders import reference
+from tests.builders.adapters import RANK, base_weights, write_adapters, write_dense
 from tests.builders.checkpoints import load_all, relative_error
 from tests.builders.merge_case import MergeCase
 from tests.builders.models import save, tiny_model
 from tests.builders.shards import DirectShard, Weights
 
-RANK, ALPHA = 2, 4
 ONCE = "schedule={anchor_iterations: 1, max_iterations: 1, tolerance: 0.0}"
 ADAPTER = ("output_format=adapter", "method.operator=task_arithmetic", ONCE)
-
-
-def base_weights(case: MergeCase) -> Weights:
-    return {n: t.clone() for n, t in load_file(case.root / "base" / "model.safetensors").items()}
-
-
-def write_adapters(case: MergeCase, rank: int = RANK) -> list[Path]:
-    """Two adapters of all linear modules of the layers over the base, in place of candidates."""
-    base = base_weights(case)
-    linear = model_layout(load_config(open_checkpoint(case.root / "base"))).rotated
-    case.candidates = []
-    for index in range(2):
-        generator = torch.Generator().manual_seed(20 + index)
-        factors: Weights = {}
-        for name in sorted(linear):
-            rows, columns = base[name].shape
-            module = peft.PREFIX + name.removesuffix(".weight")
-            for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-                factor = 0.1 * torch.randn(shape, generator=generator)
-                factors[f"{module}.lora_{side}.weight"] = factor
-        path = case.root / f"adapter-{index + 1}"
-        path.mkdir()
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": ALPHA, "bias": "none"}
-        (path / peft.CONFIG_NAME).write_text(json.dumps(config))
-        save_file(factors, path / peft.WEIGHTS_NAME)
-        case.candidates.append(path)
-    return case.candidates
-
-
-def write_dense(case: MergeCase, adapter: Path) -> Path:
-    """The model that an adapter stands for, `W + α / r B A` in float32, by hand."""
-    dense, factors = base_weights(case), load_file(adapter / peft.WEIGHTS_NAME)
-    for name in [n for n in factors if ".lora_A." in n]:
-        weight = name.removeprefix(peft.PREFIX).replace(".lora_A", "")
-        a, b = factors[name].double(), factors[name.replace("lora_A", "lora_B")].double()
-        dense[weight] = (dense[weight].double() + ALPHA / RANK * (b @ a)).float()
-    path = adapter.with_name(f"{adapter.name}-dense")
-    path.mkdir()
-    save_file(dense, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text((case.root / "base" / "config.json").read_text())
-    return path
 
 
 def make(case: MergeCase, family: str = "smollm2", rank: int = RANK) -> list[Path]:

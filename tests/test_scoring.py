@@ -28,10 +28,10 @@ from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.output.run_directory import locked
 from arm_ray.runtime.scoring import service as scoring
 from arm_ray.runtime.scoring.evaluate import evaluate
+from tests.builders.adapters import write_adapters, write_dense
 from tests.builders.checkpoints import load_all
 from tests.builders.merge_case import MergeCase
 from tests.builders.models import SERVED
-from tests.test_peft_merge import write_adapters, write_dense
 
 pytestmark = pytest.mark.usefixtures("shards_in_process", "engines")
 VLLM = pytest.param("vllm", marks=pytest.mark.minutes)

@@ -18,13 +18,13 @@ from tests.builders.operators import (
     assert_near,
     assert_rows_give_the_whole,
     exact,
-    gaussian,
     inputs_of,
     merge,
     method_of,
     seeds,
     shapes,
 )
+from tests.builders.tensors import gaussian
 
 KINDS = ("uniform", "ema", "linear", "weighted")
 

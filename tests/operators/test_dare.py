@@ -19,7 +19,6 @@ from tests.builders.operators import (
     PROPERTY,
     assert_near,
     assert_rows_give_the_whole,
-    gaussian,
     inputs_of,
     merge,
     merge_model,
@@ -27,6 +26,7 @@ from tests.builders.operators import (
     pieces,
     seeds,
 )
+from tests.builders.tensors import gaussian
 
 
 def thinned(vector: torch.Tensor, settings: DareSettings, **others) -> torch.Tensor:

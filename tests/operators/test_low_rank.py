@@ -15,13 +15,13 @@ from tests.builders.operators import (
     PROPERTY,
     assert_near,
     exact,
-    gaussian,
     inputs_of,
     merge,
     method_of,
     seeds,
     shapes,
 )
+from tests.builders.tensors import gaussian
 
 
 def models_of(inputs) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -13,14 +13,13 @@ from arm_ray.merging.settings import OpcmSettings
 from tests.builders.operators import (
     PROPERTY,
     assert_near,
-    coarse,
     exact,
-    gaussian,
     inputs_of,
     merge_model,
     method_of,
     seeds,
 )
+from tests.builders.tensors import coarse, gaussian
 
 SHAPES = [((6, 4), True), ((4, 6), True), ((5, 5), False), ((7,), False), ((), False)]
 

@@ -17,9 +17,7 @@ from tests.builders.operators import (
     PROPERTY,
     assert_near,
     assert_rows_give_the_whole,
-    coarse,
     exact,
-    gaussian,
     inputs_of,
     merge,
     merge_model,
@@ -28,6 +26,7 @@ from tests.builders.operators import (
     seeds,
     shapes,
 )
+from tests.builders.tensors import coarse, gaussian
 
 
 def method(count: int = 2, **chosen: Any) -> Any:

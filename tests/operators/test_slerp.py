@@ -17,15 +17,14 @@ from arm_ray.merging.settings import SlerpSettings, SphericalMeanSettings
 from tests.builders.operators import (
     PROPERTY,
     assert_near,
-    coarse,
     exact,
-    gaussian,
     inputs_of,
     merge,
     method_of,
     seeds,
     shapes,
 )
+from tests.builders.tensors import coarse, gaussian
 
 spaces = st.sampled_from(["weights", "task_vectors"])
 

@@ -16,9 +16,7 @@ from tests.builders.operators import (
     PROPERTY,
     assert_near,
     assert_rows_give_the_whole,
-    coarse,
     exact,
-    gaussian,
     inputs_of,
     merge,
     merge_model,
@@ -27,6 +25,7 @@ from tests.builders.operators import (
     seeds,
     shapes,
 )
+from tests.builders.tensors import coarse, gaussian
 
 choices = st.builds(
     TiesSettings,
