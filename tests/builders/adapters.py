@@ -21,8 +21,8 @@ RANK, ALPHA = 2, 4
 
 
 def save_base(path: Path, family: str) -> Checkpoint:
-    model = tiny_model(family, seed=1).to(torch.bfloat16)
-    model.save_pretrained(path)
+    model: Any = tiny_model(family, seed=1)
+    model.to(torch.bfloat16).save_pretrained(path)
     return open_checkpoint(path)
 
 

@@ -55,7 +55,7 @@ def tiny_model(
     """A random model; norms and biases are random as well, so that no tensor is trivial."""
     cls, extra = FAMILIES[family]
     config = cls(**{**SIZES, **(sizes or {})}, num_hidden_layers=num_layers, **extra)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -66,7 +66,7 @@ def tiny_model(
 
 def fine_tuned(model: PreTrainedModel, seed: int, scale: float = 0.03) -> PreTrainedModel:
     """A copy with every parameter moved a little, as training would."""
-    copy = type(model)(model.config).eval()
+    copy: PreTrainedModel = type(model)(model.config).eval()
     copy.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def save(
     max_shard_size: str = "5GB",
 ) -> Path:
     """Save a copy of a model as a Hugging Face checkpoint in `dtype`."""
-    copy = type(model)(model.config)
+    copy: Any = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     return path

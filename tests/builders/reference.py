@@ -21,10 +21,12 @@ def dense_rotation(shift: torch.Tensor, sign: str, tolerance: float) -> torch.Te
     """U, `[d_out, d_out]` float64: LAPACK's Householder QR, completed, times the SVD of R."""
     shift = shift.double()
     d_out, count = shift.shape
+    u: torch.Tensor
     if count < d_out:
         q, r = torch.linalg.qr(shift, mode="complete")
         small, sigma, _ = torch.linalg.svd(r[:count])
-        u = q @ torch.block_diag(small, torch.eye(d_out - count, dtype=torch.float64))
+        rest = torch.eye(d_out - count, dtype=torch.float64)
+        u = q @ torch.block_diag(small, rest)  # type: ignore[no-untyped-call]
     else:
         u, sigma, _ = torch.linalg.svd(shift, full_matrices=False)
     if sigma[0] == 0:
@@ -32,7 +34,8 @@ def dense_rotation(shift: torch.Tensor, sign: str, tolerance: float) -> torch.Te
     rank = int((sigma > tolerance * sigma[0]).sum())
     if rank < min(d_out, count):
         q, r = torch.linalg.qr(u[:, :rank], mode="complete")
-        u = q @ torch.block_diag(r[:rank], torch.eye(d_out - rank, dtype=torch.float64))
+        rest = torch.eye(d_out - rank, dtype=torch.float64)
+        u = q @ torch.block_diag(r[:rank], rest)  # type: ignore[no-untyped-call]
     if sign == "positive_diagonal":
         u = u * torch.where(u.diagonal() < 0, -1.0, 1.0)
     return u

@@ -107,7 +107,7 @@ def write_fsdp(root: Path, tie: str, mesh: tuple[int, ...]) -> None:
 
 def write_dcp(root: Path, tie: str) -> None:
     """As accelerate writes it below checkpoint-N, and plain, with an optimizer's state."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict_saver as dcp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

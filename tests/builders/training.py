@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def plain_losses(config: SftConfig) -> tuple[list[float], Any]:
     steps, warmup = config.steps or 0, config.warmup_steps
     losses = []
     for step in range(1, steps + 1):
-        decay = {
+        decay: Callable[[float], float] = {
             "constant": lambda done: 1.0,
             "linear": lambda done: 1.0 - done,
             "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
@@ -90,7 +91,7 @@ def plain_losses(config: SftConfig) -> tuple[list[float], Any]:
         first = (step - 1) * config.batch_size
         batch = collate([stream[i] for i in range(first, first + config.batch_size)])
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        loss: Any = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
         optimizer.step()

@@ -20,7 +20,9 @@ from torch import Tensor
 
 WORLD = 3
 CONFIG, SCALER = "deepspeed.runtime.zero.config", "deepspeed.runtime.fp16.loss_scaler"
-Stage: Any = enum.IntEnum("ZeroStageEnum", {"gradients": 2, "weights": 3}, module=CONFIG)
+# By the name that pickles of DeepSpeed have.
+ZeroStageEnum = enum.IntEnum("ZeroStageEnum", {"gradients": 2, "weights": 3}, module=CONFIG)
+Stage: Any = ZeroStageEnum
 LossScaler: Any = type("LossScaler", (), {"__module__": SCALER})
 
 
