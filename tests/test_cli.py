@@ -17,7 +17,7 @@ import arm_ray
 from arm_ray import cli
 from arm_ray.config import EvaluateConfig, MergeConfig
 from arm_ray.errors import CheckpointError
-from tests.conftest import ROOT
+from tests.builders.paths import ROOT
 
 
 @pytest.fixture(autouse=True)

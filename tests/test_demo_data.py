@@ -10,7 +10,7 @@ import pytest
 
 from arm_ray.training.pipeline import Stages, load_pipeline_config
 from jobs.sft import load_config
-from tests.conftest import ROOT
+from tests.builders.paths import ROOT
 
 DEMO = Path(__file__).parents[1] / "examples" / "smollm2"
 ROWS = {"train": 496, "calibration": 100, "validation": 103, "heldout": 301}

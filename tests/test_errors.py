@@ -11,8 +11,9 @@ import torch
 
 from arm_ray.errors import ArmRayError, CorruptCheckpointError, MismatchError, about
 from arm_ray.runtime.inputs import open_inputs
-from tests.conftest import MergeCase, save, tiny_model
-from tests.shards import DirectShard
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import save, tiny_model
+from tests.builders.shards import DirectShard
 
 
 def test_all_of_an_error_survives_pickling() -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from arm_ray.hardware import Units, all_of, cpu_units, gpu_units
-from tests.conftest import ROOT
+from tests.builders.paths import ROOT
 
 # As Linux has it; only what matters here, and what could be taken for it.
 EPYC_AVX2 = "processor : 0\nflags\t\t: fpu fma f16c avx avx2 sha_ni vaes\n"

@@ -20,6 +20,10 @@ import yaml
 from ray import __version__ as ray_version
 from safetensors.torch import load_file
 
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import SERVED
+from tests.builders.paths import ROOT
+from tests.builders.pipelines import content as pipeline_content
 from tests.cluster.common import (
     BIN,
     clean_environment,
@@ -27,8 +31,6 @@ from tests.cluster.common import (
     processes_with,
     submit,
 )
-from tests.conftest import ROOT, SERVED, MergeCase
-from tests.test_pipeline import content as pipeline_content
 
 
 def environment(temporary: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.builders.paths import ROOT
 
 # Room -> the rooms of arm_ray that it may import. A room is a package or a module of arm_ray.
 CORE = {"errors", "hardware", "identity", "config", "events", "presets", "schedule", "storage"}

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from arm_ray.config import parse_merge_config
 from arm_ray.runtime.merge.run import merge
-from tests import reference
-from tests.conftest import ROOT
-from tests.test_merge import load_all, relative_error
+from tests.builders import reference
+from tests.builders.checkpoints import load_all, relative_error
+from tests.builders.paths import ROOT
 
 pytestmark = [pytest.mark.minutes, pytest.mark.usefixtures("shards_in_process")]
 EXAMPLE = ROOT / "examples" / "smollm2"

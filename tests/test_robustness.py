@@ -23,9 +23,9 @@ from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.output.run_directory import Room, RunDirectory, open_run
 from arm_ray.runtime.shards import placement
 from arm_ray.runtime.shards.write_behind import WriteBehind
-from tests.conftest import MergeCase
-from tests.shards import DirectShard
-from tests.test_merge import assert_same_bits, load_all
+from tests.builders.checkpoints import assert_same_bits, load_all
+from tests.builders.merge_case import MergeCase
+from tests.builders.shards import DirectShard
 
 LINEAR = "method.operator=task_arithmetic"
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.builders.paths import ROOT
 
 LOCK = ROOT / "constraints" / "locked.txt"
 SCRIPT = ROOT / "scripts" / "setup.sh"

@@ -24,8 +24,9 @@ from arm_ray.merging.method import Method, open_method
 from arm_ray.merging.operator import Operator
 from arm_ray.merging.registry import ENTRY_POINTS, OPERATORS, find_operator
 from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
-from tests.conftest import ROOT
-from tests.operators.common import assert_rows_give_the_whole, gaussian, inputs_of, merge
+from tests.builders.operators import assert_rows_give_the_whole, inputs_of, merge
+from tests.builders.paths import ROOT
+from tests.builders.tensors import gaussian
 
 GUIDE = ROOT / "docs" / "adding-an-operator.md"
 Install = Callable[[str, str, str], Path]

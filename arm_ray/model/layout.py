@@ -19,8 +19,9 @@ from arm_ray.errors import CorruptCheckpointError, MismatchError, NotACheckpoint
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Families whose decoder gives the same bits run group by group as run whole (tests/test_group.py).
-# Others scale embeddings or share weights between layers, and are refused until they are tested.
+# Families whose decoder gives the same bits run group by group as run whole
+# (tests/model/test_group.py). Others scale embeddings or share weights between layers, and are
+# refused until they are tested.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from calibration_helpers import save_tokenizer
+
+from tests.builders.word_tokenizer import save_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from calibration_helpers import WORDS, save_tokenizer
 
 from arm_ray.calibration import open_stream
 from arm_ray.calibration import stream as stream_module
 from arm_ray.config import CalibrationConfig
 from arm_ray.errors import CalibrationError, WorkerError
+from tests.builders.word_tokenizer import WORDS, save_tokenizer
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 BOS, EOS, USER, ASSISTANT = 1, 2, 3, 4

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.builders.paths import ROOT
 
 LOCAL = ROOT / "cluster" / "local.sh"
 BIN = Path(sys.executable).parent

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from tests.builders.paths import ROOT
 from tests.cluster.common import clean_environment, processes_with
-from tests.conftest import ROOT
 
 COUNT = 3
 PORT = 6379

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from tests.conftest import ROOT
+from tests.builders.paths import ROOT
 
 MANIFESTS = ROOT / "cluster" / "kuberay"
 REDUCED = Path(__file__).with_name("kuberay_schemas.json")

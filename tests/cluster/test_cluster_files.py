@@ -21,8 +21,8 @@ from pydantic import BaseModel
 
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.following.config import AttachConfig
+from tests.builders.paths import ROOT
 from tests.cluster.reduce_schema import REDUCED, load
-from tests.conftest import ROOT
 
 CLUSTER = ROOT / "cluster"
 LAUNCHER = ["aws", "gcp", "on-prem"]

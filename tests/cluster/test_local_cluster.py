@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.builders.merge_case import MergeCase
 from tests.cluster.common import (
     clean_environment,
     local_cluster,
@@ -19,7 +20,6 @@ from tests.cluster.common import (
     processes_with,
     submit,
 )
-from tests.conftest import MergeCase
 
 # Of the actors that have ended as well.
 SHARDS = """

@@ -24,9 +24,10 @@ from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.scoring.evaluate import evaluate
 from arm_ray.schedule import state_name
+from tests.builders.checkpoints import assert_same_bits, load_all
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import SERVED, WORDS
 from tests.cluster.namespaces import COUNT, Hosts, three_hosts, why_not
-from tests.conftest import SERVED, WORDS, MergeCase
-from tests.test_merge import assert_same_bits, load_all
 
 pytestmark = pytest.mark.minutes
 WIDE = {"hidden_size": 256, "intermediate_size": 256}

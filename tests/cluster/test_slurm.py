@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.builders.paths import ROOT
 
 SCRIPT = ROOT / "cluster" / "slurm.sh"
 

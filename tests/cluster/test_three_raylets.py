@@ -13,8 +13,8 @@ import pytest
 
 from arm_ray.checkpoints import states
 from arm_ray.events import read_events
-from tests.conftest import ROOT
-from tests.test_merge import assert_same_bits, load_all
+from tests.builders.checkpoints import assert_same_bits, load_all
+from tests.builders.paths import ROOT
 
 pytestmark = pytest.mark.minutes
 ITERATIONS = 4

@@ -22,8 +22,9 @@ from rich.console import Console
 
 from arm_ray.runtime.merge import run as merging
 from arm_ray.runtime.merge.run import MergeOutcome, merge
-from tests import in_process
-from tests.conftest import ROOT, MergeCase
+from tests.builders.merge_case import MergeCase
+from tests.builders.paths import ROOT
+from tests.doubles import in_process
 
 SLOW = "runtime.disk_mb_per_s=0.5"
 

@@ -80,7 +80,8 @@ class PlainEngine(Engine):
 
     def sing(self) -> Canary:
         ids = list(self._llm.get_tokenizer()("The answer is")["input_ids"])
-        total, drawn = 0.0, []
+        total = 0.0
+        drawn: list[int] = []
         for _ in range(8):
             row = self._log_probabilities([*ids, *drawn])[-1]
             drawn.append(int(row.argmax()))

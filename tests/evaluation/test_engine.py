@@ -9,50 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from transformers import AutoModelForCausalLM
 
 from arm_ray.errors import EvaluationError
 from arm_ray.evaluation import engine as module
-from arm_ray.evaluation.engine import ENVIRONMENT, Completion, Engine, ModelSource, Request
+from arm_ray.evaluation.engine import Engine, ModelSource, Request
 from arm_ray.evaluation.settings import EngineSettings
-from arm_ray.runtime.cluster.calls import EVALUATOR, get_results
-from tests.conftest import SERVED, MergeCase
-from tests.test_peft_merge import write_adapters, write_dense
-from tests.test_zero import write_zero
+from tests.builders.adapters import write_adapters, write_dense
+from tests.builders.engines import SETTINGS, Served
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import SERVED
+from tests.builders.zero import write_zero
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-SETTINGS = EngineSettings(kv_cache_gb=0.05, max_model_len=64, dtype="float32")
 REQUESTS = [
     *(Request(tuple(range(5, 5 + n)), 0.9, 0.9, 10, seed=n) for n in (3, 9, 20)),
     Request((4, 5, 6), 0.0, 1.0, 10, 0),
 ]
-
-
-class Watched(Engine):
-    """An engine that also speaks before anything is loaded."""
-
-    def generate_as_started(self, requests: list[Request]) -> list[Completion]:
-        self.version = "default"
-        return self.generate(requests)
-
-
-class Served:
-    """An engine in a process of its own, as in a run: vLLM changes the process it is in."""
-
-    def __init__(self, model: Path, tokenizer: Path, settings: EngineSettings = SETTINGS) -> None:
-        env = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-        actor: Any = ray.remote(Watched)
-        self.actor = actor.options(num_cpus=1, runtime_env={"env_vars": env}).remote(
-            str(model), str(tokenizer), settings
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: get_results([getattr(self.actor, name).remote(*args)], EVALUATOR)[0]
-
-    def close(self) -> None:
-        ray.kill(self.actor)
 
 
 @pytest.fixture

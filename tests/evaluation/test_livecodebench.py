@@ -27,7 +27,7 @@ from arm_ray.evaluation.code.livecodebench import (
 )
 from arm_ray.evaluation.code.programs import prompt
 from arm_ray.evaluation.code.sandbox import Sandbox
-from tests.evaluation.sandbox_common import sandbox
+from tests.builders.sandboxes import sandbox
 
 __all__ = ["sandbox"]
 FILE = Path(__file__).parent / "data_code" / "livecodebench.jsonl"

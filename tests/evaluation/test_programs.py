@@ -12,7 +12,7 @@ from arm_ray.evaluation.code import check_references
 from arm_ray.evaluation.code.extraction import Style, defines, extract_code, sanitized
 from arm_ray.evaluation.code.programs import assemble, prompt, reference
 from arm_ray.evaluation.code.sandbox import Sandbox
-from tests.evaluation.sandbox_common import sandbox
+from tests.builders.sandboxes import sandbox
 
 __all__ = ["sandbox"]
 DATA = Path(__file__).parent / "data_code"

@@ -18,7 +18,7 @@ from arm_ray.evaluation.code.limits import Limits, Outcome
 from arm_ray.evaluation.code.pool import in_order
 from arm_ray.evaluation.code.programs import Program
 from arm_ray.evaluation.code.sandbox import Sandbox
-from tests.evaluation.sandbox_common import QUICK, processes_left, sandbox
+from tests.builders.sandboxes import QUICK, processes_left, sandbox
 from tests.waiting import is_met, wait_for
 
 __all__ = ["sandbox"]

@@ -13,7 +13,7 @@ import pytest
 from arm_ray.evaluation.code.limits import MIB
 from arm_ray.evaluation.code.programs import Program
 from arm_ray.evaluation.code.sandbox import Sandbox
-from tests.evaluation.sandbox_common import QUICK, processes_left, sandbox
+from tests.builders.sandboxes import QUICK, processes_left, sandbox
 
 __all__ = ["sandbox"]
 

@@ -15,7 +15,7 @@ from arm_ray.evaluation.code.limits import Limits
 from arm_ray.evaluation.code.programs import Program
 from arm_ray.evaluation.code.sandbox import Sandbox
 from arm_ray.evaluation.code.self_test import what_is_wrong
-from tests.evaluation.sandbox_common import QUICK, processes_left
+from tests.builders.sandboxes import QUICK, processes_left
 
 # What the probe finds where all is well.
 GOOD: dict[str, Any] = {

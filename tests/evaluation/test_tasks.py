@@ -23,7 +23,7 @@ from arm_ray.evaluation.encode import (
 )
 from arm_ray.evaluation.settings import EvaluationSettings, SamplingSettings, TaskSettings
 from arm_ray.evaluation.tasks import BENCHMARKS, Prompt, Task, load_task, load_tasks
-from tests.conftest import save_tokenizer
+from tests.builders.models import save_tokenizer
 
 GSM8K = [
     {"question": "What is 2 + 3?", "answer": "It is <<2+3=5>>5.\n#### 5"},

@@ -14,8 +14,8 @@ from arm_ray.following.config import RunConfig
 from arm_ray.following.snapshots import snapshots
 from arm_ray.runtime.attach import follower as follower_module
 from arm_ray.runtime.attach.follower import Follower, Taken
+from tests.builders.files import write
 from tests.doubles.said import reporter_into
-from tests.following.test_layouts import write
 
 
 def hf(run: Path, step: int) -> None:

@@ -9,16 +9,11 @@ import pytest
 
 from arm_ray.errors import ConfigError
 from arm_ray.following.layouts import RunWatcher, find_layout, is_needed
+from tests.builders.files import write
 
 
 def nothing_missing(_path: Path) -> None:
     return None
-
-
-def write(path: Path, text: str = "{}") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
 
 
 @pytest.mark.parametrize(

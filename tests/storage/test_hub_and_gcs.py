@@ -16,7 +16,7 @@ from arm_ray.checkpoints.formats import open_given
 from arm_ray.errors import NoSuchObjectError, StorageAccessError
 from arm_ray.storage import filesystem
 from arm_ray.storage.store import Store
-from tests.conftest import save, tiny_model
+from tests.builders.models import save, tiny_model
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):

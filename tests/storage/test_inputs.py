@@ -30,9 +30,10 @@ from arm_ray.evaluation import data as benchmarks
 from arm_ray.runtime.scoring.subject import model_source
 from arm_ray.storage.store import Store
 from arm_ray.training.data import read_path
-from tests import test_peft
-from tests.conftest import MergeCase, write_texts
-from tests.stores import put
+from tests.builders.adapters import factors, save_base, write_adapter
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import write_texts
+from tests.doubles.stores import put
 
 MODULE = "model.layers.0.mlp.up_proj"
 
@@ -90,9 +91,9 @@ def test_what_is_no_model_is_refused(bucket: str, model: Path, tmp_path: Path) -
 
 
 def test_an_adapter_is_copied_whole(bucket: str, tmp_path: Path) -> None:
-    base = test_peft.save_base(tmp_path / "base", "qwen2.5")
-    tensors = test_peft.factors(base, MODULE, rank=2)
-    local = test_peft.write(tmp_path / "adapter", tensors, r=2, lora_alpha=4)
+    base = save_base(tmp_path / "base", "qwen2.5")
+    tensors = factors(base, MODULE, rank=2)
+    local = write_adapter(tmp_path / "adapter", tensors, r=2, lora_alpha=4)
     url = put(local, f"{bucket}/adapter")
     scratch = tmp_path / "scratch"
     with pytest.raises(NotACheckpointError, match="no base"):

@@ -19,8 +19,8 @@ from arm_ray.events import read_events
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.storage import lease
 from arm_ray.storage.store import Store
-from tests import in_process, stores
-from tests.conftest import MergeCase
+from tests.builders.merge_case import MergeCase
+from tests.doubles import in_process, stores
 
 LINEAR = "method.operator=task_arithmetic"
 pytestmark = pytest.mark.usefixtures("shards_in_process")

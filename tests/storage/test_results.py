@@ -13,7 +13,7 @@ from arm_ray.errors import EvaluationError, RunDirectoryError, StorageError
 from arm_ray.runtime.output.opening import results_at
 from arm_ray.storage import lease
 from arm_ray.storage.store import Store
-from tests.stores import names
+from tests.doubles.stores import names
 
 
 def test_results_are_at_the_url_also_of_what_failed(bucket: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 from arm_ray.errors import DiskSpaceError, NoSuchObjectError, StorageAccessError, StorageError
 from arm_ray.storage.mirror import mirror, present
 from arm_ray.storage.store import Store, find_url, open_url
-from tests import stores
+from tests.doubles import stores
 
 
 def test_files_are_written_listed_read_and_removed(bucket: str, tmp_path: Path) -> None:

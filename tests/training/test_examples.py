@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs import grpo, sft
-from tests.conftest import ROOT
-from tests.training.common import logged, make_base
+from tests.builders.paths import ROOT
+from tests.builders.training import logged, make_base
 
 COMMON = ("steps=2", "save_steps=[1, 2]", "runtime.cpus_per_worker=1", "log_every=1")
 

@@ -16,7 +16,7 @@ from arm_ray.errors import CalibrationError, ConfigError, EvaluationError
 from arm_ray.runtime import train
 from arm_ray.training.config import GrpoConfig, parse_training_config
 from arm_ray.training.grpo_data import checked_reward, load_reward, prepare_prompts
-from tests.training.common import logged, make_base
+from tests.builders.training import logged, make_base
 
 REWARDS = """
 def length(completion, row):

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from arm_ray.training import label_loss
-from tests.conftest import FAMILIES, tiny_model
+from tests.builders.models import FAMILIES, tiny_model
 
 
 def batch() -> dict[str, torch.Tensor]:

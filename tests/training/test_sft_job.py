@@ -35,9 +35,9 @@ from arm_ray.events import read_events
 from arm_ray.runtime import train
 from arm_ray.runtime.output.claim import claimed
 from arm_ray.training import memory
-from tests.boards import tensorboard
-from tests.conftest import ROOT
-from tests.training.common import content, logged, make_base, make_config, make_rows, plain_losses
+from tests.builders.boards import tensorboard
+from tests.builders.paths import ROOT
+from tests.builders.training import content, logged, make_base, make_config, make_rows, plain_losses
 
 # Sums in another order, in float32, over six steps.
 TOLERANCE = 2e-5

@@ -14,7 +14,7 @@ from arm_ray.training.config import (
     learning_rate_factor,
     parse_training_config,
 )
-from tests.training.common import make_config
+from tests.builders.training import make_config
 
 CONTENT: dict[str, Any] = {
     "model": "base", "output": "out", "data": {"path": "rows.jsonl"}, "learning_rate": 1e-3,

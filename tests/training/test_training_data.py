@@ -18,7 +18,7 @@ from arm_ray.errors import CalibrationError
 from arm_ray.training import data as training_data
 from arm_ray.training import label_loss
 from arm_ray.training.config import DataConfig
-from tests.training.common import make_base, make_rows
+from tests.builders.training import make_base, make_rows
 
 
 @pytest.fixture(scope="module")
