@@ -12,12 +12,12 @@ from hypothesis import given, settings
 
 from arm_ray.config import (
     MergeConfig,
-    apply_override,
     config_difference,
     load_merge_config,
     parse_merge_config,
     read_yaml,
 )
+from arm_ray.config.reading import apply_override
 from arm_ray.errors import ConfigError
 
 PROPERTY = settings(deadline=None, max_examples=100, derandomize=True)

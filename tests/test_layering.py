@@ -127,7 +127,7 @@ def test_no_folder_is_crowded() -> None:
 
 def test_there_is_something_to_check() -> None:
     assert {room_of(p) for p in MODULES} >= {"errors", "merging", "checkpoints", "model", "runtime"}
-    assert "arm_ray.errors.ConfigError" in imports(ROOT / "arm_ray" / "config.py")
+    assert "arm_ray.errors.ConfigError" in imports(ROOT / "arm_ray" / "config" / "merge.py")
     assert "arm_ray.runtime.merge.run.merge" in imports(ROOT / "arm_ray" / "cli.py")
     assert "arm_ray.runtime.merge.run.merge" not in imports(ROOT / "arm_ray" / "cli.py", True)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from arm_ray.checkpoints import pickles
-from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.shard_format import ShardFormat
 from arm_ray.checkpoints.sharded import (
     CODES,
     Box,
@@ -29,7 +29,6 @@ from arm_ray.checkpoints.sharded import (
     ShardedCheckpoint,
     StoredTensor,
     Table,
-    assemble,
     check_covered,
 )
 from arm_ray.errors import CorruptCheckpointError, NotACheckpointError
@@ -76,43 +75,8 @@ def find(path: Path) -> Path | None:
     return None
 
 
-def open_dcp(path: Path, base: Checkpoint | None, masters: bool) -> ShardedCheckpoint:
-    """Find every tensor. Reads no weights.
-
-    Args:
-        path: Directory with `.metadata`, or the one above accelerate's.
-        base: Whose configuration is taken where there is none beside.
-        masters: Read float32 as it is; else what rounding to the configured dtype gives.
-
-    Raises:
-        NotACheckpointError: It is no distributed checkpoint.
-        CorruptCheckpointError: Files are missing, or do not fit each other.
-        PickleRefusedError: `.metadata` names other classes than torch's writer does.
-    """
-    source = find(path)
-    if source is None:
-        raise NotACheckpointError(
-            "the directory holds no distributed checkpoint of torch", where=path, expected=_METADATA
-        )
-    beside = [path, source, source.parent]
-    return assemble(DcpCheckpoint, path, read_table(source), base, masters, beside)
-
-
-def missing(path: Path) -> str | None:
-    """What is missing of the files; None where they are complete.
-
-    Raises:
-        CheckpointError: They are damaged.
-    """
-    source = find(path)
-    if source is None:
-        return f"no {_METADATA}"
-    read_table(source)
-    return None
-
-
-def read_table(source: Path) -> Table:
-    """Where each tensor lies. See `open_dcp`."""
+def read_table(source: Path, _masters: bool = True) -> Table:
+    """Where each tensor lies; see `ShardFormat`. Masters are not told apart: it is as it is."""
     file = source / _METADATA
     if not file.is_file():
         raise CorruptCheckpointError(
@@ -223,3 +187,13 @@ def _known() -> dict[str, Any]:
         "pathlib._local.PosixPath": pickles.StandIn,
     }
     return known
+
+
+FORMAT = ShardFormat(
+    DcpCheckpoint,
+    mark=_METADATA,
+    find=find,
+    read=read_table,
+    absent="the directory holds no distributed checkpoint of torch",
+    expected=_METADATA,
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from arm_ray.checkpoints import dcp, fsdp, universal, zero
@@ -16,6 +15,7 @@ from arm_ray.checkpoints.huggingface import (
 )
 from arm_ray.checkpoints.naming import FORMATS, Format, FormatOrAuto, split_source
 from arm_ray.checkpoints.peft import CONFIG_NAME, is_adapter, open_adapter, read_stored
+from arm_ray.checkpoints.shard_format import ShardFormat
 from arm_ray.checkpoints.urls import open_url
 from arm_ray.checkpoints.validation import check_zero_padding
 from arm_ray.config import scratch_path
@@ -34,23 +34,11 @@ __all__ = [
 ]
 # In this order: what is exported is preferred to shards, and a trainer's own files to others made
 # of them.
-_FIND: dict[Format, Callable[[Path], Path | None]] = {
-    "zero": zero.find,
-    "universal": universal.find,
-    "fsdp": fsdp.find,
-    "dcp": dcp.find,
-}
-_OPEN = {
-    "zero": zero.open_zero,
-    "universal": universal.open_universal,
-    "fsdp": fsdp.open_fsdp,
-    "dcp": dcp.open_dcp,
-}
-_MISSING: dict[Format, Callable[[Path], str | None]] = {
-    "zero": zero.missing,
-    "universal": universal.missing,
-    "fsdp": fsdp.missing,
-    "dcp": dcp.missing,
+_SHARDED: dict[Format, ShardFormat] = {
+    "zero": zero.FORMAT,
+    "universal": universal.FORMAT,
+    "fsdp": fsdp.FORMAT,
+    "dcp": dcp.FORMAT,
 }
 
 
@@ -68,19 +56,11 @@ def find_format(path: Path) -> tuple[Format, str]:
     stray = next(iter(sorted(path.glob("*.safetensors"))), None)
     if stray is not None:
         return "hf", stray.name
-    for kind, find in _FIND.items():
-        found = find(path)
+    for kind, shards in _SHARDED.items():
+        found = shards.find(path)
         if found is not None:
-            return kind, _MARKS[kind] if found == path else f"{found.name}/{_MARKS[kind]}"
+            return kind, shards.mark if found == path else f"{found.name}/{shards.mark}"
     return "hf", ""
-
-
-_MARKS: dict[Format, str] = {
-    "zero": "*_states.pt",
-    "universal": "zero/*/fp32.pt",
-    "fsdp": "model_world_size_*_rank_*.pt",
-    "dcp": ".metadata",
-}
 
 
 def open_source(
@@ -109,7 +89,7 @@ def open_source(
         if kind == "hf":
             return open_checkpoint(path)
         if kind != "peft":
-            return _OPEN[kind](path, base, masters)
+            return _SHARDED[kind].open(path, base, masters)
         if base is None:
             raise NotACheckpointError(
                 "the path holds an adapter, and there is no base to add it to",
@@ -176,7 +156,7 @@ def missing_of(path: Path, kind: Format) -> str | None:
         opened: Checkpoint = open_tensors(path)
         check_zero_padding({"it": opened})
     else:
-        return _MISSING[kind](path)
+        return _SHARDED[kind].missing(path)
     return None
 
 

@@ -20,14 +20,13 @@ from typing import Any
 from torch import Tensor
 
 from arm_ray.checkpoints import pickles
-from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.shard_format import ShardFormat
 from arm_ray.checkpoints.sharded import (
     Box,
     Key,
     ShardedCheckpoint,
     StoredTensor,
     Table,
-    assemble,
     check_covered,
     code_of,
 )
@@ -69,43 +68,8 @@ def find(path: Path) -> Path | None:
     return None
 
 
-def open_fsdp(path: Path, base: Checkpoint | None, masters: bool) -> ShardedCheckpoint:
-    """Find every tensor in the shards. Reads no weights.
-
-    Args:
-        path: Directory with the files of all ranks, or the one above `actor`.
-        base: Whose configuration is taken where there is none of the checkpoint's own.
-        masters: Read float32 as it is; else what rounding to the configured dtype gives.
-
-    Raises:
-        NotACheckpointError: There are no shards, or such that are not read.
-        CorruptCheckpointError: Files are missing, or do not fit each other.
-        PickleRefusedError: A file holds something else than tensors.
-    """
-    source = find(path)
-    if source is None:
-        raise NotACheckpointError(
-            "the directory holds no FSDP shards", where=path, expected=_SHARDS
-        )
-    beside = [source, source / "huggingface", path, path / "huggingface"]
-    return assemble(FsdpCheckpoint, path, read_table(source), base, masters, beside)
-
-
-def missing(path: Path) -> str | None:
-    """What is missing of the shards; None where they are complete.
-
-    Raises:
-        CheckpointError: They are damaged, or such that are not read.
-    """
-    source = find(path)
-    if source is None:
-        return f"no {_SHARDS}"
-    read_table(source)
-    return None
-
-
-def read_table(source: Path) -> Table:
-    """Where each tensor lies. See `open_fsdp`."""
+def read_table(source: Path, _masters: bool = True) -> Table:
+    """Where each tensor lies; see `ShardFormat`. Masters are not told apart: it is as it is."""
     _know_dtensors()
     files = _rank_files(source)
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -235,3 +199,14 @@ def part_of(
         else:
             return None
     return tuple(offsets), tuple(sizes), is_first
+
+
+FORMAT = ShardFormat(
+    FsdpCheckpoint,
+    mark=_SHARDS,
+    find=find,
+    read=read_table,
+    absent="the directory holds no FSDP shards",
+    expected=_SHARDS,
+    beside=lambda path, found: [found, found / "huggingface", path, path / "huggingface"],
+)

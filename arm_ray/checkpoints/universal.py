@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +17,12 @@ from typing import Any
 from torch import Tensor
 
 from arm_ray.checkpoints import pickles, zero
-from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.shard_format import ShardFormat, find_named
 from arm_ray.checkpoints.sharded import (
     Box,
     ShardedCheckpoint,
     StoredTensor,
     Table,
-    assemble,
     check_covered,
     code_of,
 )
@@ -42,60 +40,15 @@ class UniversalCheckpoint(ShardedCheckpoint):
 
 def find(path: Path) -> Path | None:
     """Where the parameters are: in the path, in what `latest_universal` names, or the only one."""
-    if _has_parameters(path):
-        return path
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        named = path / (path / "latest_universal").read_text(encoding="utf-8").strip()
-        if named.parent == path and _has_parameters(named):
-            return named
-    found = [p for p in sorted(path.glob("*/zero")) if _has_parameters(p.parent)]
-    return found[0].parent if len(found) == 1 else None
+    return find_named(path, "latest_universal", "*", _has_parameters)
 
 
 def _has_parameters(path: Path) -> bool:
     return next(path.glob(f"zero/*/{_WEIGHT}"), None) is not None
 
 
-def open_universal(path: Path, base: Checkpoint | None, masters: bool) -> ShardedCheckpoint:
-    """Find every parameter. Reads no weights.
-
-    Args:
-        path: Directory with `zero/`, or the one above it.
-        base: Whose configuration is taken where there is none beside.
-        masters: Read float32; else what rounding to the model's dtype gives.
-
-    Raises:
-        NotACheckpointError: It is no universal checkpoint.
-        CorruptCheckpointError: Files are missing, or do not fit each other.
-        PickleRefusedError: A file holds other objects than such checkpoints do.
-    """
-    source = find(path)
-    if source is None:
-        raise NotACheckpointError(
-            "the directory is no universal checkpoint of DeepSpeed",
-            where=path,
-            expected=f"zero/<parameter>/{_WEIGHT}",
-            hint="of several directories, name one",
-        )
-    beside = [path, source, source.parent]
-    return assemble(UniversalCheckpoint, path, read_table(source), base, masters, beside)
-
-
-def missing(path: Path) -> str | None:
-    """What is missing of the files; None where they are complete.
-
-    Raises:
-        CheckpointError: They are damaged, or such that are not read.
-    """
-    source = find(path)
-    if source is None:
-        return f"no zero/<parameter>/{_WEIGHT}"
-    read_table(source)
-    return None
-
-
-def read_table(source: Path) -> Table:
-    """Where each parameter lies. See `open_universal`."""
+def read_table(source: Path, _masters: bool = True) -> Table:
+    """Where each parameter lies; see `ShardFormat`. All of it is float32."""
     files = sorted(source.glob(_MODEL_FILES))
     if not files:
         raise CorruptCheckpointError(
@@ -159,3 +112,14 @@ def _parameter(source: Path, name: str, shape: Sequence[int]) -> StoredTensor:
     box = Box(file, key, (0,) * len(sizes), sizes)
     code = code_of(content.dtype, name, file)
     return check_covered(name, StoredTensor(tuple(shape), code, (box,)), source)
+
+
+FORMAT = ShardFormat(
+    UniversalCheckpoint,
+    mark=f"zero/*/{_WEIGHT}",
+    find=find,
+    read=read_table,
+    absent="the directory is no universal checkpoint of DeepSpeed",
+    expected=f"zero/<parameter>/{_WEIGHT}",
+    hint="of several directories, name one",
+)

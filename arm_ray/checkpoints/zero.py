@@ -11,7 +11,6 @@ Stages 1 and 2 keep the 16-bit model as well, whole, in `mp_rank_00_model_states
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from arm_ray.checkpoints import pickles
-from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.shard_format import ShardFormat, find_named
 from arm_ray.checkpoints.sharded import (
     Box,
     Key,
@@ -28,7 +27,6 @@ from arm_ray.checkpoints.sharded import (
     ShardedCheckpoint,
     StoredTensor,
     Table,
-    assemble,
     check_covered,
     code_of,
 )
@@ -50,14 +48,7 @@ class ZeroCheckpoint(ShardedCheckpoint):
 
 def find(path: Path) -> Path | None:
     """Where the shards are: in the path, in what `latest` names, or in the only one below."""
-    if _has_shards(path):
-        return path
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        named = path / (path / "latest").read_text(encoding="utf-8").strip()
-        if named.parent == path and _has_shards(named):
-            return named
-    found = [p for p in sorted(path.glob("global_step*")) if _has_shards(p)]
-    return found[0] if len(found) == 1 else None
+    return find_named(path, "latest", "global_step*", _has_shards)
 
 
 def _has_shards(path: Path) -> bool:
@@ -67,56 +58,17 @@ def _has_shards(path: Path) -> bool:
     return any(path.glob(_MODEL_FILES)) and not (path / "zero").is_dir()
 
 
-def open_zero(path: Path, base: Checkpoint | None, masters: bool) -> ShardedCheckpoint:
-    """Find every parameter in the shards. Reads no weights.
-
-    Args:
-        path: Directory with shards of stage 1, 2 or 3, or the one above it.
-        base: Whose configuration is taken where there is none beside the shards.
-        masters: Read float32; else the 16-bit model where there is one, and what rounding the
-            float32 weights to its dtype gives where there is none.
-
-    Raises:
-        NotACheckpointError: There are no shards, or such that are not read.
-        CorruptCheckpointError: Files are missing, or do not fit each other.
-        PickleRefusedError: A file holds other objects than ZeRO checkpoints do.
-    """
-    source = find(path)
-    if source is None:
-        raise NotACheckpointError(
-            "the directory holds no ZeRO shards",
-            where=path,
-            expected=f"{_OPTIMIZER_FILES}, or a file `latest` beside directories with them",
-            hint="of several global_step directories, name one",
-        )
-    table = read_table(source, masters)
-    # OpenRLHF has the export, with its configuration, beside the shards or beside `_actor`.
-    exports = [above / f"{source.name}_hf" for above in source.parents[:2]]
-    return assemble(
-        ZeroCheckpoint, path, table, base, masters, [path, source, source.parent, *exports]
-    )
-
-
-def missing(path: Path) -> str | None:
-    """What is missing of the shards; None where they are complete.
-
-    Raises:
-        CheckpointError: They are damaged, or such that are not read.
-    """
-    source = find(path)
-    if source is None:
-        return f"no {_OPTIMIZER_FILES}"
+def _unwritten(source: Path) -> str | None:
     if not any(source.glob(_OPTIMIZER_FILES)):
         # Without ZeRO, the optimizer is beside the model; else its files are still to come.
         models = ranked(source, _MODEL_FILES)
         if _load(models[0]).get("optimizer") is None:
             return f"no {_OPTIMIZER_FILES}"
-    read_table(source, masters=True)
     return None
 
 
 def read_table(source: Path, masters: bool) -> Table:
-    """Where each parameter lies. See `open_zero`."""
+    """Where each parameter lies; see `ShardFormat`."""
     _check_parallelism(source)
     model_files, optimizer_files = (
         ranked(source, pattern) for pattern in (_MODEL_FILES, _OPTIMIZER_FILES)
@@ -340,3 +292,22 @@ def _of_stage_2(
             found[name] = StoredTensor(tuple(shape), parts[0][3], tuple(pieces))
             offset += size + (paddings[number][index] if paddings else 0)
     return found
+
+
+FORMAT = ShardFormat(
+    ZeroCheckpoint,
+    mark="*_states.pt",
+    find=find,
+    read=read_table,
+    absent="the directory holds no ZeRO shards",
+    expected=f"{_OPTIMIZER_FILES}, or a file `latest` beside directories with them",
+    # OpenRLHF has the export, with its configuration, beside the shards or beside `_actor`.
+    beside=lambda path, found: [
+        path,
+        found,
+        found.parent,
+        *(above / f"{found.name}_hf" for above in found.parents[:2]),
+    ],
+    hint="of several global_step directories, name one",
+    unwritten=_unwritten,
+)

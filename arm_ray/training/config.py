@@ -21,7 +21,7 @@ from arm_ray.config import (
     PositiveInt,
     Section,
     TrackingConfig,
-    apply_override,
+    overridden,
     read_yaml,
     validate,
 )
@@ -248,9 +248,7 @@ def parse_training_config(
     source: str = "config",
 ) -> ConfigT:
     """Validate configuration content that is already parsed. See `load_training_config`."""
-    content = copy.deepcopy(content)
-    for text in overrides:
-        apply_override(content, text)
+    content = overridden(content, overrides)
     name = content.get("preset")
     if isinstance(name, str):
         content = _over_preset(name, content, source)

@@ -1,0 +1,255 @@
+"""Reads a configuration: YAML, dotted overrides, and errors that name the nearest key."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from arm_ray.errors import ConfigError, StorageError
+from arm_ray.storage.urls import checked
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+# Besides its own errors the library lets those of nested text and impossible dates through.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def validate(
+    model: type[SectionT], content: dict[str, Any], overrides: Sequence[str] = (), *, source: str
+) -> SectionT:
+    """Apply overrides to parsed content and validate it against any configuration model.
+
+    Raises:
+        ConfigError: All problems, one line each, with the nearest known key.
+    """
+    content = overridden(content, overrides)
+    content = {key: _plain_paths(value, f"{source}: {key}") for key, value in content.items()}
+    try:
+        # As JSON: there the strict reading of values admits mappings as dataclasses.
+        return model.model_validate_json(json.dumps(content, default=str))
+    except ValidationError as error:
+        raise ConfigError(
+            _describe_all(model, error),
+            where=source,
+            hint="correct the keys above; nothing was started",
+        ) from None
+
+
+def _plain_paths(value: Any, where: str) -> Any:
+    """Content with paths in place of `file://` URLs; URLs that carry credentials are refused."""
+    if isinstance(value, dict):
+        return {key: _plain_paths(child, f"{where}.{key}") for key, child in value.items()}
+    if isinstance(value, list):
+        return [_plain_paths(child, f"{where}.{index}") for index, child in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    try:
+        return checked(value)
+    except StorageError as error:
+        raise ConfigError(
+            error.what, where=where, got=error.where, expected=error.expected, hint=error.hint
+        ) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping; duplicate keys are errors and `1e-4` is a number.
+
+    Raises:
+        ConfigError: The file is missing, is no YAML, or is not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "the configuration file cannot be read",
+            where=path,
+            got=error,
+            expected="a readable YAML file in UTF-8",
+            hint="check the path",
+        ) from None
+    try:
+        content = _parse_yaml(text)
+    except _YAML_ERRORS as error:
+        raise ConfigError(
+            "the configuration file is not valid YAML", where=path, got=" ".join(str(error).split())
+        ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            "the configuration file does not hold keys and values",
+            where=path,
+            got=type(content).__name__,
+            expected="a mapping with base, candidates, output, …",
+        )
+    return content
+
+
+def overridden(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a configuration with overrides, `key.key=value`, which are YAML values."""
+    content = copy.deepcopy(content)
+    for text in overrides:
+        apply_override(content, text)
+    return content
+
+
+def apply_override(content: dict[str, Any], text: str) -> None:
+    """Set one `section.key=value` in parsed configuration content, in place.
+
+    Raises:
+        ConfigError: `text` is not of that form, or a part of its path is not a section.
+    """
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(
+            f"the override {text!r} is not understood",
+            got=text,
+            expected="section.key=value, for example schedule.max_iterations=4",
+        )
+    section = content
+    for part in parts[:-1]:
+        # An empty section (`runtime:` with nothing below) parses as null.
+        child = section.get(part)
+        if child is None:
+            child = section[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(
+                f"the override {text!r} does not fit the file",
+                where=part,
+                got=f"{part} is {child!r}",
+                expected=f"{part} to be a section",
+            )
+        section = child
+    try:
+        section[parts[-1]] = _parse_yaml(value)
+    except _YAML_ERRORS as error:
+        raise ConfigError(
+            f"the value of the override {text!r} is not valid YAML",
+            got=value,
+            expected=" ".join(str(error).split()),
+        ) from None
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number (as YAML 1.2 does) and refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", node.value[position][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_Loader` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    # The class attribute is shared with the base class: copy it before adding to it.
+    _class.yaml_implicit_resolvers = {
+        first: list(resolvers) for first, resolvers in _class.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
+
+
+_UNION_MEMBERS = ("constrained-int", "constrained-float", "literal['auto']", "TaskSettings")
+
+
+def _describe_all(model: type[BaseModel], error: ValidationError) -> str:
+    by_key: dict[tuple[str, ...], list[Any]] = {}
+    found = error.errors()
+    for item in found:
+        if item["type"] == "string_type" and item["loc"][-1] == "str":
+            # A task may also be a name alone; what is wrong with it as a section says more.
+            continue
+        if item["type"] == "too_short" and any(
+            other["loc"][: len(item["loc"])] == item["loc"] and other is not item for other in found
+        ):
+            # Pydantic counts the entries that are right.
+            continue
+        # Pydantic names the members of a union in the location; they are no keys.
+        location = tuple(str(p) for p in item["loc"] if str(p) not in _UNION_MEMBERS)
+        by_key.setdefault(location, []).append(item)
+    problems = [_describe(model, location, items) for location, items in by_key.items()]
+    head = f"the configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return "\n".join([head, *(f"  - {problem}" for problem in problems)])
+
+
+def _describe(model: type[BaseModel], location: Sequence[str], items: Sequence[Any]) -> str:
+    item, key = items[0], ".".join(location)
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        *parents, name = location
+        known = _known_keys(model, parents)
+        if "." in name:
+            return (
+                f"{key}: unknown key; in a file, sections are nested: {name.split('.')[0]}: {{…}}"
+            )
+        return f"{key}: unknown key; {nearest(name, known) or 'known here: ' + ', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{key}: required, but absent"
+    value = item["input"]
+    messages = " or ".join(i["msg"][0].lower() + i["msg"][1:] for i in items)
+    text = f"{key}: got {value!r} ({type(value).__name__}); {messages}"
+    choices = re.findall(r"'([^']+)'", item.get("ctx", {}).get("expected", ""))
+    like = nearest(value, choices) if isinstance(value, str) else ""
+    return f"{text}; {like}" if like else text
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A question after the known name that is most like a wrong one; empty: none is."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
+    for part in location:
+        if part.isdigit():
+            # The entries of a list have the keys that their section has.
+            continue
+        if issubclass(model, BaseModel):
+            annotation = model.model_fields[part].annotation
+        else:
+            annotation = get_type_hints(model)[part]
+        model = next(o for o in _members(annotation) if isinstance(o, type) and _is_section(o))
+    return [*model.model_fields] if issubclass(model, BaseModel) else _field_names(model)
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The classes that an annotation names, inside of unions and tuples too."""
+    arguments = getattr(annotation, "__args__", None)
+    if arguments is None:
+        yield annotation
+    for argument in arguments or ():
+        yield from _members(argument)
+
+
+def _is_section(value: type) -> bool:
+    return issubclass(value, BaseModel) or dataclasses.is_dataclass(value)
+
+
+def _field_names(value: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(value)]
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML, every key written out."""
+    return str(yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False))
