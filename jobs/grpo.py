@@ -20,7 +20,7 @@ from jobs.sft import run_job
 def _train(path: Path, overrides: Sequence[str]) -> None:
     config = load_training_config(GrpoConfig, path, overrides)
     # Heavy imports come after validation, so that a typing error is reported at once.
-    from arm_ray.runtime.train import run_grpo
+    from arm_ray.runtime.train.run import run_grpo
 
     run_grpo(config)
 

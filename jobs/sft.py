@@ -31,7 +31,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SftConfig:
 def _train(path: Path, overrides: Sequence[str]) -> None:
     config = load_config(path, overrides)
     # Heavy imports come after validation, so that a typing error is reported at once.
-    from arm_ray.runtime.train import run_sft
+    from arm_ray.runtime.train.run import run_sft
 
     run_sft(config)
 

@@ -80,7 +80,7 @@ def trainers(
 ) -> str:
     """Where training runs: in this process (`tests.doubles.in_process`), or on Ray Train."""
     if request.param == "in process":
-        monkeypatch.setattr("arm_ray.runtime.train._on_ray_train", in_process.on_ray_train)
+        monkeypatch.setattr("arm_ray.runtime.train.workers.on_ray_train", in_process.on_ray_train)
     return str(request.param)
 
 

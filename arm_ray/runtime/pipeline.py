@@ -170,7 +170,7 @@ def _train(
     config: TrainingConfig, others: dict[str, str], address: str | None, console: Console
 ) -> list[Path]:
     # Imported here: it takes the trainers' libraries, which a finished training does not need.
-    from arm_ray.runtime.train import run_grpo, run_sft
+    from arm_ray.runtime.train.run import run_grpo, run_sft
 
     if not config.apart_from:
         # As the run began: other tasks may have come since, but it trains on the same rows.

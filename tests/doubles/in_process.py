@@ -25,7 +25,7 @@ from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.placement import Placement, ShardGang
 from arm_ray.runtime.shards.spec import ShardSpec
-from arm_ray.runtime.train import _worker
+from arm_ray.runtime.train.workers import run_worker
 from tests.doubles.plain_engine import PlainEngineActor
 
 
@@ -95,7 +95,7 @@ class PlainEvaluators(EvaluatorGang):
 def on_ray_train(
     settings: Mapping[str, Any], _workers: object, _max_failures: int
 ) -> Callable[[], None]:
-    """Stands for `arm_ray.runtime.train._on_ray_train`; what a worker changes is set back."""
+    """Stands for `runtime.train.workers.on_ray_train`; what a worker changes is set back."""
 
     def work() -> None:
         environment, verbosity = dict(os.environ), transformers.logging.get_verbosity()
@@ -104,7 +104,7 @@ def on_ray_train(
             with warnings.catch_warnings():
                 # The trainers' own, which a worker prints to nobody.
                 warnings.simplefilter("ignore")
-                _worker(settings)
+                run_worker(settings)
         finally:
             os.environ.clear()
             os.environ |= environment

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from arm_ray.calibration.tokens import load_tokenizer
 from arm_ray.errors import CalibrationError, ConfigError, EvaluationError
-from arm_ray.runtime import train
+from arm_ray.runtime.train.run import run_grpo
 from arm_ray.training.config import GrpoConfig, parse_training_config
 from arm_ray.training.grpo_data import checked_reward, load_reward, prepare_prompts
 from tests.builders.training import logged, make_base
@@ -64,8 +64,8 @@ def make(values: dict[str, Any], *overrides: str) -> GrpoConfig:
 def test_grpo_trains_and_goes_on(values: dict[str, Any], local_ray: None) -> None:
     pytest.importorskip("trl")
     console = Console(file=StringIO(), width=200)
-    train.run_grpo(make(values, "stop_after=2"), console=console)
-    found = train.run_grpo(make(values), console=console)
+    run_grpo(make(values, "stop_after=2"), console=console)
+    found = run_grpo(make(values), console=console)
     assert [path.name for path in found] == ["checkpoint-2", "checkpoint-3"]
     log = logged(Path(values["output"]))
     assert [entry["step"] for entry in log] == [1, 2, 3]
@@ -83,7 +83,7 @@ def test_a_reward_that_fails_in_a_worker_names_the_sample(
     pytest.importorskip("trl")
     values["reward"] = values["reward"].replace(":length", ":not_a_number")
     with pytest.raises(EvaluationError, match=r"not finite(?s:.*)line \d, prompt '\d red apples"):
-        train.run_grpo(make(values), console=Console(file=StringIO()))
+        run_grpo(make(values), console=Console(file=StringIO()))
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,9 @@ from arm_ray.errors import (
     RunDirectoryError,
 )
 from arm_ray.events import read_events
-from arm_ray.runtime import train
 from arm_ray.runtime.output.claim import claimed
+from arm_ray.runtime.train import workers as training
+from arm_ray.runtime.train.run import run_sft
 from arm_ray.training import memory
 from tests.builders.boards import tensorboard
 from tests.builders.paths import ROOT
@@ -57,7 +58,7 @@ class Job:
         return content(self.base, self.data, self.output)
 
     def run(self, *overrides: str) -> list[Path]:
-        return train.run_sft(make_config(self.values(), *overrides), console=self.console)
+        return run_sft(make_config(self.values(), *overrides), console=self.console)
 
     @property
     def told(self) -> str:
@@ -155,16 +156,16 @@ def _killed_once(settings: Mapping[str, Any]) -> None:
         own(self, args, state, control, **kwargs)
 
     trainer.StepCallback.on_step_end = on_step_end  # type: ignore[method-assign]
-    train._worker(settings)
+    training.run_worker(settings)
 
 
 @ON_RAY_TRAIN
 def test_two_workers_of_which_one_is_killed(
     job: Job, plain: Any, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = train._fit.__globals__["_worker"]
-    assert worker is train._worker
-    monkeypatch.setitem(train._fit.__globals__, "_worker", _killed_once)
+    worker = training.fit.__globals__["run_worker"]
+    assert worker is training.run_worker
+    monkeypatch.setitem(training.fit.__globals__, "run_worker", _killed_once)
     found = job.run("runtime.workers=2", "micro_batch_size=2", "runtime.max_failures=1")
     assert (job.output.parent / "killed").exists()
     assert "going on after step 3" in job.told

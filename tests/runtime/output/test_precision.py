@@ -19,10 +19,11 @@ from arm_ray.hardware import Units
 from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.devices import find_device
 from arm_ray.planning.plan import make_plan
-from arm_ray.runtime import train
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.output import precision
 from arm_ray.runtime.scoring.evaluate import evaluate
+from arm_ray.runtime.train import run as training
+from arm_ray.runtime.train.workers import Workers
 from tests.builders.merge_case import MergeCase
 from tests.builders.models import SERVED
 from tests.builders.training import content, make_base, make_config, make_rows
@@ -30,7 +31,7 @@ from tests.doubles.said import reporter_into
 
 FAST = Units(frozenset({"float32", "bfloat16"}), "this CPU")
 SLOW = Units(frozenset({"float32"}), "this CPU")
-USERS = ("merge.run", "train", "scoring.service")
+USERS = ("merge.run", "train.run", "scoring.service")
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_a_training_keeps_what_it_began_with(tmp_path: Path, machine: Any) -> No
 
     def told(*overrides: str) -> str:
         console = lines()
-        train.run_sft(make_config(values, *overrides), console=console)
+        training.run_sft(make_config(values, *overrides), console=console)
         return text(console)
 
     machine(SLOW)
@@ -145,8 +146,8 @@ def test_zero_3_on_cpus_trains_in_float32(tmp_path: Path, machine: Any) -> None:
     machine(FAST)
     values = content(tmp_path, tmp_path, tmp_path / "out") | {"precision": "auto"}
     config = make_config(values, "runtime.zero_stage=3")
-    workers = train._Workers(2, "cpu", 1)
-    settled = train._with_precision(config, "auto", None, workers, reporter_into([]))
+    workers = Workers(2, "cpu", 1)
+    settled = training._with_precision(config, "auto", None, workers, reporter_into([]))
     assert settled.precision == "float32"
 
 
