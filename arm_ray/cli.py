@@ -1,7 +1,8 @@
 """`arm-ray`: the command line. It parses, calls, and turns errors into exit codes.
 
 Exit codes: 0 success, 1 an error that the message explains, 2 a wrong command line,
-130 interrupted (run the same command again to go on).
+130 interrupted (run the same command again to go on). One module, because a command's arguments
+and what is done with them are read together.
 """
 
 from __future__ import annotations

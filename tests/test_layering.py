@@ -52,7 +52,7 @@ WITHIN_RUNTIME: dict[str, set[str]] = {
     "attach": _CLUSTER | {"scoring", "merge"},
     "pipeline": _CLUSTER | {"scoring", "merge", "train"},
 }
-MOST_FILES = 15
+MOST_FILES, MOST_LINES, MOST_METHODS, MOST_ARGUMENTS = 15, 450, 20, 8
 # Rooms that may import Ray, and the one module that does so when it is called.
 RAY_ROOMS = {"runtime"}
 RAY_AT_CALL_TIME = {"arm_ray/calibration/stream.py"}
@@ -123,6 +123,45 @@ def test_every_room_of_runtime_has_its_floor_and_no_cycle() -> None:
 def test_no_folder_is_crowded() -> None:
     for folder in {path.parent for path in MODULES if within_runtime(path)}:
         assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_large_module_says_why_it_is_one(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if len(text.splitlines()) > MOST_LINES:
+        assert "One module, because" in str(ast.get_docstring(ast.parse(text))), path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_class_does_too_much(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            methods = [f for f in node.body if isinstance(f, ast.FunctionDef)]
+            assert len(methods) <= MOST_METHODS, f"{path}: {node.name}"
+            for method in methods:
+                if method.name == "__init__":
+                    given = [*method.args.args[1:], *method.args.kwonlyargs]
+                    assert len(given) <= MOST_ARGUMENTS, f"{path}: {node.name}"
+
+
+def test_only_one_module_says_remote() -> None:
+    """Calls to actors go through typed handles, so that mypy sees what they are given."""
+    said = [p.name for p in MODULES if ".remote(" in p.read_text(encoding="utf-8")]
+    assert said == ["actors.py"]
+
+
+def test_no_operator_is_named_outside_of_merging() -> None:
+    """What an operator needs it declares; presets name operators because they are settings."""
+    named = re.compile(r'"(acm|aim|dare|ties|ota|opcm|lore|twin|slerp)"')
+    for path in MODULES:
+        if room_of(path) not in ("merging", "presets"):
+            assert named.search(path.read_text(encoding="utf-8")) is None, path
+
+
+def test_test_modules_do_not_import_each_other() -> None:
+    for path in sources("tests"):
+        for name in imports(path):
+            assert not re.match(r"tests\..*\btest_|tests\.test_", name), f"{path}: {name}"
 
 
 def test_there_is_something_to_check() -> None:

@@ -9,6 +9,8 @@ is
 
 with `r` and `α` perhaps the module's own (`rank_pattern`, `alpha_pattern`). Only what is linear in
 this sense is read, because only that is exact; everything else is refused and named.
+
+One module, because what is read and what is refused are two sides of one list.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 The engine's core runs in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), so that which requests
 run side by side does not depend on the timing of messages. Together with a prefix cache that is
 emptied before each call, the completions of a call depend on the weights and the requests alone.
+One module, because it is the only one that knows vLLM's arguments and answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Benchmarks as declarations: where the data are, what is asked, how it is sampled and graded."""
+"""Benchmarks as declarations: where the data are, what is asked, how it is sampled and graded.
+
+One module, because a benchmark is declared in one place, and most of it is these declarations.
+"""
 
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ class Store:
             )
         except FileNotFoundError:
             # A repository that is missing is an error; a directory in one is empty.
-            if not hub.exists("/".join(self.url.path.split("/")[: self._hub_depth])):
+            depth = 3 if self.url.bucket in ("datasets", "spaces") else 2
+            if not hub.exists("/".join(self.url.path.split("/")[:depth])):
                 raise
             return {}
         start = len(hub.resolve_path(self.url.path).unresolve()) + 1
@@ -103,10 +104,6 @@ class Store:
             for path, info in found.items()
             if info["type"] == "file" and len(path) > start
         }
-
-    @property
-    def _hub_depth(self) -> int:
-        return 3 if self.url.bucket in ("datasets", "spaces") else 2
 
     def find(self, name: str) -> StoredFile | None:
         """A file; None where there is none."""

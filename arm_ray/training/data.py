@@ -1,4 +1,7 @@
-"""From rows to training samples: token ids, which of them carry loss, and in which order."""
+"""From rows to training samples: token ids, which of them carry loss, and in which order.
+
+One module, because a sample's labels, its length and its place in a batch depend on each other.
+"""
 
 from __future__ import annotations
 

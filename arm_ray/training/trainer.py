@@ -1,7 +1,8 @@
 """What the Hugging Face trainers of both jobs have in common. Runs in a worker; imports no Ray.
 
 A worker finds RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in its environment, and
-torch.distributed initialised.
+torch.distributed initialised. One module, because all of it adapts one library, the trainers of
+transformers, to saves and resumptions that are exact.
 """
 
 from __future__ import annotations

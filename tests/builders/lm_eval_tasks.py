@@ -14,7 +14,7 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.tasks._index import TaskIndex
 
-from arm_ray.evaluation.lm_eval_bridge import OpenTasks
+from arm_ray.evaluation.lm_eval_tasks import OpenTasks
 from tests.builders.models import WORDS
 
 CONTEXT = 64

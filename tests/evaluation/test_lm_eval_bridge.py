@@ -18,9 +18,10 @@ pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM
 
 from arm_ray.errors import EvaluationError
-from arm_ray.evaluation import lm_eval_bridge
+from arm_ray.evaluation import lm_eval_tasks
 from arm_ray.evaluation.engine import Completion, Request
-from arm_ray.evaluation.lm_eval_bridge import EngineLM, Sampling, open_tasks, sampling_of
+from arm_ray.evaluation.lm_eval_bridge import EngineLM, Sampling, sampling_of
+from arm_ray.evaluation.lm_eval_tasks import open_tasks
 from tests.builders.lm_eval_tasks import (
     CONTEXT,
     asked,
@@ -385,7 +386,7 @@ def test_tasks_that_run_foreign_code_are_refused(
         open_tasks(["answers"], str(root))
     data = {**answers["dataset_kwargs"], "trust_remote_code": True}
     write_task(root, "answers", **{**answers, "dataset_kwargs": data})
-    monkeypatch.setattr(lm_eval_bridge, "_datasets_version", lambda: 3)
+    monkeypatch.setattr(lm_eval_tasks, "_datasets_version", lambda: 3)
     with pytest.raises(EvaluationError, match="code from its data set"):
         open_tasks(["answers"], str(root))
 

@@ -1,4 +1,7 @@
-"""Scores models on tasks of lm-evaluation-harness, with one of our engines."""
+"""Scores models on tasks of lm-evaluation-harness, with one of our engines.
+
+One module, because it is one job from options to table, and most of it is that job's file format.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.storage.urls import is_url
 
 if TYPE_CHECKING:
-    from arm_ray.evaluation.lm_eval_bridge import OpenTasks
+    from arm_ray.evaluation.lm_eval_tasks import OpenTasks
 
 FILE_NAME = "lm_eval.json"
 # Of the machine and the working directory, nothing about the scores.
@@ -407,7 +410,7 @@ def open_lm_eval(options: LmEvalOptions) -> OpenTasks:
         EvaluationError: lm_eval is missing, or a task cannot be used.
     """
     try:
-        from arm_ray.evaluation.lm_eval_bridge import open_tasks
+        from arm_ray.evaluation.lm_eval_tasks import open_tasks
     except ImportError as error:
         raise EvaluationError(
             "lm-evaluation-harness cannot be imported",

@@ -19,7 +19,8 @@ from arm_ray.cli import main
 from arm_ray.config import EvaluateConfig, validate
 from arm_ray.errors import ConfigError, EvaluationError, RunDirectoryError
 from arm_ray.evaluation.engine import ModelSource
-from arm_ray.evaluation.lm_eval_bridge import EngineLM, open_tasks
+from arm_ray.evaluation.lm_eval_bridge import EngineLM
+from arm_ray.evaluation.lm_eval_tasks import open_tasks
 from arm_ray.evaluation.settings import EngineSettings
 from arm_ray.events import read_events
 from arm_ray.runtime.scoring import lm_eval as module
@@ -251,7 +252,7 @@ def test_bad_command_lines_are_told_before_anything_starts(
             raise ModuleNotFoundError("No module named 'lm_eval'")
         return real(name, *args, **kwargs)
 
-    monkeypatch.delitem(sys.modules, "arm_ray.evaluation.lm_eval_bridge")
+    monkeypatch.delitem(sys.modules, "arm_ray.evaluation.lm_eval_tasks")
     monkeypatch.setattr(builtins, "__import__", missing)
     assert "pip install arm-ray[lm-eval]" in error("--lm-eval=choices")
 
