@@ -25,7 +25,7 @@ from arm_ray.config.sections import (
 )
 from arm_ray.errors import ConfigError
 from arm_ray.evaluation.settings import EvaluationSettings
-from arm_ray.identity import MODEL, NOTHING, RESULT, Decides, flat, identity
+from arm_ray.identity import MODEL, NOTHING, RESULT, Decides, differences, flat, identity
 from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
 from arm_ray.presets import PRESETS, merged
 
@@ -258,16 +258,12 @@ def config_difference(old: MergeConfig, new: MergeConfig, *, published: bool = F
             and be another state; one that is published was chosen by its scores.
     """
     before, after = (
-        dict(flat(identity(MergeConfig, c.model_dump(mode="json"), with_model=published)))
-        for c in (old, new)
+        identity(MergeConfig, c.model_dump(mode="json"), with_model=published) for c in (old, new)
     )
-    return [
-        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key, ...) != after.get(key, ...)
-        # What `auto` came to is looked at where it is recorded.
-        and not (key == "precision.compute_dtype" and "auto" in (before[key], after[key]))
-    ]
+    if "auto" in (old.precision.compute_dtype, new.precision.compute_dtype):
+        # What it came to is looked at where it is recorded.
+        before["precision"]["compute_dtype"] = after["precision"]["compute_dtype"]
+    return differences(before, after)
 
 
 def _check_combinations(config: MergeConfig, source: str) -> None:

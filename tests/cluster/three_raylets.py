@@ -20,7 +20,7 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from arm_ray.runtime.merge import run as merging
+from arm_ray.runtime.merge import controller
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from tests.builders.merge_case import MergeCase
 from tests.builders.paths import ROOT
@@ -82,12 +82,12 @@ class Nodes:
 
     def compute(self, output: str, *overrides: str) -> None:
         """Merge without actors, to compare with."""
-        placed = merging.placed_shards
-        merging.placed_shards = in_process.placed_shards
+        placed = controller.placed_shards
+        controller.placed_shards = in_process.placed_shards
         try:
             self.run(output, *overrides)
         finally:
-            merging.placed_shards = placed
+            controller.placed_shards = placed
 
     def run_and(self, output: str, do: Callable[[], Any], *overrides: str) -> None:
         """Merge, and do something once the first iteration is finished."""

@@ -6,12 +6,12 @@ import yaml
 
 from arm_ray.checkpoints.formats import open_given
 from arm_ray.config import read_yaml
-from arm_ray.errors import ArmRayError, RunDirectoryError
+from arm_ray.errors import ArmRayError
 from arm_ray.following.config import AttachConfig
-from arm_ray.identity import flat, identity
+from arm_ray.identity import differences, identity
 from arm_ray.model.layout import check_layout, load_config, model_layout
 from arm_ray.runtime.cluster.joining import outliving
-from arm_ray.runtime.output.claim import CONFIG_NAME, write_config
+from arm_ray.runtime.output.claim import CONFIG_NAME, refuse_other, write_config
 from arm_ray.schedule import BASE
 
 
@@ -38,19 +38,13 @@ def open_work(config: AttachConfig) -> None:
     content = config.model_dump(mode="json")
     text = yaml.safe_dump(content, sort_keys=False)
     if file.is_file():
-        before, after = (
-            dict(flat(identity(AttachConfig, given))) for given in (read_yaml(file), content)
+        before, after = (identity(AttachConfig, given) for given in (read_yaml(file), content))
+        refuse_other(
+            config.work,
+            differences(before, after),
+            "the output directory follows",
+            "choose another publish.dir and output, or restore these keys to go on",
         )
-        keys = sorted({*before, *after})
-        differing = [key for key in keys if before.get(key) != after.get(key)]
-        if differing:
-            lines = [f"      {key}: {before.get(key)} -> {after.get(key)}" for key in differing]
-            raise RunDirectoryError(
-                "the output directory follows a run with another configuration",
-                where=config.work,
-                got="\n" + "\n".join(lines),
-                hint="choose another publish.dir and output, or restore these keys to go on",
-            )
     write_config(config.work, text)
 
 

@@ -95,6 +95,32 @@ def holds_earlier(path: Path, who: str, ours: Collection[str] = ()) -> bool:
     return True
 
 
+def refuse_other(
+    where: object,
+    differing: Sequence[str],
+    what: str = "the output directory holds",
+    hint: str = "choose another output, or restore these keys to go on with the run",
+) -> None:
+    """Refuse to go on with a run whose configuration was another one.
+
+    Args:
+        where: The directory or URL.
+        differing: Keys that decide the result and differ, a line each; empty: nothing to refuse.
+        what: What is there, for the error.
+        hint: What to do.
+
+    Raises:
+        RunDirectoryError: Lists the keys.
+    """
+    if differing:
+        raise RunDirectoryError(
+            f"{what} a run with another configuration",
+            where=where,
+            got="\n" + "\n".join(f"      {line}" for line in differing),
+            hint=hint,
+        )
+
+
 def unusable(path: Path, who: str, problem: str) -> RunDirectoryError:
     """The error for a directory whose configuration this version cannot go on with."""
     names = sorted(p.name for p in path.iterdir() if p.name != room.LOCK_NAME)

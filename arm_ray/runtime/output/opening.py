@@ -16,7 +16,7 @@ from arm_ray.config import (
     scratch_path,
 )
 from arm_ray.errors import ArmRayError, RunDirectoryError, StorageError
-from arm_ray.runtime.output.claim import CONFIG_NAME, claimed_url
+from arm_ray.runtime.output.claim import CONFIG_NAME, claimed_url, refuse_other
 from arm_ray.runtime.output.precision import RECORD_NAME
 from arm_ray.runtime.output.run_directory import INPUTS_NAME, RunDirectory, open_run
 from arm_ray.runtime.output.upload import (
@@ -218,14 +218,9 @@ def _check_config(
         ) from None
     finally:
         copy.unlink(missing_ok=True)
-    difference = config_difference(known, config, published=published) if is_begun else []
-    if difference:
-        raise RunDirectoryError(
-            "the output's URL holds a run with another configuration",
-            where=store,
-            got="\n" + "\n".join(f"      {line}" for line in difference),
-            hint="choose another output, or restore these keys to go on with the run",
-        )
+    if is_begun:
+        difference = config_difference(known, config, published=published)
+        refuse_other(store, difference, "the output's URL holds")
 
 
 def _size(file: Path) -> int:

@@ -29,6 +29,7 @@ from arm_ray.runtime.output.claim import (
     CONFIG_NAME,
     claimed,
     holds_earlier,
+    refuse_other,
     unusable,
     write_config,
 )
@@ -238,14 +239,7 @@ def open_run(config: MergeConfig, path: Path | None = None) -> Iterator[RunDirec
     published = (path / "model").is_dir()
     if known is not None and (finished or published):
         known, wanted = (_with_recorded_dtype(c, path) for c in (known, config))
-        difference = config_difference(known, wanted, published=published)
-        if difference:
-            raise RunDirectoryError(
-                "the output directory holds a run with another configuration",
-                where=path,
-                got="\n" + "\n".join(f"      {line}" for line in difference),
-                hint="choose another output, or restore these keys to go on with the run",
-            )
+        refuse_other(path, config_difference(known, wanted, published=published))
     with claimed(path, "merge"):
         run = RunDirectory(path, config)
         states.discard_unfinished_states(path)

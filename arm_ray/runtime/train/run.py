@@ -17,9 +17,17 @@ from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.config import read_yaml
 from arm_ray.errors import ArmRayError, ConfigError, RunDirectoryError
 from arm_ray.events import EventLog, RunFailed
+from arm_ray.identity import differences
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.cluster.joining import outliving, ray_session
-from arm_ray.runtime.output.claim import CONFIG_NAME, claimed, holds_earlier, write_config
+from arm_ray.runtime.output.claim import (
+    CONFIG_NAME,
+    claimed,
+    holds_earlier,
+    refuse_other,
+    unusable,
+    write_config,
+)
 from arm_ray.runtime.output.precision import recorded, settle, units_of
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import duration, print_summary
@@ -237,17 +245,9 @@ def _refuse_other(record: Path, config: TrainingConfig, kind: str) -> None:
     if "auto" in (old.get("precision"), new["precision"]):
         # A run that was ended before it was settled.
         old["precision"] = new["precision"]
-    changed = [
-        f"{key}: {old.get(key, 'absent')} -> {new[key]}" for key in new if old.get(key) != new[key]
-    ]
-    if changed:
-        raise RunDirectoryError(
-            "the output directory holds a run with another configuration",
-            where=record,
-            got="; ".join(changed[:5]) if old else f"no configuration of {kind}",
-            expected="the configuration that the run began with",
-            hint="remove the directory or choose another output",
-        )
+    if not old:
+        raise unusable(record.parent, "training", f"no configuration of {kind}")
+    refuse_other(record, differences(old, new))
 
 
 def _checkpoints(output: Path, saves: list[int]) -> list[Path]:

@@ -27,7 +27,7 @@ from arm_ray.following import publish
 from arm_ray.following.config import AttachConfig, parse_attach_config
 from arm_ray.following.journal import open_journal
 from arm_ray.hardware import Units
-from arm_ray.runtime.attach import run as attach_module
+from arm_ray.runtime.attach import processing, publication, run
 from arm_ray.runtime.attach.run import AttachOutcome, attach
 from tests.builders.boards import tensorboard
 from tests.builders.checkpoints import assert_same_bits, load_all
@@ -234,8 +234,8 @@ def test_it_goes_on_after_a_stop_with_the_same_bits(
     trainer.write_all()
     config = trainer.config()
     holder: Any = {
-        "merge": attach_module,
-        "run_hook": attach_module,
+        "merge": processing,
+        "run_hook": publication,
         "publish": publish,
     }[place]
     original, calls = getattr(holder, place), [0]
@@ -350,7 +350,7 @@ def test_a_backlog_is_gone_on_with_in_order(
     trainer.last = 40
     trainer.write_all([10, 20, 30, 40])
     config = trainer.config()
-    original, calls = attach_module.merge, [0]
+    original, calls = processing.merge, [0]
 
     def stops(*arguments: Any, **named: Any) -> Any:
         calls[0] += 1
@@ -359,7 +359,7 @@ def test_a_backlog_is_gone_on_with_in_order(
         return original(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attach_module, "merge", stops)
+        patch.setattr(processing, "merge", stops)
         with pytest.raises(StoppedError):
             follow(config)
     outcome, _ = follow(config)
@@ -370,7 +370,7 @@ def test_a_checkpoint_that_is_written_to_in_place_is_not_published(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer.write_all([10, 20])
-    original = attach_module.merge
+    original = processing.merge
 
     def merge_and_write(*arguments: Any, **named: Any) -> Any:
         outcome = original(*arguments, **named)
@@ -380,7 +380,7 @@ def test_a_checkpoint_that_is_written_to_in_place_is_not_published(
             file.write(b"\0\0\0\0")
         return outcome
 
-    monkeypatch.setattr(attach_module, "merge", merge_and_write)
+    monkeypatch.setattr(processing, "merge", merge_and_write)
     config = trainer.config("run.idle_timeout_s=0.5")
     outcome, told = follow(config)
     assert [arrival.outcome for arrival in outcome.arrivals] == ["failed"]
@@ -398,7 +398,7 @@ def test_a_run_that_is_done_needs_no_ray(trainer: Trainer, monkeypatch: pytest.M
         raise AssertionError("there is nothing to do")
 
     for name in ("ray_session", "telemetry", "ArrivalScoring"):
-        monkeypatch.setattr(attach_module, name, refuse)
+        monkeypatch.setattr(run, name, refuse)
     again, told = follow(config)
     assert again == first
     assert (first.reason, steps_of(config)) == ("finished", [60])
@@ -429,7 +429,7 @@ def test_a_directory_that_is_no_run_is_told(trainer: Trainer) -> None:
 
 def test_a_used_directory_of_another_run_is_refused(trainer: Trainer) -> None:
     follow(trainer.config("run.idle_timeout_s=0.3"))
-    with pytest.raises(RunDirectoryError, match=r"merge\.precision: None -> "):
+    with pytest.raises(RunDirectoryError, match=r"merge\.precision\.\w+: absent -> "):
         follow(trainer.config("merge.precision.masters=false", "run.idle_timeout_s=0.3"))
     with pytest.raises(RunDirectoryError, match=r"merge\.candidates: 2 -> 3"):
         follow(trainer.config("run.idle_timeout_s=0.3", "merge.candidates=3"))

@@ -27,7 +27,7 @@ from arm_ray.runtime.scoring.model_copies import ModelCopies, start_on
 from arm_ray.runtime.scoring.subject import model_source
 from arm_ray.storage.store import StoredFile
 from tests.builders.merge_case import MergeCase
-from tests.doubles.in_process import Actor
+from tests.doubles.in_process import Actor, LocalHandle
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -67,7 +67,7 @@ class Nodes:
         self.copies = self.engines_node(self.home)
 
     def engines_node(self, home: NodeFiles, scratch: Path | None = None) -> ModelCopies:
-        made = ModelCopies(Actor(home), str(scratch or self.scratch))
+        made = ModelCopies(LocalHandle(Actor(home)), str(scratch or self.scratch))
         self._made.append(made)
         return made
 
@@ -318,23 +318,23 @@ def test_actors_come_again_and_errors_keep_their_meaning(nodes: Nodes) -> None:
     home = start_on(node, OtherNode, nodes.disk)
     copies = start_on(node, ModelCopies, home, str(nodes.scratch))
     try:
-        whole = size(nodes.disk / "base")
-        assert ray.get(copies.place.remote(ModelSource("/far/base"))).fetched_bytes == whole
+        whole, base = size(nodes.disk / "base"), ModelSource("/far/base")
+        assert ray.get(copies.call(ModelCopies.place, base)).fetched_bytes == whole
         for actor in (copies, home):
-            ray.kill(actor, no_restart=False)
+            ray.kill(actor.actor, no_restart=False)
         # What it held is not known any more: it is copied once more, and the old copy is gone.
-        assert ray.get(copies.place.remote(ModelSource("/far/base"))).fetched_bytes == whole
+        assert ray.get(copies.call(ModelCopies.place, base)).fetched_bytes == whole
         assert nodes.left().count("model.safetensors") == 1
         failing = start_on(node, Failing, nodes.disk)
         of_failing = start_on(node, ModelCopies, failing, str(nodes.scratch))
         with pytest.raises(EvaluationError, match="cannot be read, to copy it") as caught:
-            get_results([of_failing.place.remote(ModelSource("/far/base"))], EVALUATOR)
+            get_results([of_failing.call(ModelCopies.place, ModelSource("/far/base"))], EVALUATOR)
         assert "PermissionError" in str(caught.value)
-        ray.kill(failing)
+        failing.end()
         with pytest.raises(WorkerError, match="what serves the driver's files was lost"):
-            get_results([of_failing.place.remote(ModelSource("/far/base"))], EVALUATOR)
-        ray.kill(of_failing)
+            get_results([of_failing.call(ModelCopies.place, ModelSource("/far/base"))], EVALUATOR)
+        of_failing.end()
     finally:
-        ray.get(copies.remove.remote())
+        ray.get(copies.call(ModelCopies.remove))
         for actor in (copies, home):
-            ray.kill(actor)
+            actor.end()

@@ -21,6 +21,7 @@ from arm_ray.evaluation import records
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.statistics import Estimate
 from arm_ray.events import read_events
+from arm_ray.runtime.cluster.actors import Handle
 from arm_ray.runtime.merge.publisher import Publisher
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.scoring import service as scoring
@@ -228,7 +229,7 @@ def test_closing_does_not_wait_for_an_engine(
             in_flight.touch()
             time.sleep(600)
 
-    sleeper = Sleeper.remote()
+    sleeper: Handle[Any] = Handle(Sleeper.remote())
     started: list[int] = []
     gang = types.SimpleNamespace(
         engines=[sleeper], graders=[], start_engine=lambda *_: started.append(1)
@@ -253,4 +254,4 @@ def test_closing_does_not_wait_for_an_engine(
         assert not [t for t in threading.enumerate() if t.name == "scoring"]
         assert started == []
     finally:
-        ray.kill(sleeper)
+        sleeper.end()

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from arm_ray.config import parse_merge_config
 from arm_ray.errors import PlacementError
+from arm_ray.runtime.cluster.nodes import view_of_cluster
 from arm_ray.runtime.merge import run as merging
 from arm_ray.runtime.shards import placement
 
@@ -57,7 +58,7 @@ def main() -> None:
             content,
             ["runtime.gpus_per_shard=0.5", "runtime.layer_shards=auto"],
         )
-        plan = placement.plan_placement(fractional.runtime, 16)
+        plan = placement.plan_placement(view_of_cluster(), fractional.runtime, 16)
         found["shards of half a GPU"] = plan.num_shards
         too_many = parse_merge_config(
             content,
