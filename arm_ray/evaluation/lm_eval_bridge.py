@@ -79,7 +79,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
         seed: Of sampled completions.
         chunk_size: Requests that the engine is given at once.
         max_gen_toks: Longest completion in tokens, where a task does not say.
-        told: Called with what is done, done requests and all requests, after each chunk.
+        progress: Called with what is done, done requests and all requests, after each chunk.
 
     Raises:
         EvaluationError: The tokenizer has neither a token for the beginning nor one for the end.
@@ -94,12 +94,12 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
         seed: int = 0,
         chunk_size: int = 256,
         max_gen_toks: int = 256,
-        told: Callable[[str, int, int], None] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         super().__init__()
         self._engine, self.tokenizer, self._max_length = engine, tokenizer, max_length
         self._seed, self._chunk_size, self._max_gen_toks = seed, chunk_size, max_gen_toks
-        self._told = told
+        self._progress = progress
         self.counts: dict[str, RequestCount] = {}
         self.dropped_system_messages = 0
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -336,8 +336,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
         for start in range(0, len(items), self._chunk_size):
             chunk = list(items[start : start + self._chunk_size])
             yield chunk
-            if self._told is not None:
-                self._told(what, start + len(chunk), len(items))
+            if self._progress is not None:
+                self._progress(what, start + len(chunk), len(items))
 
     def _disagreement(self, length: int) -> EvaluationError:
         return EvaluationError(

@@ -37,7 +37,7 @@ _HOW = {
 
 
 @contextlib.contextmanager
-def told(url: Url, verb: str) -> Iterator[None]:
+def translated(url: Url, verb: str) -> Iterator[None]:
     """Turn what a file system raises into a `StorageError`.
 
     Args:

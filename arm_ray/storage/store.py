@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from arm_ray.errors import NoSuchObjectError, StorageError
-from arm_ray.storage.failures import told
+from arm_ray.storage.failures import translated
 from arm_ray.storage.filesystem import open_filesystem
 from arm_ray.storage.room import check_room
 from arm_ray.storage.urls import Url, parse_url
@@ -64,7 +64,7 @@ class Store:
 
     def files(self, *, recursive: bool = False) -> dict[str, StoredFile]:
         """Name -> file, sorted; empty where there is nothing of that name."""
-        with told(self.url, "listed"):
+        with translated(self.url, "listed"):
             if self.url.scheme == "hf":
                 found = self._hub_files(recursive)
             else:
@@ -111,7 +111,7 @@ class Store:
 
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Bytes of a file, from one position to before another; fewer where it ends before."""
-        with told(self.url / name, "read"):
+        with translated(self.url / name, "read"):
             if self.url.scheme == "hf":
                 data = self._hub.cat_file((self.url / name).path, start=begin, end=end)
             else:
@@ -120,12 +120,15 @@ class Store:
 
     def read_all(self, name: str) -> bytes:
         """A whole file."""
-        with told(self.url / name, "read"), self._fs.open_input_file(self._path(name)) as file:
+        with (
+            translated(self.url / name, "read"),
+            self._fs.open_input_file(self._path(name)) as file,
+        ):
             return bytes(file.read())
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file for reading, at any position."""
-        with told(self.url / name, "read"):
+        with translated(self.url / name, "read"):
             raw = self._fs.open_input_file(self._path(name))
         return io.BufferedReader(_Told(raw, self.url / name), _PIECE_BYTES)
 
@@ -133,7 +136,7 @@ class Store:
         """Write a small file; it is there whole or not at all."""
         self.check_writable()
         place = self.url / name
-        with told(place, "written"), self._output(place) as file:
+        with translated(place, "written"), self._output(place) as file:
             file.write(data)
         self._open.pop(name, None)
 
@@ -148,7 +151,7 @@ class Store:
         place = self.url / name
         with (
             local.open("rb") as source,
-            told(place, "written"),
+            translated(place, "written"),
             self._output(place) as target,
         ):
             while piece := source.read(_PIECE_BYTES):
@@ -170,7 +173,7 @@ class Store:
         try:
             with (
                 partial.open("wb") as target,
-                told(self.url / name, "read"),
+                translated(self.url / name, "read"),
                 self._fs.open_input_file(self._path(name)) as source,
             ):
                 while piece := source.read(_PIECE_BYTES):
@@ -192,7 +195,7 @@ class Store:
         """Remove files, in this order; those that are not there are passed over."""
         self.check_writable()
         for name in names:
-            with told(self.url / name, "removed"):
+            with translated(self.url / name, "removed"):
                 try:
                     self._fs.delete_file(self._path(name))
                 except FileNotFoundError:
@@ -261,7 +264,7 @@ class _Told(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with told(self._url, "read"):
+        with translated(self._url, "read"):
             data = self._file.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)

@@ -161,7 +161,7 @@ class MergeController:
         job, run, last = self._job, self._run, self._run.last_iteration
         if reason == "stop_after":
             needed = iterations_needed_after(job.config.schedule, job.num_candidates, last)
-            publisher.bring_home(sorted(needed))
+            publisher.collect_states(sorted(needed))
             return Ending(reason, None, last, dispatcher.peak_bytes())
         selected = last if job.scoring is None else job.scoring.select(last)
         with activity("writing the model"):

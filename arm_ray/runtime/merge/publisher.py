@@ -50,7 +50,7 @@ class Publisher:
             return True  # each state is uploaded from there
         return self._job.scoring is not None and self._job.scoring.is_due(iteration)
 
-    def bring_home(self, iterations: Iterable[int]) -> None:
+    def collect_states(self, iterations: Iterable[int]) -> None:
         """Have whole states in the run directory, so that others can go on from there."""
         for iteration in iterations:
             if not self._storage.is_shared and iteration in self._run.finished:
@@ -107,7 +107,7 @@ class Publisher:
         started = time.monotonic()
         run, partial = self._run, self._run.partial_model
         if self._config.keep_states == "last" or self._config.output_format == "adapter":
-            self.bring_home([selected])
+            self.collect_states([selected])
         state, rank = states.state_directory(run.path, selected), None
         if self._config.output_format == "adapter":
             # The state stays until it is published: with another rank or format, the run goes on

@@ -30,7 +30,7 @@ from arm_ray.runtime.merge.policies import RecoveryPolicy, ScalingPolicy
 from arm_ray.runtime.merge.specs import check_memory
 from arm_ray.runtime.output.opening import open_output
 from arm_ray.runtime.output.precision import settle, units_of
-from arm_ray.runtime.output.run_directory import Room, RunDirectory
+from arm_ray.runtime.output.run_directory import RunDirectory, SpaceNeeds
 from arm_ray.runtime.scoring.state_scoring import (
     local_evaluator_slots,
     open_evaluation,
@@ -104,12 +104,12 @@ def merge(
             reporter.say(f"This run is complete: {run.model_name}")
             return MergeOutcome(run.path, run.model, run.last_iteration, "complete")
         reporter = reporter.with_events(run.events)
-        room = _room_of(config, inputs)
-        run.check_disk_space(room)
+        needs = _space_needs(config, inputs)
+        run.check_disk_space(needs)
         with (
             heartbeat(reporter.console),
             activity("merging"),
-            _failures_recorded(run, room),
+            _failures_recorded(run, needs),
             ray_session(
                 address,
                 local_slots(config.runtime, len(inputs.layout.groups))
@@ -189,18 +189,18 @@ def _sum_of(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, 
     return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in {*left, *right}}
 
 
-def _room_of(config: MergeConfig, inputs: MergeInputs) -> Room:
+def _space_needs(config: MergeConfig, inputs: MergeInputs) -> SpaceNeeds:
     layout, dtypes = inputs.layout, inputs.storage_dtypes
     if config.output_format == "adapter":
         model_bytes = adapter_bytes(layout.shapes, layout.rotated, config.adapter_rank)
     else:
         exported = states.plan_export(layout.shapes, dtypes, 2**62)
         model_bytes = sum(file.num_bytes for file in exported)
-    return Room(states.total_bytes(layout.shapes, 4), model_bytes, len(config.candidates))
+    return SpaceNeeds(states.total_bytes(layout.shapes, 4), model_bytes, len(config.candidates))
 
 
 @contextlib.contextmanager
-def _failures_recorded(run: RunDirectory, room: Room) -> Iterator[None]:
+def _failures_recorded(run: RunDirectory, needs: SpaceNeeds) -> Iterator[None]:
     """Write down what ends a run early, and say of a full disk how much is missing."""
     try:
         yield
@@ -209,7 +209,7 @@ def _failures_recorded(run: RunDirectory, room: Room) -> Iterator[None]:
         if isinstance(error, OSError):
             if not is_disk_full(error):
                 raise
-            failure = run.disk_full(room, error)
+            failure = run.disk_full(needs, error)
         with contextlib.suppress(OSError):
             run.events.write(RunFailed(type(failure).__name__, str(failure)))
         if failure is error:

@@ -43,7 +43,7 @@ _MAKE_ROOM = "free some, choose another output, or set keep_states: last"
 
 
 @dataclass(frozen=True)
-class Room:
+class SpaceNeeds:
     """What a run writes; bytes.
 
     Attributes:
@@ -142,28 +142,28 @@ class RunDirectory:
             if found not in keep and found <= iteration:
                 states.discard_state(self.path, found)
 
-    def check_disk_space(self, room: Room) -> None:
+    def check_disk_space(self, needs: SpaceNeeds) -> None:
         """Check that the states still to come and the final model fit on the disk.
 
         Raises:
             DiskSpaceError: Says how much is missing.
         """
-        count = self._states_to_come(room.num_candidates)
-        needed = count * room.state_bytes + room.model_bytes
+        count = self._states_to_come(needs.num_candidates)
+        needed = count * needs.state_bytes + needs.model_bytes
         free = shutil.disk_usage(self.path).free
         if needed > free:
             raise DiskSpaceError(
                 "not enough room on the disk for the run",
                 where=self.path,
                 got=f"{size_text(free)} free",
-                expected=_needed(count, room, needed - free),
+                expected=_needed(count, needs, needed - free),
                 hint=_MAKE_ROOM,
             )
 
-    def disk_full(self, room: Room, cause: OSError) -> DiskSpaceError:
+    def disk_full(self, needs: SpaceNeeds, cause: OSError) -> DiskSpaceError:
         """The error for a disk that was filled up, by the run or by others, while it wrote."""
-        count = self._states_to_come(room.num_candidates)
-        needed = count * room.state_bytes + room.model_bytes
+        count = self._states_to_come(needs.num_candidates)
+        needed = count * needs.state_bytes + needs.model_bytes
         free = shutil.disk_usage(self.path).free
         unfinished = [
             directory
@@ -176,7 +176,7 @@ class RunDirectory:
             where=self.path,
             got=f"{size_text(free)} free, and {size_text(taken)} in unfinished files, "
             "which go first",
-            expected=_needed(count, room, max(0, needed - free - taken)),
+            expected=_needed(count, needs, max(0, needed - free - taken)),
             hint=f"{_MAKE_ROOM}; the same command goes on after iteration {self.last_iteration}",
         )
 
@@ -203,10 +203,10 @@ class RunDirectory:
         return count
 
 
-def _needed(count: int, room: Room, missing: int) -> str:
+def _needed(count: int, needs: SpaceNeeds, missing: int) -> str:
     return (
-        f"{size_text(count * room.state_bytes + room.model_bytes)}: {count} states of "
-        f"{size_text(room.state_bytes)} and the model of {size_text(room.model_bytes)}; "
+        f"{size_text(count * needs.state_bytes + needs.model_bytes)}: {count} states of "
+        f"{size_text(needs.state_bytes)} and the model of {size_text(needs.model_bytes)}; "
         f"{size_text(missing)} are missing"
     )
 

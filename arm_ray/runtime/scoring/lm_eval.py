@@ -238,7 +238,7 @@ class _Run:
             context_length(subject.source.path, self.settings.engine),
             seed=self.settings.sampling.seed,
             chunk_size=self.settings.engine.chunk_size,
-            told=_Lines(self._reporter.about(subject.name)),
+            progress=_Lines(self._reporter.about(subject.name)),
         )
         found = self._evaluate(subject, lm)
         cut = sum(count.cut for count in lm.counts.values())

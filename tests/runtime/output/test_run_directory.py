@@ -19,7 +19,7 @@ from arm_ray.checkpoints.weight_file import TensorSpec, write_json
 from arm_ray.config import MergeConfig, load_merge_config, parse_merge_config
 from arm_ray.errors import DiskSpaceError, RunDirectoryError
 from arm_ray.events import Warned, read_events
-from arm_ray.runtime.output.run_directory import Room, RunDirectory, open_run
+from arm_ray.runtime.output.run_directory import RunDirectory, SpaceNeeds, open_run
 from arm_ray.runtime.shards.pieces import group_writer
 from arm_ray.schedule import plan_iteration
 
@@ -374,7 +374,7 @@ def test_pruning_does_not_trip_over_what_others_left_there(
 # ---- disk space
 
 Usage = namedtuple("Usage", "total used free")
-ROOM = Room(10 * 10**9, 5 * 10**9, 2)
+ROOM = SpaceNeeds(10 * 10**9, 5 * 10**9, 2)
 
 
 def free_space(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
