@@ -13,6 +13,7 @@ and with the reflectors in compact WY form (`Q = I − V T Vᵀ`; Schreiber and 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,32 @@ from arm_ray.merging.settings import SignRule
 from arm_ray.merging.svd import left_basis
 
 
+class _OrthogonalMap(ABC):
+    """What rotations have in common."""
+
+    rank: int
+    full_rank: int
+
+    @property
+    def is_rank_deficient(self) -> bool:
+        """Whether degenerate samples reduced the rotation to fewer directions."""
+        return self.rank < self.full_rank
+
+    def apply(self, task_vector: Tensor) -> Tensor:
+        """Return the rotated task vector.
+
+        Args:
+            task_vector: `ΔW` `[d_out, d_in]`, float32 or float64, which the products keep.
+        """
+        return self.apply_(task_vector.clone())
+
+    @abstractmethod
+    def apply_(self, task_vector: Tensor) -> Tensor:
+        """Rotate a task vector in its own memory; see `apply`."""
+
+
 @dataclass(frozen=True)
-class Rotation:
+class Rotation(_OrthogonalMap):
     """An orthogonal `U = (I − V T Vᵀ) · blockdiag(core, I) · diag(signs)`.
 
     Attributes:
@@ -42,19 +67,6 @@ class Rotation:
     signs: Tensor
     rank: int
     full_rank: int
-
-    @property
-    def is_rank_deficient(self) -> bool:
-        """Whether degenerate samples reduced the rotation to fewer directions."""
-        return self.rank < self.full_rank
-
-    def apply(self, task_vector: Tensor) -> Tensor:
-        """Return `U ΔW`.
-
-        Args:
-            task_vector: `ΔW` `[d_out, d_in]`, float32 or float64, which the products keep.
-        """
-        return self.apply_(task_vector.clone())
 
     def apply_(self, task_vector: Tensor) -> Tensor:
         """Turn `ΔW` into `U ΔW` in its own memory; see `apply`."""
@@ -129,7 +141,7 @@ def activation_rotation(
 
 
 @dataclass(frozen=True)
-class MinimalRotation:
+class MinimalRotation(_OrthogonalMap):
     """The rotation by the principal angles between two subspaces, and the identity elsewhere.
 
     With the pairs of principal vectors `a_i`, `b_i` as columns of `A` and `B` `[d_out, k]`, and
@@ -153,19 +165,6 @@ class MinimalRotation:
     cosines: Tensor
     rank: int
     full_rank: int
-
-    @property
-    def is_rank_deficient(self) -> bool:
-        """Whether degenerate samples reduced the rotation to fewer directions."""
-        return self.rank < self.full_rank
-
-    def apply(self, task_vector: Tensor) -> Tensor:
-        """Return `R ΔW`.
-
-        Args:
-            task_vector: `ΔW` `[d_out, d_in]`, float32 or float64, which the products keep.
-        """
-        return self.apply_(task_vector.clone())
 
     def apply_(self, task_vector: Tensor) -> Tensor:
         """Turn `ΔW` into `R ΔW` in its own memory; see `apply`."""

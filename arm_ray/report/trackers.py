@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -168,29 +169,37 @@ class _Remembered:
         write_json(self._path, entry)
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run that trackers follow.
+
+    Attributes:
+        directory: The run's directory, where they keep what they need.
+        name: Name of the run.
+        identity: Of what is computed; another one than before begins other curves.
+        parameters: The configuration, flat.
+    """
+
+    directory: Path
+    name: str
+    identity: str
+    parameters: Mapping[str, Any]
+
+
 class Mlflow:
     """A run on an MLflow server, or in its local store.
 
     Args:
         settings: Experiment and server.
-        directory: The run's directory.
-        run: Name of the run.
-        identity: Of what is computed.
-        parameters: The configuration, flat.
+        run: What is tracked.
     """
 
     name = "MLflow"
 
-    def __init__(
-        self,
-        settings: MlflowConfig,
-        directory: Path,
-        run: str,
-        identity: str,
-        parameters: Mapping[str, Any],
-    ) -> None:
-        self._settings, self._directory, self._run_name = settings, directory, run
-        self._identity, self._parameters = identity, parameters
+    def __init__(self, settings: MlflowConfig, run: TrackedRun) -> None:
+        self._settings = settings
+        self._directory, self._run_name = run.directory, run.name
+        self._identity, self._parameters = run.identity, run.parameters
         self._client: Any = None
         self._kept: _Remembered
 
@@ -249,24 +258,15 @@ class Wandb:
 
     Args:
         settings: Project, and whether to send.
-        directory: The run's directory.
-        run: Name of the run.
-        identity: Of what is computed.
-        parameters: The configuration, flat.
+        run: What is tracked.
     """
 
     name = "Weights & Biases"
 
-    def __init__(
-        self,
-        settings: WandbConfig,
-        directory: Path,
-        run: str,
-        identity: str,
-        parameters: Mapping[str, Any],
-    ) -> None:
-        self._settings, self._directory, self._run_name = settings, directory, run
-        self._identity, self._parameters = identity, parameters
+    def __init__(self, settings: WandbConfig, run: TrackedRun) -> None:
+        self._settings = settings
+        self._directory, self._run_name = run.directory, run.name
+        self._identity, self._parameters = run.identity, run.parameters
         self._run: Any = None
         self._kept: _Remembered
 
@@ -321,17 +321,11 @@ def _is_installed(module: str) -> bool:
     return found is not None and found.origin is not None
 
 
-def make_trackers(
-    settings: TrackingConfig,
-    directory: Path,
-    run: str,
-    identity: str,
-    parameters: Mapping[str, Any],
-) -> list[Tracker]:
+def make_trackers(settings: TrackingConfig, run: TrackedRun) -> list[Tracker]:
     """TensorBoard, and what else is asked for; nothing is opened yet."""
-    made: list[Tracker] = [TensorBoard(directory / TENSORBOARD_DIRECTORY)]
+    made: list[Tracker] = [TensorBoard(run.directory / TENSORBOARD_DIRECTORY)]
     if settings.mlflow is not None:
-        made.append(Mlflow(settings.mlflow, directory, run, identity, parameters))
+        made.append(Mlflow(settings.mlflow, run))
     if settings.wandb is not None:
-        made.append(Wandb(settings.wandb, directory, run, identity, parameters))
+        made.append(Wandb(settings.wandb, run))
     return made

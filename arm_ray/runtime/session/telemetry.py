@@ -22,7 +22,7 @@ from arm_ray.config import TrackingConfig
 from arm_ray.events import IterationFinished, read_events
 from arm_ray.identity import flat
 from arm_ray.report.scalars import Metric, Record, points
-from arm_ray.report.trackers import Ending, Tracker, make_trackers
+from arm_ray.report.trackers import Ending, TrackedRun, Tracker, make_trackers
 from arm_ray.runtime.session.reporter import Reporter
 
 # How long the end of a run waits for the trackers, together.
@@ -214,7 +214,8 @@ def telemetry(
     if settings is not None:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
         keys = dict(flat(parameters or {}))
-        trackers = make_trackers(settings, directory, run, digest.hexdigest()[:16], keys)
+        tracked = TrackedRun(directory, run, digest.hexdigest()[:16], keys)
+        trackers = make_trackers(settings, tracked)
 
     listening = Telemetry(RayMetrics(run, history), trackers, history, reporter.warn)
     events.subscribe(listening.take)
