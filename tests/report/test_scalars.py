@@ -17,8 +17,8 @@ from arm_ray.following.events import (
     CheckpointsSkipped,
     CheckpointTaken,
 )
-from arm_ray.report import dashboard as dashboards
 from arm_ray.report.scalars import BY_NAME, METRICS, Marks, Point, Record, last_points, points
+from scripts import dashboard as dashboards
 from tests.builders.paths import ROOT
 
 ITERATION = IterationFinished(
@@ -271,6 +271,6 @@ def test_a_broken_dashboard_is_found(
 
 
 def test_dashboard_and_docs_are_made_of_the_table(board: dict[str, Any]) -> None:
-    assert board == dashboards.dashboard(), "python -m arm_ray.report.dashboard"
+    assert board == dashboards.dashboard(), "python -m scripts.dashboard"
     docs = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
-    assert dashboards.table() in docs, "python -m arm_ray.report.dashboard table"
+    assert dashboards.table() in docs, "python -m scripts.dashboard table"

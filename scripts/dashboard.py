@@ -1,6 +1,6 @@
 """The Grafana dashboard and the table of docs/metrics.md, out of the table of metrics. Pure.
 
-`python -m arm_ray.report.dashboard > cluster/grafana/arm_ray.json`, and with `table` behind it the
+`python -m scripts.dashboard > cluster/grafana/arm_ray.json`, and with `table` behind it the
 table.
 """
 
