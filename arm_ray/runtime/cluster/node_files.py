@@ -10,21 +10,27 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray import ObjectRef
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arm_ray.checkpoints import states
 from arm_ray.config import scratch_path
-from arm_ray.runtime.cluster.actors import Handle
+from arm_ray.errors import ArmRayError
+from arm_ray.runtime.cluster.actors import Handle, start_actor
+from arm_ray.runtime.cluster.calls import NODE_FILES, get_results
 from arm_ray.storage.store import StoredFile
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 # Of one message: large enough for the network, small enough for an object store in use.
 CHUNK_BYTES = 64 << 20
 # Directory of the copies of checkpoints, below the scratch directory.
@@ -121,6 +127,72 @@ class NodeFiles:
         for directory in (root / COPIES, root):
             with contextlib.suppress(OSError):
                 directory.rmdir()
+
+
+class FilesOnNodes:
+    """The `NodeFiles` of all nodes that take part.
+
+    Args:
+        handles: Node -> its actor.
+        needed: Nodes whose files cannot be done without.
+    """
+
+    def __init__(self, handles: Mapping[str, Handle[NodeFiles]], needed: Collection[str]) -> None:
+        self._handles, self._needed = dict(handles), frozenset(needed)
+
+    def __getitem__(self, node: str) -> Handle[NodeFiles]:
+        return self._handles[node]
+
+    @property
+    def nodes(self) -> list[str]:
+        """The nodes that have answered so far."""
+        return list(self._handles)
+
+    def ask(
+        self,
+        method: Callable[Concatenate[NodeFiles, _P], _R],
+        *args: _P.args,
+        **kwargs: _P.kwargs,
+    ) -> dict[str, _R]:
+        """Node -> what it answers; nodes that are gone by now are left out from now on.
+
+        Raises:
+            ShardLostError: A node is gone that cannot be done without.
+        """
+        refs = {node: files.call(method, *args, **kwargs) for node, files in self._handles.items()}
+        answers = {}
+        for node, ref in refs.items():
+            try:
+                [answers[node]] = get_results([ref], NODE_FILES)
+            except ArmRayError:
+                if node in self._needed:
+                    raise
+                del self._handles[node]
+        return answers
+
+    def end(self) -> None:
+        """End the actors."""
+        for files in self._handles.values():
+            files.end()
+
+
+def files_on_nodes(
+    needed: Collection[str], others: Iterable[str], scratch: str | None, name: str
+) -> FilesOnNodes:
+    """Start what serves files, on each node that takes part.
+
+    Args:
+        needed: Ids of nodes whose files cannot be done without.
+        others: Ids of nodes that may have files.
+        scratch: `runtime.scratch`.
+        name: The run's directory below it.
+    """
+    handles = {}
+    for node in dict.fromkeys([*needed, *others]):
+        where = NodeAffinitySchedulingStrategy(node, soft=False)
+        options = {"num_cpus": 0, "max_concurrency": 4, "scheduling_strategy": where}
+        handles[node] = start_actor(options, NodeFiles, scratch, name)
+    return FilesOnNodes(handles, needed)
 
 
 def read_chunks(

@@ -14,19 +14,15 @@ import hashlib
 import json
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
-
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig, state_settings
 from arm_ray.errors import ArmRayError, PlacementError
-from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.calls import NODE_FILES, get_results
-from arm_ray.runtime.cluster.node_files import NodeFiles
+from arm_ray.runtime.cluster.node_files import FilesOnNodes, NodeFiles, files_on_nodes
 from arm_ray.runtime.cluster.nodes import node_names, this_node
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.output.run_directory import RunDirectory
@@ -34,9 +30,6 @@ from arm_ray.runtime.shards.files import RemoteGroup, ShardFiles
 from arm_ray.runtime.shards.layer_shard import LayerShard, call_files
 from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.runtime.shards.spec import ShardSpec
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 class StateStorage:
@@ -131,7 +124,7 @@ class NodeStorage(StateStorage):
         self._settings = config.runtime
         self._name = _scratch_name(run, self._fingerprints, config)
         self._known_nodes = tuple(known_nodes)
-        self._files: dict[str, Handle[NodeFiles]] = {}
+        self._files = FilesOnNodes({}, ())
         self._roots: dict[str, Path] = {}
         self._on_nodes: dict[str, set[tuple[int, int]]] = {}
 
@@ -142,42 +135,17 @@ class NodeStorage(StateStorage):
             NotACheckpointError: A checkpoint is not on a node, and of a format that is not fetched.
             ShardLostError: A node is gone.
         """
-        for node in dict.fromkeys([self._home, *self._gang.nodes, *self._known_nodes]):
-            where = NodeAffinitySchedulingStrategy(node, soft=False)
-            options: dict[str, Any] = {
-                "num_cpus": 0,
-                "max_concurrency": 4,
-                "scheduling_strategy": where,
-            }
-            scratch = self._settings.scratch
-            self._files[node] = start_actor(options, NodeFiles, scratch, self._name)
+        nodes = [self._home, *self._gang.nodes]
+        self._files = files_on_nodes(nodes, self._known_nodes, self._settings.scratch, self._name)
         origin, known = self._files[self._home], self._fingerprints
-        self._roots = self._ask(NodeFiles.ready)
+        self._roots = self._files.ask(NodeFiles.ready)
         get_results(
             [
                 shard.call(LayerShard.use_scratch, self._name, origin, known)
                 for shard in self._gang.actors
             ]
         )
-        self._on_nodes = self._ask(NodeFiles.groups)
-
-    def _ask(
-        self,
-        method: Callable[Concatenate[NodeFiles, _P], _R],
-        *args: _P.args,
-        **kwargs: _P.kwargs,
-    ) -> dict[str, _R]:
-        """Node -> what its `NodeFiles` answers; nodes that are gone by now are left out."""
-        refs = {n: files.call(method, *args, **kwargs) for n, files in self._files.items()}
-        answers = {}
-        for node, ref in refs.items():
-            try:
-                [answers[node]] = get_results([ref], NODE_FILES)
-            except ArmRayError:
-                if node in {self._home, *self._gang.nodes}:
-                    raise
-                del self._files[node]
-        return answers
+        self._on_nodes = self._files.ask(NodeFiles.groups)
 
     @property
     def is_shared(self) -> bool:
@@ -243,7 +211,7 @@ class NodeStorage(StateStorage):
             self._forget(gone)
 
     def _forget(self, iterations: list[int]) -> None:
-        self._ask(NodeFiles.discard, iterations)
+        self._files.ask(NodeFiles.discard, iterations)
         for found in self._on_nodes.values():
             found -= {key for key in found if key[0] in iterations}
 
@@ -282,9 +250,8 @@ class NodeStorage(StateStorage):
         # A complete run has nothing more to lose with a node.
         with contextlib.suppress(ArmRayError):
             if is_complete:
-                self._ask(NodeFiles.remove, list(self._fingerprints.values()))
-        for files in self._files.values():
-            files.end()
+                self._files.ask(NodeFiles.remove, list(self._fingerprints.values()))
+        self._files.end()
 
 
 def _scratch_name(run: RunDirectory, fingerprints: Mapping[str, str], config: MergeConfig) -> str:

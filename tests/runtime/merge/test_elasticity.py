@@ -17,7 +17,7 @@ from arm_ray.errors import PlacementError, ShardLostError
 from arm_ray.events import read_events
 from arm_ray.runtime.cluster import calls
 from arm_ray.runtime.cluster.actors import Handle
-from arm_ray.runtime.cluster.node_files import NodeFiles
+from arm_ray.runtime.cluster.node_files import FilesOnNodes, NodeFiles
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.merge.state_storage import NodeStorage
 from arm_ray.runtime.shards import placement
@@ -50,23 +50,28 @@ def test_a_node_that_is_gone_is_left_out_and_one_with_shards_is_lost(
         return given
 
     monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr(ray, "kill", lambda _actor: None)
     gone = Handle[NodeFiles](Files(ray.exceptions.ActorUnschedulableError("its node is dead")))
-    storage = object.__new__(NodeStorage)
-    storage._home, storage._gang = "home", ShardGang([], "object_store", ["shard"])
-    storage._files = {
-        "home": Handle(Files({(1, 0)})),
-        "shard": Handle(Files(set())),
-        "earlier": gone,
-    }
-    assert storage._ask(NodeFiles.groups) == {"home": {(1, 0)}, "shard": set()}
-    assert list(storage._files) == ["home", "shard"]
-    storage._files["shard"] = gone
+    here, there = Handle[NodeFiles](Files({(1, 0)})), Handle[NodeFiles](Files(set()))
+    files = FilesOnNodes({"home": here, "shard": there, "earlier": gone}, ["home", "shard"])
+    assert files.ask(NodeFiles.groups) == {"home": {(1, 0)}, "shard": set()}
+    assert files.nodes == ["home", "shard"]
+    files = FilesOnNodes({"home": here, "shard": gone}, ["home", "shard"])
     with pytest.raises(ShardLostError, match="what serves a node's files was lost"):
-        storage._ask(NodeFiles.groups)
-    # Of a complete run nothing is lost with the node: it must not begin again.
-    storage._fingerprints = {}
-    storage.close(is_complete=True)
+        files.ask(NodeFiles.groups)
+
+
+def test_of_a_complete_run_nothing_is_lost_with_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not begin again."""
+    asked = []
+
+    def gone(*_: object) -> None:
+        asked.append(True)
+        raise ShardLostError("what serves a node's files was lost")
+
+    monkeypatch.setattr(FilesOnNodes, "ask", gone)
+    storage: Any = SimpleNamespace(_fingerprints={}, _files=FilesOnNodes({}, ()))
+    NodeStorage.close(storage, is_complete=True)
+    assert asked == [True]
 
 
 def test_an_object_store_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
