@@ -23,7 +23,7 @@ import arm_ray
 from arm_ray.checkpoints import states
 from arm_ray.errors import ArmRayError, PlacementError, ShardLostError, TransportError
 from arm_ray.events import RunStarted
-from arm_ray.runtime.cluster.nodes import alive_nodes, view_of_cluster
+from arm_ray.runtime.cluster.nodes import ClusterView, alive_nodes, view_of_cluster
 from arm_ray.runtime.merge.dispatch import Dispatcher
 from arm_ray.runtime.merge.job import MergeJob
 from arm_ray.runtime.merge.partial import PartialMerges
@@ -75,7 +75,8 @@ class MergeController:
 
     Args:
         job: The merge.
-        placement: The first set of shards, as `scaling` has planned it.
+        cluster: What there was when the first set of shards was planned.
+        placement: That set, as `scaling` has planned it.
         recovery: Decides whether it goes on after an error.
         scaling: Decides how many shards there are.
     """
@@ -83,13 +84,14 @@ class MergeController:
     def __init__(
         self,
         job: MergeJob,
+        cluster: ClusterView,
         placement: Placement,
         recovery: RecoveryPolicy,
         scaling: ScalingPolicy,
     ) -> None:
         self._job, self._run = job, job.run
         self._placement, self._recovery, self._scaling = placement, recovery, scaling
-        self._known_nodes = alive_nodes()
+        self._known_nodes = cluster.nodes
         self._shard_nodes: set[str] = set()
         self._partial = PartialMerges()
         self._is_first = True

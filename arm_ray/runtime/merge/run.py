@@ -148,7 +148,8 @@ def _merge_on_ray(
     reporter: Reporter,
     scaling: ScalingPolicy,
 ) -> Ending:
-    placement = scaling.first(view_of_cluster())
+    cluster = view_of_cluster()
+    placement = scaling.first(cluster)
     if method.needs_forward:
         config, inputs = _with_compute_dtype(config, inputs, run, placement.device, reporter)
     check_memory(config, method, inputs, placement)
@@ -158,7 +159,7 @@ def _merge_on_ray(
     with scored as scoring:
         job = MergeJob(config, method, inputs, run, stream, scoring, reporter, stop_after)
         recovery = RecoveryPolicy(config.runtime.max_recoveries, config.runtime.transport)
-        return MergeController(job, placement, recovery, scaling).run()
+        return MergeController(job, cluster, placement, recovery, scaling).run()
 
 
 def _with_compute_dtype(
