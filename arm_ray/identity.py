@@ -83,7 +83,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in dict.fromkeys([*before, *after])
-        if before.get(key, ...) != after.get(key, ...)
+        # A key that is absent is as one that is null.
+        if before.get(key) != after.get(key)
     ]
 
 

@@ -60,6 +60,49 @@ class Handle(Generic[A]):
             ray.kill(self.actor)
 
 
+class LocalResult(Generic[R]):
+    """Stands for the reference to a call that was made in this process, and is over.
+
+    Attributes:
+        value: What it returned.
+        error: What it raised; None: nothing.
+    """
+
+    def __init__(self, call: Callable[[], R]) -> None:
+        self.error: Exception | None = None
+        try:
+            self.value = call()
+        except Exception as error:  # raised by whoever waits for it, as from an actor
+            self.error = error
+
+
+class LocalHandle(Handle[A]):
+    """The handle of an object in this process: its calls are over when they return.
+
+    Only `get_results` takes what they return: it is no reference of Ray's.
+    """
+
+    def call(
+        self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> ObjectRef[R]:
+        """Make a call."""
+        own: Callable[P, R] = getattr(self.actor, method.__name__)
+        return cast("ObjectRef[R]", LocalResult(lambda: own(*args, **kwargs)))
+
+    def call_with(
+        self,
+        options: Mapping[str, Any],  # noqa: ARG002 - of the class above
+        method: Callable[Concatenate[A, P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> ObjectRef[R]:
+        """The same: there is nothing that options could change."""
+        return self.call(method, *args, **kwargs)
+
+    def end(self) -> None:
+        """Nothing to end."""
+
+
 def start_actor(
     options: Mapping[str, Any], kind: Callable[P, A], *args: P.args, **kwargs: P.kwargs
 ) -> Handle[A]:

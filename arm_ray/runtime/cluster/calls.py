@@ -19,6 +19,7 @@ from arm_ray.errors import (
     WorkerError,
     is_disk_full,
 )
+from arm_ray.runtime.cluster.actors import LocalResult
 
 
 def _kinds(*names: str) -> tuple[type[Exception], ...]:
@@ -106,6 +107,8 @@ def get_results(
         WorkerError: Of the kind `callee.lost`, an actor was lost, or what it held; otherwise, one
             failed unexpectedly, or gave no answer in time.
     """
+    if refs and isinstance(refs[0], LocalResult):
+        return [_local(ref, callee) for ref in refs]
     try:
         return list(ray.get(list(refs), timeout=timeout_s))
     except exceptions.RayTaskError as error:
@@ -180,13 +183,24 @@ def _of_task(error: exceptions.RayTaskError, callee: Callee) -> Exception:
     while isinstance(cause, exceptions.RayTaskError):
         # What the call was given is what another one raised.
         cause = cause.cause
-    if isinstance(cause, ArmRayError):
-        return cause
     if callee.sends_tensors and isinstance(cause, TimeoutError):
         return _not_delivered(cause)
     if isinstance(cause, exceptions.RayError):
         # What the call was given was on another actor, or its node.
         return _of_ray(cause, callee, _place(error))
+    return _of_cause(cause or error, callee, _place(error))
+
+
+def _local(ref: Any, callee: Callee) -> Any:
+    if ref.error is not None:
+        raise _of_cause(ref.error, callee, None) from ref.error
+    return ref.value
+
+
+def _of_cause(cause: BaseException, callee: Callee, place: str | None) -> Exception:
+    """What to raise for what a call itself raised."""
+    if isinstance(cause, ArmRayError):
+        return cause
     if isinstance(cause, OSError) and is_disk_full(cause):
         if callee.counts_room:
             return cause
@@ -201,7 +215,7 @@ def _of_task(error: exceptions.RayTaskError, callee: Callee) -> Exception:
             got=cause,
             hint="check the disk; run the same command again to go on",
         )
-    return _unexpected(cause or error, callee, _place(error))
+    return _unexpected(cause, callee, place)
 
 
 def _of_ray(error: Exception, callee: Callee, place: str | None = None) -> Exception:

@@ -60,6 +60,12 @@ def outliving(path: str | Path, key: str = "output") -> Path:
     return expanded
 
 
+def is_up_or_named(address: str | None) -> bool:
+    """Whether Ray runs already, or a cluster is named that is to be joined."""
+    is_named = bool(address or os.environ.get("RAY_ADDRESS")) or in_submitted_job()
+    return is_named or _kept is not None or bool(ray.is_initialized())
+
+
 @contextlib.contextmanager
 def ray_session(
     address: str | None, cpu_slots: int, about: Mapping[str, str] | None = None

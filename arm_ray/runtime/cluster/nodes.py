@@ -29,6 +29,10 @@ class ClusterView:
         )
 
 
+# Where no cluster is joined.
+THIS_PROCESS = ClusterView(frozenset(), {}, {})
+
+
 def view_of_cluster() -> ClusterView:
     """The cluster that this process has joined, as it is now."""
     return ClusterView(alive_nodes(), ray.cluster_resources(), ray.available_resources())
@@ -46,7 +50,7 @@ def this_node() -> str:
 
 def node_names(ids: Sequence[str]) -> list[str]:
     """Addresses and host names of nodes, by Ray's ids."""
-    known = {node["NodeID"]: node for node in ray.nodes()}
+    known = {node["NodeID"]: node for node in ray.nodes()} if ray.is_initialized() else {}
     return [
         f"{known[i]['NodeManagerHostname']} ({known[i]['NodeManagerAddress']})" if i in known else i
         for i in ids

@@ -37,6 +37,7 @@ from arm_ray.runtime.shards.placement import (
     Placement,
     ShardGang,
     check_object_store,
+    placed_here,
     placed_shards,
 )
 from arm_ray.schedule import iterations_needed_after
@@ -125,8 +126,9 @@ class MergeController:
         runtime = job.config.runtime.model_copy(update={"transport": self._recovery.transport})
         specs = shard_specs(job.config, job.method, job.inputs, self._run.path, placement)
         self.stage = Stage.PLACING
+        place = placed_here if placement.is_here else placed_shards
         with (
-            placed_shards(specs, runtime, placement, job.reporter, self._has_shrunk) as gang,
+            place(specs, runtime, placement, job.reporter, self._has_shrunk) as gang,
             storage_of(
                 job.config, self._run, job.inputs, gang, specs, self._shard_nodes
             ) as storage,
@@ -193,7 +195,7 @@ class MergeController:
 
     def _has_grown(self) -> bool:
         # Asked between all iterations: the resources only where there are new nodes.
-        if not alive_nodes() - self._known_nodes:
+        if self._placement.is_here or not alive_nodes() - self._known_nodes:
             return False
         return self._scaling.has_grown(view_of_cluster(), self._known_nodes, self._placement)
 

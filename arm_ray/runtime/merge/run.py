@@ -21,8 +21,8 @@ from arm_ray.evaluation.tasks import Task
 from arm_ray.events import RunFailed, RunFinished, read_events
 from arm_ray.merging.method import Method, open_method
 from arm_ray.report.trackers import check_installed
-from arm_ray.runtime.cluster.joining import outliving, ray_session
-from arm_ray.runtime.cluster.nodes import alive_nodes, view_of_cluster
+from arm_ray.runtime.cluster.joining import is_up_or_named, outliving, ray_session
+from arm_ray.runtime.cluster.nodes import THIS_PROCESS, alive_nodes, view_of_cluster
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.merge.controller import Ending, MergeController
 from arm_ray.runtime.merge.job import MergeJob
@@ -41,7 +41,7 @@ from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import cosine_text, duration, print_summary
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
-from arm_ray.runtime.shards.placement import local_slots
+from arm_ray.runtime.shards.placement import Placement, local_slots
 from arm_ray.schedule import merge_sizes
 from arm_ray.storage.urls import is_url
 
@@ -104,13 +104,16 @@ def merge(
             reporter.say(f"This run is complete: {run.model_name}")
             return MergeOutcome(run.path, run.model, run.last_iteration, "complete")
         reporter = reporter.with_events(run.events)
+        here = needs_no_ray(config, method, address)
         needs = _space_needs(config, inputs)
         run.check_disk_space(needs)
         with (
             heartbeat(reporter.console),
             activity("merging"),
             _failures_recorded(run, needs),
-            ray_session(
+            nullcontext()
+            if here
+            else ray_session(
                 address,
                 local_slots(config.runtime, len(inputs.layout.groups))
                 + local_evaluator_slots(config.evaluation),
@@ -125,10 +128,9 @@ def merge(
                 parameters=config.model_dump(mode="json", exclude={"tracking"}),
             ),
         ):
-            taken = _sum_of(reserved or {}, reserved_resources(config))
-            scaling = ScalingPolicy(config.runtime, len(inputs.layout.groups), taken)
-            ending = _merge_on_ray(
-                config, method, inputs, run, tasks, stop_after, reporter, scaling
+            taken = _sum_of(reserved or {}, {} if here else reserved_resources(config))
+            ending = _merge(
+                config, method, inputs, run, tasks, stop_after, reporter, taken, is_here=here
             )
             seconds = time.monotonic() - started
             reporter.write(
@@ -138,7 +140,32 @@ def merge(
             return MergeOutcome(run.path, ending.model, run.last_iteration, ending.reason)
 
 
-def _merge_on_ray(
+def needs_no_ray(config: MergeConfig, method: Method, address: str | None) -> bool:
+    """Whether a merge is made in this process: one pass over the weights, and no cluster is named.
+
+    Starting Ray and an actor would take longer than most such merges. The bits are the same.
+
+    Args:
+        config: The configuration.
+        method: How states are merged.
+        address: Of a cluster; None: none is given.
+    """
+    runtime = config.runtime
+    asks_for_actors = (
+        runtime.layer_shards not in ("auto", 1)
+        or runtime.storage == "per_node"
+        or bool(runtime.resources)
+        or runtime.memory_gb is not None
+        or runtime.niceness > 0
+        or bool(runtime.gpus_per_shard != "auto" and runtime.gpus_per_shard)
+    )
+    on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
+    if method.needs_forward or config.evaluation is not None or asks_for_actors or on_gpu:
+        return False
+    return not is_up_or_named(address)
+
+
+def _merge(
     config: MergeConfig,
     method: Method,
     inputs: MergeInputs,
@@ -146,10 +173,13 @@ def _merge_on_ray(
     tasks: list[Task],
     stop_after: int | None,
     reporter: Reporter,
-    scaling: ScalingPolicy,
+    reserved: Mapping[str, float],
+    *,
+    is_here: bool,
 ) -> Ending:
-    cluster = view_of_cluster()
-    placement = scaling.first(cluster)
+    scaling = ScalingPolicy(config.runtime, len(inputs.layout.groups), reserved)
+    cluster = THIS_PROCESS if is_here else view_of_cluster()
+    placement = Placement(1, "cpu", is_here=True) if is_here else scaling.first(cluster)
     if method.needs_forward:
         config, inputs = _with_compute_dtype(config, inputs, run, placement.device, reporter)
     check_memory(config, method, inputs, placement)

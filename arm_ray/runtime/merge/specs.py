@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from arm_ray.config import MergeConfig
@@ -50,6 +51,8 @@ def shard_specs(
             disk_bytes_per_s=None if rate is None else rate * 1e6 / len(ranges),
             scratch=config.runtime.scratch,
             niceness=config.runtime.niceness,
+            # There is one shard for all cores.
+            workers=os.cpu_count() if placement.is_here else None,
         )
         for groups in ranges
     ]

@@ -302,7 +302,7 @@ def storage_of(
             hint="mount it there, or set runtime.storage to per_node",
         )
     absent = get_results([call_files(shard, ShardFiles.missing) for shard in gang.actors])
-    for node, missing in zip(gang.nodes, absent, strict=True):
+    for node, missing in zip(gang.nodes or ["this process"], absent, strict=True):
         if missing:
             raise PlacementError(
                 "a node does not have the model files",
@@ -320,6 +320,8 @@ def storage_of(
 
 def _blind(run: RunDirectory, gang: ShardGang) -> list[str]:
     """Nodes with shards that do not see the run directory."""
+    if not gang.nodes:
+        return []
     home = this_node()
     asked = {node: a for node, a in zip(gang.nodes, gang.actors, strict=True) if node != home}
     if not asked:

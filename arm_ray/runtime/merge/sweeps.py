@@ -101,6 +101,7 @@ class Sweep(ABC):
         """Wait for an iteration, publish its state and write it down."""
         self._watch(flight)
         reports = [report for report in get_results(flight.merges) if report is not None]
+        assert len(reports) == self._job.num_groups, "an abandoned iteration is not finished"
         manifest = _manifest(flight.plan, reports)
         self._publisher.publish(manifest)
         self._parts.partial.forget(manifest.iteration)

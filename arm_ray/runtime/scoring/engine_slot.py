@@ -60,23 +60,35 @@ class EngineSlot:
 
         Raises:
             EvaluationError: Not even a fresh engine takes them in.
-            WorkerError: Even the fresh one is lost.
+            WorkerError: The engine was lost.
         """
         if self._loaded == subject.name:
             return None
         if self._kind != engine_kind(subject.source.path, subject.tokenizer):
             self.restart(subject)
-        # What a failed reload leaves behind is a mixture: nothing to go on with.
-        self._loaded = None
         try:
-            report = self._load(subject)
-        except (EvaluationError, WorkerError) as error:
-            self._reporter.say(
-                f"{subject.name}: reloading failed, starting the engine anew: {error}"
-            )
-            self.restart(subject)
-            report = self._load(subject)
+            return self._take_in(subject)
+        except EvaluationError as error:
+            return self._take_in_anew(subject, error)
+
+    def load_even_if_lost(self, subject: Subject) -> LoadReport | None:
+        """The same; an engine that is lost meanwhile is started anew, once."""
+        try:
+            return self.load(subject)
+        except WorkerError as error:
+            return self._take_in_anew(subject, error)
+
+    def _take_in_anew(self, subject: Subject, error: Exception) -> LoadReport:
+        self._reporter.say(f"{subject.name}: reloading failed, starting the engine anew: {error}")
+        self.restart(subject)
+        return self._take_in(subject)
+
+    def _take_in(self, subject: Subject) -> LoadReport:
+        # What a failed reload leaves behind is a mixture: nothing to go on with.
+        self._loaded = self._kind = None
+        report = self._load(subject)
         self._loaded = subject.name
+        self._kind = engine_kind(subject.source.path, subject.tokenizer)
         return report
 
     def restart(self, subject: Subject) -> None:
@@ -109,7 +121,7 @@ class EngineSlot:
             try:
                 if attempt > 1:
                     self.restart(subject)
-                    self.load(subject)
+                    self._take_in(subject)
                 return self._get(self.engine.call(method, *args, **kwargs))
             except WorkerError:
                 if attempt == ATTEMPTS:

@@ -150,7 +150,7 @@ def evaluate_lm_eval(
                 slot = EngineSlot(gang, 0, first, limit, reporter, Calls())
                 for subject in missing:
                     try:
-                        report = slot.load(subject)
+                        report = slot.load_even_if_lost(subject)
                     except (EvaluationError, WorkerError) as error:
                         failures.append(error.of(subject.name))
                         reporter.say(f"{subject.name}: not scored, its weights cannot be loaded")
@@ -410,6 +410,8 @@ def open_lm_eval(options: LmEvalOptions) -> OpenTasks:
         EvaluationError: lm_eval is missing, or a task cannot be used.
     """
     try:
+        # Both are needed, and what is missing is said before an engine runs.
+        from arm_ray.evaluation import lm_eval_bridge  # noqa: F401
         from arm_ray.evaluation.lm_eval_tasks import open_tasks
     except ImportError as error:
         raise EvaluationError(

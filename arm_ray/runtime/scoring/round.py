@@ -108,6 +108,7 @@ class Round:
             EvaluationError: Not even a fresh engine takes the weights in.
         """
         while self._waiting or self._generating or self._grading:
+            self._calls.check()
             self._hand_out()
             for ref in self._calls.done([*self._generating, *self._grading]):
                 take = self._take_completions if ref in self._generating else self._take_verdicts

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.util.metrics import Counter, Gauge
 
 from arm_ray.config import TrackingConfig
@@ -144,7 +145,7 @@ class Telemetry:
     """All that listens to one run.
 
     Args:
-        metrics: Of Ray.
+        metrics: Of Ray; None where it is not up.
         trackers: The others.
         history: What happened in the run before.
         failed: Called with a sentence when one of them is left out.
@@ -152,13 +153,12 @@ class Telemetry:
 
     def __init__(
         self,
-        metrics: RayMetrics,
+        metrics: RayMetrics | None,
         trackers: Sequence[Tracker],
         history: Sequence[Record],
         failed: Callable[[str], None],
     ) -> None:
-        self._metrics: RayMetrics | None = metrics
-        self._opened = metrics
+        self._metrics = self._opened = metrics
         self._failed = failed
         self._feeders = [_Feeder(tracker, history, failed) for tracker in trackers]
 
@@ -180,7 +180,8 @@ class Telemetry:
         end = time.monotonic() + (_STOP_S if ending == "stopped" else _CLOSE_S)
         for feeder in self._feeders:
             feeder.wait(end - time.monotonic())
-        self._opened.close()
+        if self._opened is not None:
+            self._opened.close()
 
 
 @contextlib.contextmanager
@@ -194,7 +195,7 @@ def telemetry(
     parameters: Mapping[str, Any] | None = None,
     history: Sequence[Record] | None = None,
 ) -> Iterator[Telemetry]:
-    """Have Ray's metrics and the trackers follow an event log. Ray has to be up.
+    """Have Ray's metrics, where Ray is up, and the trackers follow an event log.
 
     Args:
         reporter: It has the log; told when one of them is left out.
@@ -217,7 +218,8 @@ def telemetry(
         tracked = TrackedRun(directory, run, digest.hexdigest()[:16], keys)
         trackers = make_trackers(settings, tracked)
 
-    listening = Telemetry(RayMetrics(run, history), trackers, history, reporter.warn)
+    metrics = RayMetrics(run, history) if ray.is_initialized() else None
+    listening = Telemetry(metrics, trackers, history, reporter.warn)
     events.subscribe(listening.take)
     ending: Ending = "stopped"
     try:

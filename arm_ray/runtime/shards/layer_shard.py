@@ -54,7 +54,7 @@ class LayerShard:
             os.nice(spec.niceness)
         self._device = torch.device(spec.device)
         self._disk, self._meter = RateLimit(spec.disk_bytes_per_s), Meter()
-        self._workers = Workers(spec.threads, self._device)
+        self._workers = Workers(spec.workers or spec.threads, self._device)
         self._behind, self._flushes = WriteBehind(self._device), Flushes()
         self._open(ShardFiles(spec, self._meter, self._disk))
         self._runners: dict[int, GroupRunner] = {}

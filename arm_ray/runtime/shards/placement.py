@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -19,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError
 from arm_ray.model.partition import choose_num_shards
-from arm_ray.runtime.cluster.actors import Handle, start_actor
+from arm_ray.runtime.cluster.actors import Handle, LocalHandle, start_actor
 from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.cluster.nodes import (
     ClusterView,
@@ -43,11 +44,19 @@ _PLACEMENT_POLL_S = 2.0
 
 @dataclass(frozen=True)
 class Placement:
-    """How many shards there are, on what device, and the GPUs reserved for each."""
+    """How many shards there are, on what device, and the GPUs reserved for each.
+
+    Attributes:
+        num_shards: How many.
+        device: `cpu` or `cuda`.
+        gpus_per_shard: GPUs that Ray reserves for each.
+        is_here: Whether the only one is in this process, and Ray is not needed.
+    """
 
     num_shards: int
     device: str
     gpus_per_shard: float = 0.0
+    is_here: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class ShardGang:
     Attributes:
         actors: Their handles.
         transport: How they send.
-        nodes: Ray's id of the node that each is on.
+        nodes: Ray's id of the node that each is on; empty where they are in this process.
     """
 
     actors: list[Handle[LayerShard]]
@@ -230,6 +239,20 @@ def placed_shards(
         _end(actors)
         with contextlib.suppress(RayError):
             remove_placement_group(group)
+
+
+@contextlib.contextmanager
+def placed_here(
+    specs: Sequence[ShardSpec], *_others: object, **_more: object
+) -> Iterator[ShardGang]:
+    """Have the shards in this process; otherwise as `placed_shards`."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        shards: list[Handle[LayerShard]] = [LocalHandle(LayerShard(spec)) for spec in specs]
+        yield ShardGang(shards, "object_store", [])
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 def _end(actors: Sequence[Handle[LayerShard]]) -> None:

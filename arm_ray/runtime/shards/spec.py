@@ -39,6 +39,8 @@ class ShardSpec:
         disk_bytes_per_s: Most that the shard reads and writes in a second; None: no limit.
         scratch: `runtime.scratch`.
         niceness: `runtime.niceness`.
+        workers: Threads that work on pieces of tensors side by side, each with one thread to
+            itself, which changes no bits; None: as many as `threads`.
     """
 
     layout: ModelLayout
@@ -56,6 +58,7 @@ class ShardSpec:
     disk_bytes_per_s: float | None = None
     scratch: str | None = None
     niceness: int = 0
+    workers: int | None = None
 
     @property
     def num_candidates(self) -> int:

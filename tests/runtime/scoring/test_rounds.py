@@ -112,6 +112,9 @@ class FakeGang:
         return Handle(FakeActor(self.log, f"grader {index}", usual))
 
     def start_engine(self, index: int, _model: str, _tokenizer: str) -> Handle[Any]:
+        return self.fresh_engine(index, _model, _tokenizer)
+
+    def fresh_engine(self, index: int, _model: str, _tokenizer: str) -> Handle[Any]:
         self.log.append(f"start engine {index}")
         self.engines[index] = self._engine(index)
         return self.engines[index]
@@ -283,7 +286,7 @@ def test_after_a_failed_reload_a_fresh_engine_is_loaded(tmp_path: Path, error: E
     rig = Rig(tmp_path)
     [slot] = rig.slots
     rig.gang.engines[0].actor.next["load"] = deque([error])
-    assert slot.load(rig.subject) == REPORT
+    assert slot.load_even_if_lost(rig.subject) == REPORT
     expected = ["engine 0.load", "start engine 0", "engine 0.ready", "engine 0.load"]
     assert rig.gang.log == expected
     assert "model: reloading failed, starting the engine anew" in rig.said()
@@ -304,9 +307,22 @@ def test_weights_that_not_even_a_fresh_engine_takes_in(tmp_path: Path) -> None:
     start(0, "", "")
     with pytest.raises(EvaluationError, match="no such tensor"):
         slot.load(rig.subject)
-    # What is there now is nothing to go on with: the next load starts from the weights again.
+    # What is there now is nothing to go on with: the next load begins with a fresh engine.
     rig.gang.engines[0].actor.next.clear()
+    rig.gang.start_engine = rig.gang.fresh_engine  # type: ignore[method-assign]
+    rig.gang.log.clear()
     assert slot.load(rig.subject) == REPORT
+    assert rig.gang.log == ["start engine 0", "engine 0.ready", "engine 0.load"]
+
+
+def test_an_engine_that_is_lost_while_it_loads_counts_as_lost_over_the_chunk(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(tmp_path)
+    rig.gang.engines[0].actor.next["load"] = deque([LOST])
+    assert {s.task for s in rig.round().run()} == {"held", "sums"}
+    assert rig.gang.log.count("start engine 0") == 1
+    assert "model: an evaluator failed, starting it anew" in rig.said()
 
 
 def test_waiting_for_an_engine_can_be_interrupted(tmp_path: Path) -> None:

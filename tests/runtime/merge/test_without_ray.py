@@ -1,0 +1,189 @@
+"""Merges of one pass over the weights, in the process that asks for them."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from arm_ray.checkpoints.huggingface import SINGLE_NAME
+from arm_ray.errors import CorruptCheckpointError, WorkerError
+from arm_ray.events import read_events
+from arm_ray.merging.method import open_method
+from arm_ray.runtime.cluster.actors import LocalHandle
+from arm_ray.runtime.cluster.calls import NODE_FILES, SHARD, get_results
+from arm_ray.runtime.merge import run as module
+from arm_ray.runtime.merge.run import MergeOutcome, merge, needs_no_ray
+from tests.builders.checkpoints import assert_same_bits, load_all
+from tests.builders.merge_case import MergeCase
+from tests.builders.paths import ROOT
+
+LINEAR = "method.operator=task_arithmetic"
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not joined Ray, and cannot."""
+
+    @contextlib.contextmanager
+    def refuse(*_: object) -> Iterator[None]:
+        raise AssertionError("Ray is started")
+        yield
+
+    monkeypatch.setattr(module, "is_up_or_named", lambda _address: False)
+    monkeypatch.setattr(module, "ray_session", refuse)
+    for name in ("get", "put", "wait", "nodes", "cluster_resources", "available_resources"):
+        monkeypatch.setattr(f"ray.{name}", refuse)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
+def run(case: MergeCase, *overrides: str, output: str = "run", **options: Any) -> MergeOutcome:
+    return merge(case.config(*overrides, output=output), console=Console(quiet=True), **options)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (LINEAR, "keep_states=none"),
+        (LINEAR, "keep_states=all", "runtime.threads=2"),
+        ("method.operator=ties",),
+        ("method.operator=dare", "runtime.layer_shards=auto"),
+        (
+            "method.operator=slerp",
+            "schedule.anchor_iterations=1",
+            "schedule.max_iterations=1",
+            "schedule.window_size=2",
+        ),
+    ],
+    ids=lambda given: given[0].split("=")[1] + f"-{len(given)}",
+)
+def test_the_bits_are_those_of_actors(
+    case: MergeCase, request: pytest.FixtureRequest, overrides: tuple[str, ...]
+) -> None:
+    case.make()
+    request.getfixturevalue("local_ray")
+    request.getfixturevalue("shards_in_process")
+    expected = run(case, *overrides, output="actors")
+    request.getfixturevalue("no_ray")
+    torch.set_num_threads(2)
+    found = run(case, *overrides)
+    assert expected.model is not None
+    assert found.model is not None
+    assert_same_bits(load_all(expected.model), load_all(found.model))
+    states = [sorted(p.name for p in (o.run / "states").glob("*")) for o in (expected, found)]
+    assert states[0] == states[1]
+    assert torch.get_num_threads() == 2
+    names = [e["event"] for e in read_events(found.run / "events.jsonl")]
+    assert names == [e["event"] for e in read_events(expected.run / "events.jsonl")]
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_it_is_halted_and_gone_on_with(case: MergeCase) -> None:
+    case.make()
+    whole = run(case, LINEAR, output="whole")
+    assert run(case, LINEAR, stop_after=2).reason == "stop_after"
+    again = run(case, LINEAR)
+    assert whole.model is not None
+    assert again.model is not None
+    assert_same_bits(load_all(whole.model), load_all(again.model))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_errors_are_those_of_actors(case: MergeCase) -> None:
+    case.make()
+    file = case.candidates[0] / SINGLE_NAME
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CorruptCheckpointError, match="holds") as caught:
+        run(case, LINEAR, output="nan")
+    assert caught.value.subject == "candidate-1"
+    events = read_events(case.root / "nan" / "events.jsonl")
+    assert events[-1]["event"] == "run_failed"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([LINEAR], True),
+        ([LINEAR, "runtime.layer_shards=auto"], True),
+        (["method.operator=ties", "runtime.device=cpu"], True),
+        ([], False),
+        (["method.operator=aim"], False),
+        ([LINEAR, "runtime.layer_shards=2"], False),
+        ([LINEAR, "runtime.memory_gb=4.0"], False),
+        ([LINEAR, "runtime.niceness=4"], False),
+        ([LINEAR, "runtime.storage=per_node"], False),
+        ([LINEAR, "runtime.resources={merger: 1.0}"], False),
+        ([LINEAR, "runtime.device=cuda"], False),
+        ([LINEAR, "evaluation={tasks: [gsm8k]}"], False),
+    ],
+)
+def test_what_asks_for_actors_gets_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], expected: bool
+) -> None:
+    monkeypatch.setattr(module, "is_up_or_named", lambda address: address is not None)
+    case = MergeCase(tmp_path)
+    case.candidates = [tmp_path / "a", tmp_path / "b"]
+    config = case.config(*overrides)
+    method = open_method(config.method, 2)
+    assert needs_no_ray(config, method, None) is expected
+    assert not needs_no_ray(config, method, "ray://host")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert needs_no_ray(config, method, None) is (expected and "runtime.device=cpu" in overrides)
+
+
+class Broken:
+    """What a call may raise."""
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "text"),
+    [
+        (CorruptCheckpointError("damaged"), CorruptCheckpointError, "damaged"),
+        (OSError(28, "No space left on device"), OSError, "No space left"),
+        (OSError(5, "Input/output error"), WorkerError, "cannot read or write a file"),
+        (ValueError("odd"), WorkerError, "ValueError: odd"),
+    ],
+)
+def test_a_call_in_this_process_raises_what_an_actor_s_would(
+    error: Exception, raised: type[Exception], text: str
+) -> None:
+    handle = LocalHandle[Broken](Broken())
+    ref = handle.call(Broken.fail, error)
+    for callee in (SHARD, NODE_FILES):
+        with pytest.raises(raised, match=text):
+            get_results([ref], callee)
+
+
+def test_the_command_starts_no_ray(case: MergeCase, tmp_path: Path) -> None:
+    case.make()
+    content = {**case.content(), "method": {"operator": "task_arithmetic"}}
+    file = tmp_path / "merge.yaml"
+    file.write_text(yaml.safe_dump(content))
+    program = (
+        "import sys, ray\n"
+        "def init(*_, **__): raise AssertionError('Ray is started')\n"
+        "ray.init = init\n"
+        "from arm_ray.cli import main\n"
+        "sys.exit(main(['merge', sys.argv[1]]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(file)],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (case.root / "run" / "model" / SINGLE_NAME).is_file()
