@@ -76,7 +76,8 @@ def merge(
 
     Args:
         config: The configuration.
-        address: Address of a Ray cluster; None takes RAY_ADDRESS, and without that a local Ray.
+        address: Address of a Ray cluster; None takes RAY_ADDRESS, and without that a local Ray, or
+            none where the merge does not need it (`needs_no_ray`).
         stop_after: Halt after this iteration; the same call without it goes on.
         console: Where progress and the summary go; None: standard error.
         reserved: Resources of the cluster that others have taken, besides its own evaluators.
