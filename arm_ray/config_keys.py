@@ -27,10 +27,18 @@ from pydantic_core import PydanticUndefined
 from arm_ray.config import EvaluateConfig, MergeConfig
 from arm_ray.errors import ConfigError
 from arm_ray.following.config import AttachConfig
+from arm_ray.identity import decides
 from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
 from arm_ray.training.config import GrpoConfig, SftConfig
 from arm_ray.training.pipeline import PipelineConfig
 
+# Of the runs that go on where they were stopped: what a key decides, in words.
+_DECIDES: Mapping[str, str] = {
+    "result": "the result: a run that has begun does not go on with another value",
+    "model": "what is published: it may change until that is done",
+    "nothing": "nothing of the result: it may change whenever a run goes on",
+}
+_RESUMED = ("arm-ray merge", "arm-ray attach", "jobs.sft", "jobs.grpo")
 # What reads a configuration file -> what the file holds.
 READERS: Mapping[str, type[BaseModel]] = {
     "arm-ray merge": MergeConfig,
@@ -65,6 +73,7 @@ class Key:
         owner: The class that declares it.
         is_section: Whether it holds keys of its own.
         readers: What reads it: commands, jobs, and operators of `method`.
+        decides: What it has an influence on, where a run may go on with another value; else empty.
     """
 
     name: str
@@ -74,6 +83,7 @@ class Key:
     owner: type[Any]
     is_section: bool
     readers: tuple[str, ...]
+    decides: str = ""
 
     @property
     def section(self) -> str:
@@ -86,9 +96,13 @@ def all_keys() -> list[Key]:
     merged: dict[tuple[str, type[Any]], Key] = {}
     for reader, model in READERS.items():
         for key in _keys_of(model, "", reader):
+            if reader in _RESUMED:
+                path = key.name.replace("[]", "").split(".")
+                key = dataclasses.replace(key, decides=decides(model, path))
             known = merged.get((key.name, key.owner))
             readers = key.readers if known is None else (*known.readers, *key.readers)
-            merged[key.name, key.owner] = dataclasses.replace(key, readers=readers)
+            first = key if known is None else known
+            merged[key.name, key.owner] = dataclasses.replace(first, readers=readers)
     return [_with_operators(key) for key in merged.values()]
 
 
@@ -121,6 +135,8 @@ def describe(keys: Sequence[Key]) -> str:
     for key in keys:
         lines = [key.name, *_indented(key.meaning)]
         lines += _indented(f"takes: {key.takes}")
+        if key.decides and not key.is_section:
+            lines += _indented(f"decides: {_DECIDES[key.decides]}")
         shown = "none, it must be given" if key.default is None else key.default
         lines += _indented(f"default: {shown}")
         lines += _indented(f"read by: {', '.join(key.readers)}")

@@ -11,7 +11,7 @@ A field without a mark decides the result. Others say so where they are declared
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -66,6 +66,26 @@ def identity(
         elif decides.what in counts:
             found[key] = value
     return found
+
+
+def decides(section: type, path: Sequence[str]) -> Literal["result", "model", "nothing"]:
+    """What a key has an influence on; see `Decides.what`.
+
+    Args:
+        section: The class of the section that the path begins in.
+        path: Names of the sections around the key, and its own.
+    """
+    name, *rest = path
+    hint = get_type_hints(section, include_extras=True).get(name)
+    mark, inner = _mark(hint), _section(hint)
+    default: Decides = getattr(section, _DEFAULT, RESULT)
+    own = mark or default
+    if rest and (own.only or own.but):
+        counts = (not own.only or rest[0] in own.only) and rest[0] not in own.but
+        return own.what if counts else NOTHING.what
+    if rest and inner is not None and own is RESULT:
+        return decides(inner, rest)
+    return own.what
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -51,6 +51,31 @@ def test_a_key_in_full() -> None:
     assert len(find_keys("runtime.device")) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("schedule.window_size", "result"),
+        ("runtime.threads", "result"),
+        ("runtime.lookahead", "nothing"),
+        ("output_format", "model"),
+        ("evaluation.select.by", "model"),
+        ("evaluation.every", "nothing"),
+        ("run.kind", "result"),
+        ("run.poll_s", "nothing"),
+        ("learning_rate", "result"),
+        ("log_every", "nothing"),
+        ("models", ""),
+    ],
+)
+def test_what_a_key_decides(name: str, expected: str) -> None:
+    assert find_keys(name)[0].decides == expected
+
+
+def test_what_a_key_decides_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "runtime.lookahead"]) == 0
+    assert "decides: nothing of the result: it may change" in capsys.readouterr().out
+
+
 def test_a_section_comes_with_its_keys() -> None:
     found = [key.name for key in find_keys("evaluation.select")]
     assert found == [
