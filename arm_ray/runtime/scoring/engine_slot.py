@@ -84,11 +84,11 @@ class EngineSlot:
         return self._take_in(subject)
 
     def _take_in(self, subject: Subject) -> LoadReport:
+        """Load a model of the engine's kind."""
         # What a failed reload leaves behind is a mixture: nothing to go on with.
-        self._loaded = self._kind = None
+        kind, self._loaded, self._kind = self._kind, None, None
         report = self._load(subject)
-        self._loaded = subject.name
-        self._kind = engine_kind(subject.source.path, subject.tokenizer)
+        self._loaded, self._kind = subject.name, kind
         return report
 
     def restart(self, subject: Subject) -> None:
