@@ -27,7 +27,7 @@ from pydantic_core import PydanticUndefined
 from arm_ray.config import EvaluateConfig, MergeConfig
 from arm_ray.errors import ConfigError
 from arm_ray.following.config import AttachConfig
-from arm_ray.identity import decides
+from arm_ray.identity import decides, section_in
 from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
 from arm_ray.training.config import GrpoConfig, SftConfig
 from arm_ray.training.pipeline import PipelineConfig
@@ -209,7 +209,7 @@ def _indented(text: str) -> list[str]:
 def _keys_of(owner: type[Any], prefix: str, reader: str) -> Iterator[Key]:
     texts = field_texts(owner)
     for name, (annotation, default) in _fields(owner).items():
-        inner = _section_in(annotation)
+        inner = section_in(annotation)
         meaning = texts.get(name) or (inspect.getdoc(inner) if inner else None) or ""
         full = f"{prefix}{name}"
         yield Key(
@@ -302,17 +302,6 @@ def _limits(limit: Any) -> list[str]:
         if isinstance(limit, kind):
             return [f"{sign} {getattr(limit, kind.__name__.lower()):g}"]
     return []
-
-
-def _section_in(annotation: Any) -> type[Any] | None:
-    """The class of a section that a field holds, perhaps among other things."""
-    if isinstance(annotation, type) and get_origin(annotation) is None:
-        is_section = issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)
-        return annotation if is_section else None
-    parts = get_args(annotation)
-    if get_origin(annotation) is Annotated:
-        parts = parts[:1]
-    return next((found for part in parts if (found := _section_in(part)) is not None), None)
 
 
 def _is_list_of(annotation: Any, section: type[Any]) -> bool:

@@ -52,7 +52,7 @@ def identity(
     default: Decides = getattr(section, _DEFAULT, RESULT)
     found: dict[str, Any] = {}
     for key, value in content.items():
-        mark, inner = _mark(hints.get(key)), _section(hints.get(key))
+        mark, inner = _mark(hints.get(key)), section_in(hints.get(key))
         decides = mark or default
         if mark is not None and (mark.only or mark.but):
             if decides.what in counts and isinstance(value, Mapping):
@@ -77,7 +77,7 @@ def decides(section: type, path: Sequence[str]) -> Literal["result", "model", "n
     """
     name, *rest = path
     hint = get_type_hints(section, include_extras=True).get(name)
-    mark, inner = _mark(hint), _section(hint)
+    mark, inner = _mark(hint), section_in(hint)
     default: Decides = getattr(section, _DEFAULT, RESULT)
     own = mark or default
     if rest and (own.only or own.but):
@@ -114,12 +114,12 @@ def _mark(annotation: Any) -> Decides | None:
     return next((m for m in annotation.__metadata__ if isinstance(m, Decides)), None)
 
 
-def _section(annotation: Any) -> type | None:
-    """The section that an annotation names, inside of a union too."""
-    if isinstance(annotation, type) and (
-        dataclasses.is_dataclass(annotation) or hasattr(annotation, "model_fields")
-    ):
-        return annotation
-    if get_origin(annotation) in (list, tuple, dict):
-        return None
-    return next((s for a in get_args(annotation) if (s := _section(a)) is not None), None)
+def section_in(annotation: Any) -> type[Any] | None:
+    """The class of a section that a field holds, inside of unions and lists too; None: none."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        is_section = dataclasses.is_dataclass(annotation) or hasattr(annotation, "model_fields")
+        return annotation if is_section else None
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        parts = parts[:1]
+    return next((found for part in parts if (found := section_in(part)) is not None), None)

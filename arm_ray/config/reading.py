@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from arm_ray.errors import ConfigError, StorageError
+from arm_ray.identity import section_in
 from arm_ray.storage.urls import checked
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -229,21 +230,8 @@ def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
             annotation = model.model_fields[part].annotation
         else:
             annotation = get_type_hints(model)[part]
-        model = next(o for o in _members(annotation) if isinstance(o, type) and _is_section(o))
+        model = section_in(annotation)
     return [*model.model_fields] if issubclass(model, BaseModel) else _field_names(model)
-
-
-def _members(annotation: Any) -> Iterator[Any]:
-    """The classes that an annotation names, inside of unions and tuples too."""
-    arguments = getattr(annotation, "__args__", None)
-    if arguments is None:
-        yield annotation
-    for argument in arguments or ():
-        yield from _members(argument)
-
-
-def _is_section(value: type) -> bool:
-    return issubclass(value, BaseModel) or dataclasses.is_dataclass(value)
 
 
 def _field_names(value: Any) -> list[str]:
