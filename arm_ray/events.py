@@ -81,6 +81,72 @@ class IterationFinished(Event):
 
 
 @dataclass(frozen=True)
+class StepTried:
+    """A state that was run to choose a step: its loss, with the interval over samples.
+
+    `state` names one that is there; null: the result of a step with `coefficients`, for each block
+    of layers what each contributor's task vector is multiplied by (`λ f_i / m`).
+    """
+
+    state: str | None
+    coefficients: tuple[tuple[float, ...], ...]
+    loss: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class StepChosen(Event):
+    """How far an iteration goes (`schedule.step`).
+
+    `coefficients` are empty where no step is better than none. `tried` are on the samples that
+    chose, `checked` on others, from the boldest step to none at all, and the state before.
+    `gain` is by how much the loss on those is smaller than that of the state before, with its
+    paired interval.
+    """
+
+    name: ClassVar[str] = "step_chosen"
+    iteration: int
+    search: str
+    coefficients: tuple[tuple[float, ...], ...]
+    tried: tuple[StepTried, ...]
+    checked: tuple[StepTried, ...]
+    gain: float
+    gain_low: float
+    gain_high: float
+    samples: int
+    check_samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StateLoss:
+    """The loss of a state or checkpoint, with the interval over samples."""
+
+    state: str
+    loss: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ModelSelected(Event):
+    """Which model is published (`select.promise`), and why.
+
+    `compared` are losses on the samples that the choice was made on, `final` on others, which have
+    chosen nothing.
+    """
+
+    name: ClassVar[str] = "model_selected"
+    model: str
+    verdict: str
+    compared: tuple[StateLoss, ...]
+    final: tuple[StateLoss, ...]
+    samples: int
+    final_samples: int
+
+
+@dataclass(frozen=True)
 class ModelScored(Event):
     """A checkpoint or a merged state has been scored.
 
@@ -118,7 +184,7 @@ class ModelWritten(Event):
 class RunFinished(Event):
     """The run ended by itself.
 
-    `reason` is `converged`, `max_iterations`, `patience` or `stop_after`.
+    `reason` is `converged`, `max_iterations`, `no_gain`, `patience` or `stop_after`.
     """
 
     name: ClassVar[str] = "run_finished"

@@ -28,6 +28,49 @@ def state_name(iteration: int) -> str:
 
 
 @dataclass(frozen=True)
+class Step:
+    """How far an iteration goes along its task vectors.
+
+    Attributes:
+        coefficient: λ, in place of `method.coefficient`. 0 is no step: the reference itself.
+        factors: What each contributor's task vector is multiplied by, for each block of layers;
+            empty: 1 for all. Blocks share the decoder layers evenly; what comes before the layers
+            belongs to the first block, and what comes after them to the last.
+    """
+
+    coefficient: float
+    factors: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is added to the reference."""
+        return self.coefficient == 0.0 or (
+            bool(self.factors) and not any(any(block) for block in self.factors)
+        )
+
+    def factors_at(self, layer: int, num_layers: int) -> tuple[float, ...]:
+        """The factors of one decoder layer, 0-based; empty: 1 for all."""
+        return self.factors[layer * len(self.factors) // num_layers] if self.factors else ()
+
+    def scaled(self, by: float) -> Step:
+        """The same direction, another length."""
+        return Step(self.coefficient * by, self.factors)
+
+    def coefficients(self, contributors: int, divisor: int) -> tuple[tuple[float, ...], ...]:
+        """What each task vector is multiplied by where the operator takes their mean: `λ f_i / m`.
+
+        Args:
+            contributors: How many there are.
+            divisor: `m`.
+
+        Returns:
+            For each block, one number for each contributor.
+        """
+        blocks = self.factors or ((1.0,) * contributors,)
+        return tuple(tuple(self.coefficient * f / divisor for f in block) for block in blocks)
+
+
+@dataclass(frozen=True)
 class IterationPlan:
     """What one iteration merges: `W_new = W_ref + (λ / divisor) Σ U_i (W_i - W_ref)`.
 
@@ -39,6 +82,7 @@ class IterationPlan:
         divisor: `m`.
         previous: Name of `W_(t-1)`, which the cosines compare the new state with.
         draw: Number of its mini-batch, and of an operator's random draws, from 1.
+        step: How far it goes; None: `method.coefficient`, for all layers and contributors.
     """
 
     iteration: int
@@ -48,6 +92,7 @@ class IterationPlan:
     divisor: int
     previous: str
     draw: int = 1
+    step: Step | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from tests.builders.paths import ROOT
 
 # Room -> the rooms of arm_ray that it may import. A room is a package or a module of arm_ray.
 CORE = {"errors", "hardware", "identity", "config", "events", "presets", "schedule", "storage"}
-PURE = CORE | {"merging", "checkpoints", "model", "calibration", "evaluation", "report"}
+PURE = CORE | {"steps", "merging", "checkpoints", "model", "calibration", "evaluation", "report"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "hardware": set(),
@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "presets": set(),
     "config": {"errors", "evaluation", "identity", "merging", "presets", "storage"},
     "schedule": {"errors", "config"},
+    "steps": {"errors", "config", "evaluation", "schedule"},
     "merging": {"errors"},
     "checkpoints": CORE,
     "calibration": CORE,

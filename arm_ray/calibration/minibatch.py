@@ -6,7 +6,9 @@ the stream runs through that order and starts again when it ends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +23,31 @@ class MiniBatch:
         row_indices: Row of the data that each sample comes from, counted from 0. A row occurs
             more than once when the mini-batch is larger than the data.
         token_ids: Token ids of each sample, int32 ``[length]``, length 1 or more.
+        labels: Which tokens of each sample carry loss, bool ``[length]``, never the first; empty
+            where losses are not wanted.
     """
 
     iteration: int
     row_indices: list[int]
     token_ids: list[NDArray[np.int32]]
+    labels: list[NDArray[np.bool_]] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, over the token ids, sample by sample."""
+        found = hashlib.sha256()
+        for ids in self.token_ids:
+            found.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
+        return found.hexdigest()
+
+    def part(self, samples: Sequence[int]) -> MiniBatch:
+        """Some of the samples, by their positions."""
+        return MiniBatch(
+            self.iteration,
+            [self.row_indices[i] for i in samples],
+            [self.token_ids[i] for i in samples],
+            [self.labels[i] for i in samples] if self.labels else [],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +59,14 @@ class MicroBatch:
         input_ids: Token ids, 0 where padded, int64 ``[rows, length]``.
         attention_mask: 1 for a token, 0 for padding, int64 ``[rows, length]``.
         lengths: Tokens in each row, int64 ``[rows]``, falling.
+        labels: Which tokens carry loss, bool ``[rows, length]``; None where losses are not wanted.
     """
 
     sample_positions: NDArray[np.int64]
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    labels: NDArray[np.bool_] | None = None
 
 
 def row_order(num_rows: int, *, shuffle: bool, seed: int) -> NDArray[np.int64]:
@@ -91,16 +115,14 @@ def unique_samples(batch: MiniBatch) -> tuple[MiniBatch, NDArray[np.int64]]:
         position in that, int64 ``[N]``.
     """
     first: dict[bytes, int] = {}
-    rows: list[int] = []
-    samples: list[NDArray[np.int32]] = []
+    kept: list[int] = []
     positions: list[int] = []
-    for row, ids in zip(batch.row_indices, batch.token_ids, strict=True):
+    for index, ids in enumerate(batch.token_ids):
         position = first.setdefault(ids.tobytes(), len(first))
-        if position == len(samples):
-            rows.append(row)
-            samples.append(ids)
+        if position == len(kept):
+            kept.append(index)
         positions.append(position)
-    return MiniBatch(batch.iteration, rows, samples), np.array(positions, dtype=np.int64)
+    return batch.part(kept), np.array(positions, dtype=np.int64)
 
 
 def micro_batches(batch: MiniBatch, *, max_tokens: int, max_samples: int) -> list[MicroBatch]:
@@ -141,6 +163,9 @@ def _padded(
     lengths = all_lengths[positions]
     mask = (np.arange(lengths[0])[None, :] < lengths[:, None]).astype(np.int64)
     input_ids = np.zeros(mask.shape, dtype=np.int64)
+    labels = np.zeros(mask.shape, dtype=np.bool_) if batch.labels else None
     for row, position in enumerate(positions):
         input_ids[row, : lengths[row]] = batch.token_ids[position]
-    return MicroBatch(positions.astype(np.int64), input_ids, mask, lengths)
+        if labels is not None:
+            labels[row, : lengths[row]] = batch.labels[position]
+    return MicroBatch(positions.astype(np.int64), input_ids, mask, lengths, labels)

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ class CalibrationStream:
         warnings: What the user should know, one sentence each.
         digest: SHA-256, in hex, over the token ids of all used rows in the order of the
             stream. Changed data, tokenizer, seed, length, or number of batches change it.
+        num_held_back: Rows that no mini-batch uses; see `held_back`.
     """
 
     num_rows: int
@@ -56,9 +57,11 @@ class CalibrationStream:
     layout: Layout
     warnings: list[str]
     digest: str
+    num_held_back: int
     _batch_size: int
     _rows: NDArray[np.int64]
     _token_ids: NDArray[np.int32]
+    _is_label: NDArray[np.bool_] | None
     _ends: NDArray[np.int64]
 
     def batch(self, iteration: int) -> MiniBatch:
@@ -71,21 +74,31 @@ class CalibrationStream:
             ValueError: If ``iteration`` is below 1, or its rows were not asked for when the
                 stream was opened.
         """
-        positions = stream_positions(iteration, self._batch_size, self.num_rows)
-        if positions.max() >= self.num_used:
+        served = self.num_rows - self.num_held_back
+        positions = stream_positions(iteration, self._batch_size, served)
+        if positions.max() >= self.num_used - self.num_held_back:
             raise ValueError(
                 f"mini-batch {iteration} needs rows that were not tokenised: open the stream "
                 f"with needed_batches={iteration} or more"
             )
-        return MiniBatch(
-            iteration=iteration,
-            row_indices=self._rows[positions].tolist(),
-            token_ids=[self._sample(position) for position in positions.tolist()],
-        )
+        return self._at(positions.tolist(), iteration)
 
-    def _sample(self, position: int) -> NDArray[np.int32]:
-        start = self._ends[position - 1] if position else 0
-        return self._token_ids[start : self._ends[position]]
+    def served(self) -> MiniBatch:
+        """All rows that mini-batches use, as batch number 0."""
+        return self._at(range(self.num_used - self.num_held_back), 0)
+
+    def held_back(self) -> MiniBatch:
+        """The rows that no mini-batch uses: the last ones of the order, as batch number 0."""
+        return self._at(range(self.num_used - self.num_held_back, self.num_used), 0)
+
+    def _at(self, positions: Sequence[int], number: int) -> MiniBatch:
+        bounds = [slice(self._ends[p - 1] if p else 0, self._ends[p]) for p in positions]
+        return MiniBatch(
+            iteration=number,
+            row_indices=[int(self._rows[position]) for position in positions],
+            token_ids=[self._token_ids[bound] for bound in bounds],
+            labels=[] if self._is_label is None else [self._is_label[bound] for bound in bounds],
+        )
 
 
 def open_stream(
@@ -93,6 +106,8 @@ def open_stream(
     tokenizer_path: str | os.PathLike[str],
     *,
     needed_batches: int | None = None,
+    held_back: Callable[[int], int] = lambda _rows: 0,
+    has_labels: bool = False,
     here: bool = False,
 ) -> CalibrationStream:
     """Reads, checks and tokenises calibration data.
@@ -105,17 +120,21 @@ def open_stream(
         settings: What to read and how.
         tokenizer_path: Directory with the tokenizer, seen by every node under this path.
         needed_batches: How many mini-batches will be asked for; None for every row.
+        held_back: Of how many rows there are: how many at the end of the order no mini-batch uses.
+            Without mini-batches it is no error if there are fewer.
+        has_labels: Whether losses are wanted. Samples are then encoded as for training (prompt and
+            completion apart), and say which of their tokens count.
         here: Whether all is done in this process, because other nodes may not see the data.
 
     Raises:
         CalibrationError: If the data are missing, empty or malformed, or do not fit the
             tokenizer; names the file and line.
         RuntimeError: If Ray is not initialised.
-        ValueError: If ``needed_batches`` is below 1.
+        ValueError: If ``needed_batches`` is below 0.
         WorkerError: If Ray lost the tasks.
     """
-    if needed_batches is not None and needed_batches < 1:
-        raise ValueError(f"needed_batches must be 1 or more, got {needed_batches}")
+    if needed_batches is not None and needed_batches < 0:
+        raise ValueError(f"needed_batches must be 0 or more, got {needed_batches}")
     source = find_source(settings.path)
     with _quiet_ray_data():
         data = (
@@ -133,10 +152,25 @@ def open_stream(
             )
         layout = choose_layout(settings, data.columns, settings.path)
         order = row_order(data.num_rows, shuffle=settings.shuffle, seed=settings.seed)
+        held = held_back(data.num_rows)
+        if needed_batches == 0 and held == 0:
+            raise ValueError("needed_batches must be 1 or more where no row is held back, got 0")
+        if needed_batches == 0:
+            held = min(held, data.num_rows)
+        elif held >= data.num_rows:
+            raise CalibrationError(
+                "The data have too few rows.",
+                where=settings.path,
+                got=f"{data.num_rows} rows",
+                expected=f"{held} rows to compare models on, and rows to merge with",
+                hint="Give more rows, or compare on fewer (select.samples).",
+            )
         if needed_batches is not None:
-            order = order[: needed_batches * settings.batch_size]
-        job = Job(layout, os.path.abspath(tokenizer_path), settings.max_length)
-        return _collect(settings, data.num_rows, order, layout, data.tokenize(order, job))
+            served = order[: data.num_rows - held][: needed_batches * settings.batch_size]
+            order = np.concatenate([served, order[data.num_rows - held :]])
+        job = Job(layout, os.path.abspath(tokenizer_path), settings.max_length, has_labels)
+        found = data.tokenize(order, job)
+        return _collect(settings, data.num_rows, order, layout, found, held, has_labels)
 
 
 class _Files:
@@ -278,9 +312,12 @@ def _collect(
     order: NDArray[np.int64],
     layout: Layout,
     results: Iterator[dict[str, Any]],
+    held_back: int,
+    has_labels: bool,
 ) -> CalibrationStream:
     """Puts the tokenised rows, which come in any order, into the order of the stream."""
     samples: list[bytes] = [b""] * len(order)
+    labels: list[bytes] = [b""] * len(order)
     errors: list[dict[str, Any]] = []
     truncated = 0
     for result in results:
@@ -288,6 +325,7 @@ def _collect(
             errors.append(result)
             continue
         samples[result["position"]] = result["ids"]
+        labels[result["position"]] = result["labels"]
         truncated += result["truncated"]
     _raise_first(errors, "row")
     # Frozen bytes: the arrays over them cannot be written, and batches can share them.
@@ -295,17 +333,20 @@ def _collect(
     ends = np.cumsum([len(sample) // 4 for sample in samples], dtype=np.int64)
     digest = hashlib.sha256(ends.astype("<i8").tobytes())
     digest.update(token_ids.astype("<i4", copy=False).tobytes())
+    is_label = np.frombuffer(b"".join(labels), dtype=np.bool_)
     return CalibrationStream(
         num_rows=num_rows,
         num_used=len(order),
         num_truncated=truncated,
         max_token_id=int(token_ids.max()),
         layout=layout,
-        warnings=_warnings(settings, num_rows, len(order), truncated),
+        warnings=_warnings(settings, num_rows - held_back, len(order), truncated),
         digest=digest.hexdigest(),
+        num_held_back=held_back,
         _batch_size=settings.batch_size,
         _rows=order,
         _token_ids=token_ids,
+        _is_label=is_label if has_labels else None,
         _ends=ends,
     )
 

@@ -11,8 +11,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from arm_ray.calibration.files import Chunk, index_file, read_rows
 from arm_ray.calibration.formats import TOOLS_COLUMN, Layout, to_sample
+from arm_ray.calibration.labels import encode, label_mask
 from arm_ray.calibration.tokens import load_tokenizer, to_token_ids
 from arm_ray.errors import CalibrationError
 
@@ -25,11 +28,13 @@ class Job:
         layout: The columns that make a sample.
         tokenizer_path: Directory of the tokenizer.
         max_length: Longest sample, in tokens.
+        has_labels: Whether losses are wanted: samples are then encoded as for training.
     """
 
     layout: Layout
     tokenizer_path: str
     max_length: int
+    has_labels: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -69,8 +74,8 @@ def files_task(table: Any, job: Job) -> Any:
         job: How to tokenise them.
 
     Returns:
-        A table of ``position``, ``row`` (of the data), ``ids`` (int32, as bytes),
-        ``truncated`` and ``error``.
+        A table of ``position``, ``row`` (of the data), ``ids`` (int32, as bytes), ``labels``
+        (bool, as bytes; empty where none are wanted), ``truncated`` and ``error``.
     """
     item = json.loads(table.column("item")[0].as_py())
     positions = dict(zip(item["rows"], item["positions"], strict=True))
@@ -114,23 +119,28 @@ def _tokenized(
     try:
         tokenizer = load_tokenizer(job.tokenizer_path)
         for position, row, where, values in rows:
-            ids = to_token_ids(tokenizer, to_sample(values, job.layout, where), where)
+            if job.has_labels:
+                example = encode(tokenizer, values, job.layout, where)
+                ids, labels = np.asarray(example.ids, dtype=np.int32), label_mask(example)
+            else:
+                ids = to_token_ids(tokenizer, to_sample(values, job.layout, where), where)
+                labels = np.zeros(0, dtype=np.bool_)
             found.append(
                 {
                     "position": position,
                     "row": row,
                     # As bytes: Ray Data would turn lists of equal length into tensors.
                     "ids": ids[: job.max_length].astype("<i4").tobytes(),
+                    "labels": labels[: job.max_length].tobytes(),
                     "truncated": len(ids) > job.max_length,
                     "error": None,
                 }
             )
     except CalibrationError as error:
-        found.append(
-            {"position": 0, "row": row, "ids": b"", "truncated": False, "error": _packed(error)}
-        )
-    types = [pa.int64(), pa.int64(), pa.binary(), pa.bool_(), pa.string()]
-    names = ["position", "row", "ids", "truncated", "error"]
+        nothing = {"position": 0, "ids": b"", "labels": b"", "truncated": False}
+        found.append({**nothing, "row": row, "error": _packed(error)})
+    types = [pa.int64(), pa.int64(), pa.binary(), pa.binary(), pa.bool_(), pa.string()]
+    names = ["position", "row", "ids", "labels", "truncated", "error"]
     return pa.Table.from_pylist(found, schema=pa.schema(list(zip(names, types, strict=True))))
 
 

@@ -45,7 +45,11 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class StateManifest:
-    """What `state.json` says: the state is complete, and what it was made of."""
+    """What `state.json` says: the state is complete, and what it was made of.
+
+    `coefficients` are of a step that was chosen: for each block of layers, what each contributor's
+    task vector was multiplied by (`λ f_i / m`).
+    """
 
     iteration: int
     regime: str
@@ -53,6 +57,7 @@ class StateManifest:
     contributors: tuple[str, ...]
     weight_cosine: float | None
     task_vector_cosine: float | None
+    coefficients: tuple[tuple[float, ...], ...] = ()
 
 
 def state_directory(run: Path, iteration: int) -> Path:
@@ -113,7 +118,9 @@ def read_manifest(directory: Path) -> StateManifest | None:
     """The manifest of a state, or None if the state is not complete."""
     try:
         content = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
-        return StateManifest(**{**content, "contributors": tuple(content["contributors"])})
+        content["contributors"] = tuple(content["contributors"])
+        content["coefficients"] = tuple(map(tuple, content.get("coefficients", ())))
+        return StateManifest(**content)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -63,6 +63,23 @@ class ScheduleConfig(Section):
     """Iterations in all; `tolerance` may end them earlier."""
     tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1.0e-4
     """Stop once 1 - cos(W_t - W_base, W_(t-1) - W_base) is at most this; 0 never stops early."""
+    step: Literal["fixed", "backtracking", "line_search", "subspace"] = "fixed"
+    """How long a step is. fixed: `method.coefficient`, as in the paper. The others try lengths, by
+    the loss of calibration samples that found no direction: backtracking halves
+    `method.coefficient` until a step makes the loss smaller; line_search looks for the best
+    coefficient; subspace looks for one coefficient for each contributor. They stop once the next
+    step gains nothing beyond its error. See docs/steps.md."""
+    step_limit: Annotated[float, Field(gt=0.0)] = 4.0
+    """Most that the task vector of any contributor is multiplied by, where a step is searched: with
+    the mean of k task vectors, `method.coefficient` multiplies each by its k-th part."""
+    step_blocks: PositiveInt = 1
+    """Blocks of layers that subspace looks for coefficients of by themselves, once those of the
+    whole model are found."""
+
+    @property
+    def searches_step(self) -> bool:
+        """Whether the length of a step is chosen by losses."""
+        return self.step != "fixed"
 
     @property
     def has_window(self) -> bool:
@@ -159,6 +176,44 @@ class RuntimeConfig(Section):
         return scratch_path(self.scratch)
 
 
+class SelectConfig(Section):
+    """Which model is published: the last merged state, or the best of all by its loss.
+
+    Where `evaluation.select` names a task, that task is asked in place of a loss.
+    """
+
+    DECIDES: ClassVar[Decides] = MODEL
+
+    promise: bool | None = None
+    """Whether base, candidates and merged states are compared on samples that chose no step, and
+    the best becomes the model, also where that is a checkpoint; null: where `schedule.step` is not
+    fixed."""
+    samples: Annotated[int, Field(ge=8)] | None = None
+    """Samples that they are compared on; null: 128, or a quarter of the rows where that is less."""
+    final_samples: Annotated[int, Field(ge=0)] | None = None
+    """Further samples, which chose nothing, for the losses that are reported at the end; null: as
+    many as those."""
+    path: str | None = None
+    """Data of the samples that they are compared on, of the calibration's format; null: rows of the
+    calibration data that are held back."""
+    final_path: str | None = None
+    """The same of the further samples."""
+
+    def sizes(self, rows: int) -> tuple[int, int]:
+        """How many samples compare models, and how many are for the final losses.
+
+        Args:
+            rows: Of the calibration data.
+        """
+        samples = min(128, rows // 4) if self.samples is None else self.samples
+        return samples, samples if self.final_samples is None else self.final_samples
+
+    def held_back(self, rows: int) -> int:
+        """Rows of the calibration data that no mini-batch uses."""
+        samples, final = self.sizes(rows)
+        return samples * (self.path is None) + final * (self.final_path is None)
+
+
 class MergeConfig(Section):
     """Everything `arm-ray merge` needs."""
 
@@ -187,11 +242,24 @@ class MergeConfig(Section):
     method: MethodSettings = MethodSettings()
     """Which operator merges; see `arm_ray.merging.settings`."""
     schedule: ScheduleConfig = ScheduleConfig()
+    select: SelectConfig = SelectConfig()
     precision: PrecisionConfig = PrecisionConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     evaluation: Annotated[EvaluationSettings | None, Decides("model", only=("select",))] = None
     """What the checkpoints and merged states are scored on, beside the merge."""
     tracking: Annotated[TrackingConfig, NOTHING] = TrackingConfig()
+
+    @property
+    def promises(self) -> bool:
+        """Whether the model is the best of all states and checkpoints; see `select.promise`."""
+        given = self.select.promise
+        return self.schedule.searches_step if given is None else given
+
+    @property
+    def compares_losses(self) -> bool:
+        """Whether the promise is kept by losses; else by the task of `evaluation.select`."""
+        by_task = self.evaluation is not None and self.evaluation.select.by != "last"
+        return self.promises and not by_task
 
     def with_compute_dtype(self, dtype: str) -> MergeConfig:
         """The same with `precision.compute_dtype` settled."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from arm_ray.errors import EvaluationError
 from arm_ray.evaluation.settings import SelectSettings
+from arm_ray.evaluation.statistics import Comparison, samples_to_tell
+from arm_ray.schedule import BASE, candidate_name, iteration_of
 
 AVERAGE = "average"
 LAST = "last"
@@ -42,6 +44,80 @@ class Criterion:
         if math.isnan(than):
             return not math.isnan(value)
         return value > than if self.higher_is_better else value < than
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The model that a merge publishes.
+
+    Attributes:
+        name: `state-0002`, `candidate-1` or `base`.
+        verdict: Why, in a sentence; empty where nothing was compared with the checkpoints.
+    """
+
+    name: str
+    verdict: str = ""
+
+    @property
+    def iteration(self) -> int | None:
+        """Of a merged state; None of a checkpoint."""
+        return iteration_of(self.name)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model that may be published.
+
+    Attributes:
+        name: As in `Selection`.
+        title: As the user knows it.
+        value: Its score or loss.
+    """
+
+    name: str
+    title: str
+    value: float
+
+
+def keep_promise(
+    state: Contender,
+    checkpoint: Contender,
+    found: Comparison,
+    *,
+    higher_is_better: bool,
+    what: str,
+) -> Selection:
+    """The best merged state if it is better than the best checkpoint beyond the error, else that.
+
+    Args:
+        state: The best state.
+        checkpoint: The best of the base and the candidates.
+        found: The state minus the checkpoint, on the same samples.
+        higher_is_better: False for losses.
+        what: Is compared, in words.
+    """
+    is_better = found.low > 0.0 if higher_is_better else found.high < 0.0
+    numbers = (
+        f"{what} {state.value:.4f} against {checkpoint.value:.4f}, difference "
+        f"{found.difference:+.4f}, interval {found.low:+.4f} to {found.high:+.4f}, "
+        f"{found.num_problems} samples"
+    )
+    if is_better:
+        text = f"{state.title} is better than {checkpoint.title}, the best checkpoint ({numbers})"
+        return Selection(state.name, text)
+    text = f"no merge beat {checkpoint.title}: the best is {state.title} ({numbers})"
+    needed = samples_to_tell(found)
+    if found.low <= 0.0 <= found.high and needed is not None and needed > found.num_problems:
+        text += f"; about {needed} samples would tell the two apart"
+    return Selection(checkpoint.name, text)
+
+
+def checkpoint_title(name: str, candidates: Sequence[str]) -> str:
+    """The base or a candidate as the user knows it: by the last part of its path."""
+    if name == BASE:
+        return "the base"
+    titles = {candidate_name(i): given for i, given in enumerate(candidates)}
+    return titles[name].rstrip("/").rpartition("/")[2]
 
 
 def make_criterion(

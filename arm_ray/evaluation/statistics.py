@@ -7,6 +7,7 @@ completions of one problem are no independent evidence.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,3 +148,38 @@ def _sign_flip_p(differences: NDArray[np.float64], resamples: int, seed: int) ->
         as_large += int(np.sum(np.abs(signs @ telling) >= observed))
     # The observed pattern is one of those possible: p is never 0.
     return (as_large + 1) / (resamples + 1)
+
+
+def samples_to_tell(found: Comparison) -> int | None:
+    """About how many samples would tell two models apart, if their difference is what it seems.
+
+    The interval shrinks with the square root of the number of samples.
+
+    Returns:
+        None where there is no difference.
+    """
+    width = (found.high - found.low) / 2.0
+    if found.difference == 0.0 or not math.isfinite(width):
+        return None
+    return math.ceil(found.num_problems * (width / abs(found.difference)) ** 2)
+
+
+def joined(found: Sequence[Comparison]) -> Comparison:
+    """The mean of independent differences of the same two models, over several tasks.
+
+    Half the width of its interval is that of the root of the sum of squares; the p-value follows
+    from it by the normal distribution.
+    """
+    if len(found) == 1:
+        return found[0]
+    count = len(found)
+    difference = math.fsum(each.difference for each in found) / count
+    halves = [(each.high - each.low) / 2.0 for each in found]
+    half = math.sqrt(math.fsum(h * h for h in halves)) / count
+    error = half / 1.96
+    if error == 0.0:
+        p_value = 0.0 if difference else 1.0
+    else:
+        p_value = math.erfc(abs(difference) / error / math.sqrt(2.0))
+    problems = sum(each.num_problems for each in found)
+    return Comparison(difference, difference - half, difference + half, p_value, problems)

@@ -12,7 +12,7 @@ All methods share one sequence of steps. Only the operator's is required:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -22,14 +22,16 @@ from arm_ray.merging import dare
 from arm_ray.merging.acm import LayerCoefficients
 from arm_ray.merging.aim import Relaxation
 from arm_ray.merging.edits import edit
-from arm_ray.merging.operator import MergedTensor, Operator, Sums, TaskVectors, TensorInputs
-from arm_ray.merging.registry import find_operator
-from arm_ray.merging.rotation import (
-    MinimalRotation,
-    Rotation,
-    activation_rotation,
-    minimal_rotation,
+from arm_ray.merging.operator import (
+    AnyRotation,
+    MergedTensor,
+    Operator,
+    Sums,
+    TaskVectors,
+    TensorInputs,
 )
+from arm_ray.merging.registry import find_operator
+from arm_ray.merging.rotation import activation_rotation, minimal_rotation
 from arm_ray.merging.settings import MethodSettings
 
 
@@ -40,10 +42,15 @@ class Method:
     Attributes:
         settings: The settings.
         operator: What turns task vectors into an update.
+        tries_steps: Whether the length of a step is searched, by the losses of states that are
+            tried.
+        takes_losses: Whether the losses of its states are wanted.
     """
 
     settings: MethodSettings
     operator: Operator
+    tries_steps: bool = False
+    takes_losses: bool = False
 
     @property
     def needs_outputs(self) -> bool:
@@ -53,6 +60,11 @@ class Method:
     @property
     def needs_forward(self) -> bool:
         """Whether calibration samples are run through the models."""
+        return self.needs_activations or self.tries_steps or self.takes_losses
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether something is made of the activations of an iteration's inputs."""
         return self.settings.needs_calibration or self.operator.activations
 
     @property
@@ -120,31 +132,56 @@ class Method:
 
     def merge(self, inputs: TensorInputs) -> MergedTensor:
         """Merge one tensor, or rows of one."""
-        given, result = self._task_vectors(inputs)
+        vectors, result = self._task_vectors(inputs)
+        result.tensor = self._added(inputs, vectors)
+        return result
+
+    def merge_steps(self, inputs: Sequence[TensorInputs]) -> Iterator[Tensor]:
+        """Merge one tensor, or rows of one, with steps of several lengths, one after another.
+
+        What is the same for all, the task vectors and their rotation, is computed once.
+
+        Args:
+            inputs: The same tensor of the same states, once for each step: they differ in
+                `coefficient`, `factors` and `statistics`.
+
+        Yields:
+            `W_new`, float32, of each step: the bits that `merge` gives.
+        """
+        vectors, _ = self._task_vectors(inputs[0])
+        for number, each in enumerate(inputs, start=1):
+            # The operator may overwrite what it is given.
+            is_last = number == len(inputs)
+            yield self._added(each, vectors if is_last else [v.clone() for v in vectors])
+
+    def _added(self, inputs: TensorInputs, vectors: list[Tensor]) -> Tensor:
+        """The reference and the update that the operator makes of task vectors."""
+        settings = _settings_of(self.settings, inputs)
+        given = _stepped(inputs, vectors)
         if self._by_tensor and not inputs.is_measured:
             given = self._measured(given)
-        update = self.operator.update(given, self.settings)
+        update = self.operator.update(given, settings)
         if inputs.relaxation is not None:
             update *= inputs.relaxation
-        result.tensor = update.add_(inputs.reference)
-        return result
+        return update.add_(inputs.reference)
 
     def _measured(self, given: TaskVectors) -> TaskVectors:
         """With the rounds over this one tensor, which is whole."""
         statistics = self.operator.statistics
         assert statistics is not None
-        known = given.inputs.statistics
+        known, settings = given.inputs.statistics, _settings_of(self.settings, given.inputs)
         for number in range(self._rounds(len(given.vectors))):
             inputs = replace(given.inputs, statistics=known)
-            sums = statistics.measure(number, TaskVectors(inputs, given.vectors), self.settings)
-            known = statistics.conclude(number, sums, known, self.settings)
+            sums = statistics.measure(number, TaskVectors(inputs, given.vectors), settings)
+            known = statistics.conclude(number, sums, known, settings)
         return TaskVectors(replace(given.inputs, statistics=known), given.vectors)
 
     def measure(self, number: int, inputs: TensorInputs) -> Sums:
         """One round's numbers of one tensor, or rows of one."""
         assert self.operator.statistics is not None
-        given, _ = self._task_vectors(inputs)
-        return self.operator.statistics.measure(number, given, self.settings)
+        vectors, _ = self._task_vectors(inputs)
+        given = _stepped(inputs, vectors)
+        return self.operator.statistics.measure(number, given, _settings_of(self.settings, inputs))
 
     def conclude(
         self, number: int, sums: Sums, known: Mapping[str, object]
@@ -153,12 +190,17 @@ class Method:
         assert self.operator.statistics is not None
         return self.operator.statistics.conclude(number, sums, known, self.settings)
 
-    def _task_vectors(self, inputs: TensorInputs) -> tuple[TaskVectors, MergedTensor]:
+    def _task_vectors(self, inputs: TensorInputs) -> tuple[list[Tensor], MergedTensor]:
+        """The task vectors, rotated, edited and thinned, before a step's own factors."""
         result = MergedTensor(inputs.reference)
         vectors = [weight - inputs.reference for weight in inputs.contributors]
-        if self.settings.rotates and inputs.shifts:
-            for index, shift in zip(range(len(vectors)), inputs.shifts, strict=True):
-                rotation = self._rotation(shift, vectors[index])
+        if self.settings.rotates and (inputs.shifts or inputs.rotations):
+            if inputs.shifts and len(inputs.shifts) != len(vectors):
+                raise ValueError(
+                    f"shifts: got {len(inputs.shifts)} for {len(vectors)} contributors"
+                )
+            for index in range(len(vectors)):
+                rotation = _rotation(self.settings, inputs, index, vectors[index])
                 # A candidate whose activations equal the reference's is not rotated.
                 if rotation is None:
                     continue
@@ -169,40 +211,75 @@ class Method:
         if self.settings.edit != "none":
             vectors = [edit(v, inputs.name, inputs.is_linear, self.settings) for v in vectors]
         if self._thins:
-            vectors = self._thinned(inputs, vectors)
+            vectors = _thinned(self.settings, inputs, vectors)
         for vector, scale in zip(vectors, inputs.scales, strict=False):
             vector *= scale
-        return TaskVectors(inputs, vectors), result
+        return vectors, result
 
     @property
     def _thins(self) -> bool:
         return "dare" in self.settings.steps
 
-    def _thinned(self, inputs: TensorInputs, vectors: list[Tensor]) -> list[Tensor]:
-        shape = tuple(inputs.reference.shape) if inputs.shape is None else inputs.shape
-        # Without names, contributors are told apart by their place.
-        names = inputs.contributor_names or tuple(map(str, range(len(vectors))))
-        return [
-            dare.drop(
-                vector, inputs.rows, shape, inputs.name, name, inputs.iteration, self.settings.dare
-            )
-            for vector, name in zip(vectors, names, strict=True)
-        ]
 
-    def _rotation(self, shift: Tensor, vector: Tensor) -> Rotation | MinimalRotation | None:
-        chosen = self.settings.rotation
-        if chosen.variant == "minimal":
-            return minimal_rotation(shift, vector, rank_tolerance=chosen.rank_tolerance)
-        return activation_rotation(shift, sign=chosen.sign, rank_tolerance=chosen.rank_tolerance)
+def _thinned(settings: MethodSettings, inputs: TensorInputs, vectors: list[Tensor]) -> list[Tensor]:
+    shape = tuple(inputs.reference.shape) if inputs.shape is None else inputs.shape
+    # Without names, contributors are told apart by their place.
+    names = inputs.contributor_names or tuple(map(str, range(len(vectors))))
+    return [
+        dare.drop(vector, inputs.rows, shape, inputs.name, name, inputs.iteration, settings.dare)
+        for vector, name in zip(vectors, names, strict=True)
+    ]
 
 
-def open_method(settings: MethodSettings, *num_models: int, has_window: bool = False) -> Method:
+def _settings_of(settings: MethodSettings, inputs: TensorInputs) -> MethodSettings:
+    """The settings with the coefficient of a step, where it has one."""
+    return (
+        settings
+        if inputs.coefficient is None
+        else replace(settings, coefficient=inputs.coefficient)
+    )
+
+
+def _rotation(
+    settings: MethodSettings, inputs: TensorInputs, index: int, vector: Tensor
+) -> AnyRotation | None:
+    """The rotation of a contributor's task vector; None where there is nothing to rotate by."""
+    known = inputs.rotations
+    if known is not None and index in known:
+        return known[index]
+    chosen, shift = settings.rotation, inputs.shifts[index]
+    found: AnyRotation | None
+    if chosen.variant == "minimal":
+        found = minimal_rotation(shift, vector, rank_tolerance=chosen.rank_tolerance)
+    else:
+        found = activation_rotation(shift, sign=chosen.sign, rank_tolerance=chosen.rank_tolerance)
+    if known is not None:
+        known[index] = found
+    return found
+
+
+def _stepped(inputs: TensorInputs, vectors: list[Tensor]) -> TaskVectors:
+    """What the operator is given: task vectors by the factors of a step, which are overwritten."""
+    for vector, factor in zip(vectors, inputs.factors, strict=False):
+        vector *= factor
+    return TaskVectors(inputs, vectors)
+
+
+def open_method(
+    settings: MethodSettings,
+    *num_models: int,
+    has_window: bool = False,
+    step: str = "fixed",
+    takes_losses: bool = False,
+) -> Method:
     """Find the operator of the settings, and check that it can be given what it needs.
 
     Args:
         settings: The section `method`.
         num_models: How many models an iteration merges: every number that occurs.
         has_window: Whether any iteration merges a sliding window.
+        step: `schedule.step`.
+        takes_losses: Whether the losses of its states are wanted.
 
     Raises:
         ConfigError: All problems, one line each.
@@ -215,6 +292,11 @@ def open_method(settings: MethodSettings, *num_models: int, has_window: bool = F
         for name in settings.unused_sections
     ]
     problems += _coefficient_problems(settings, operator)
+    if step != "fixed" and not (operator.uses_coefficient or "acm" in settings.steps):
+        problems.append(
+            f"schedule.step: is {step!r}, but operator {operator.name!r} has no coefficient whose"
+            " value could be searched; set it to fixed, or change method.operator"
+        )
     if has_window and operator.candidates_only:
         problems.append(
             f"schedule: operator {operator.name!r} needs something of every model that only"
@@ -236,7 +318,7 @@ def open_method(settings: MethodSettings, *num_models: int, has_window: bool = F
         raise ConfigError(
             "\n".join(["the merge method cannot be", *listed]), where="method", hint=hint
         )
-    method = Method(settings, operator)
+    method = Method(settings, operator, step != "fixed", takes_losses)
     if method.layer_coefficients is not None:
         # They take the place of the coefficient.
         method = replace(method, settings=replace(settings, coefficient=1.0))

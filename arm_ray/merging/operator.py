@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from arm_ray.merging.rotation import MinimalRotation, Rotation
 from arm_ray.merging.settings import MethodSettings
+
+AnyRotation = Rotation | MinimalRotation
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class TensorInputs:
             does them.
         second_moments: Of the contributors, `[…]` float32, where asked for.
         scales: A factor for each task vector (ACM).
+        coefficient: λ, in place of `method.coefficient`; None: as that says.
+        factors: A further factor for each task vector (a step that is searched); empty: 1.
+        rotations: Contributor's number -> its rotation, of those that are known. What is found is
+            added, so that a tensor that is merged again is not factored again; None: nothing is
+            known, and nothing kept.
         relaxation: What the update of each input channel (last axis) is multiplied by (AIM).
     """
 
@@ -51,6 +59,9 @@ class TensorInputs:
     is_measured: bool = False
     second_moments: Sequence[Tensor] = ()
     scales: Sequence[float] = ()
+    coefficient: float | None = None
+    factors: Sequence[float] = ()
+    rotations: MutableMapping[int, AnyRotation | None] | None = None
     relaxation: Tensor | None = None
 
 

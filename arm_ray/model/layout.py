@@ -172,7 +172,21 @@ def _groups(
 
 def is_layer_tensor(name: str) -> bool:
     """Whether a tensor belongs to a decoder layer."""
-    return _LAYER.match(name) is not None
+    return layer_number(name) is not None
+
+
+def layer_number(name: str) -> int | None:
+    """The decoder layer that a tensor belongs to, 0-based; None: to none."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
+def layer_of(name: str, num_layers: int) -> int:
+    """The decoder layer that a tensor is nearest to: its own, the first, or the last."""
+    number = layer_number(name)
+    if number is not None:
+        return number
+    return 0 if name == EMBEDDING else num_layers - 1
 
 
 def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> None:

@@ -29,6 +29,8 @@ LINEAR_PIECE = 1 << 17
 LINEAR_PIECE_GPU = 1 << 24
 # Pieces on their way from a GPU to the disk: writers, and pieces that wait in host memory at most.
 WRITERS = 4
+# Logits that are computed at once, for a loss.
+LOGITS = 1 << 26
 # Elements of one block of the comparison of states, and the small operations it takes.
 COMPARE_BLOCK = 1 << 16
 COMPARE_BLOCK_GPU = 1 << 24

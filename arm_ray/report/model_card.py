@@ -27,7 +27,7 @@ A merge of {count} checkpoint(s) into their base, made without training by
 | schedule | {anchored} anchored iteration(s), then a sliding window of {window}; {done} done |
 | cos(W_t, W_t-1) | {weight_cosine} |
 | cos of the task vectors | {task_vector_cosine} |
-{scores}
+{verdict}{scores}
 ## Configuration
 
 ```yaml
@@ -56,6 +56,7 @@ def write_model_card(
     last: StateManifest,
     adapter_rank: int | None = None,
     scores: Scores | None = None,
+    chosen: tuple[str, str] | None = None,
 ) -> None:
     """Write `README.md`: front matter for the hub, what was merged, and the whole configuration.
 
@@ -65,7 +66,9 @@ def write_model_card(
         last: What the state was made of that became the model.
         adapter_rank: Of an adapter; None: it is a whole model.
         scores: Of the checkpoints and states; None where nothing was scored.
+        chosen: Name of the state or checkpoint that became the model, and why; None: `last` did.
     """
+    name, verdict = chosen or (state_name(last.iteration), "")
     front = {
         "base_model": [config.base],
         "library_name": "transformers",
@@ -88,15 +91,15 @@ def write_model_card(
         done=last.iteration,
         weight_cosine=last.weight_cosine,
         task_vector_cosine=last.task_vector_cosine,
-        scores=_scores_text(config, last, scores),
+        verdict=f"\n{verdict}\n" if verdict else "",
+        scores=_scores_text(config, name, scores),
         config=config.to_yaml(),
     )
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def _scores_text(config: MergeConfig, last: StateManifest, scores: Scores | None) -> str:
+def _scores_text(config: MergeConfig, name: str, scores: Scores | None) -> str:
     if not scores or config.evaluation is None:
         return ""
-    name = state_name(last.iteration)
     table = scores_as_markdown(scores, name)
     return _SCORES.format(confidence=config.evaluation.confidence, state=name, table=table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,9 +14,12 @@ from arm_ray.config import MergeConfig
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.schedule import BASE
 
+# Of a layer group and a name: the tensor, in host memory.
+ReadTensor = Callable[[int, str], Tensor]
+
 
 def write_adapter(
-    directory: Path, config: MergeConfig, inputs: MergeInputs, state: Path, iteration: int
+    directory: Path, config: MergeConfig, inputs: MergeInputs, read: ReadTensor, iteration: int
 ) -> int:
     """Write an adapter and the tokenizer's files into a directory; returns the rank.
 
@@ -27,8 +30,8 @@ def write_adapter(
         directory: Where; made if it is not there.
         config: The configuration.
         inputs: The checked checkpoints.
-        state: The directory of the state that it is made from.
-        iteration: That state's.
+        read: Reads the state, or the checkpoint, that it is made from.
+        iteration: That state's; 0: a checkpoint.
 
     Raises:
         CheckpointError: The difference is not that of an adapter; names the tensor, and its rank.
@@ -41,7 +44,7 @@ def write_adapter(
         directory.mkdir(parents=True, exist_ok=True)
         rank = export_adapter(
             directory,
-            _weights(inputs, state),
+            _weights(inputs, read),
             inputs.layout.rotated,
             base_model=config.base,
             fixed_rank=config.adapter_rank,
@@ -55,10 +58,9 @@ def write_adapter(
     return rank
 
 
-def _weights(inputs: MergeInputs, state: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _weights(inputs: MergeInputs, read: ReadTensor) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, merged weight and the base's, of one tensor after the other."""
     base = inputs.checkpoints[BASE]
     for group in inputs.layout.groups:
         for name in group.tensors:
-            merged = states.read_group(state, group.index, [name])[name]
-            yield name, merged, base.read([name])[name]
+            yield name, read(group.index, name), base.read([name])[name]

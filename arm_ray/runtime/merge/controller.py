@@ -22,16 +22,18 @@ from pathlib import Path
 import arm_ray
 from arm_ray.checkpoints import states
 from arm_ray.errors import ArmRayError, PlacementError, ShardLostError, TransportError
+from arm_ray.evaluation.selection import Selection
 from arm_ray.events import RunStarted
 from arm_ray.runtime.cluster.nodes import ClusterView, alive_nodes, view_of_cluster
-from arm_ray.runtime.merge.dispatch import Dispatcher
+from arm_ray.runtime.merge.dispatch import Dispatcher, PartialMerges
 from arm_ray.runtime.merge.job import MergeJob
-from arm_ray.runtime.merge.partial import PartialMerges
 from arm_ray.runtime.merge.policies import RecoveryPolicy, ScalingPolicy, last_usable
+from arm_ray.runtime.merge.promise import Promise
 from arm_ray.runtime.merge.publisher import Publisher
 from arm_ray.runtime.merge.specs import shard_specs
 from arm_ray.runtime.merge.state_storage import StateStorage, storage_of
-from arm_ray.runtime.merge.sweeps import SweepParts, sweep_for
+from arm_ray.runtime.merge.stepped import sweep_for
+from arm_ray.runtime.merge.sweeps import SweepParts
 from arm_ray.runtime.session.heartbeat import activity
 from arm_ray.runtime.shards.placement import (
     Placement,
@@ -40,7 +42,7 @@ from arm_ray.runtime.shards.placement import (
     placed_here,
     placed_shards,
 )
-from arm_ray.schedule import iterations_needed_after
+from arm_ray.schedule import iterations_needed_after, state_name
 
 
 class Stage(Enum):
@@ -59,15 +61,15 @@ class Ending:
     """How a merge ended.
 
     Attributes:
-        reason: `max_iterations`, `converged`, `patience` or `stop_after`.
+        reason: `max_iterations`, `converged`, `no_gain`, `patience` or `stop_after`.
         model: The final model; None where the merge was halted before its end.
-        selected: The iteration that the model is of.
+        selection: The state or checkpoint that the model is.
         peak_bytes: Largest resident memory of each shard.
     """
 
     reason: str
     model: Path | None
-    selected: int
+    selection: Selection
     peak_bytes: tuple[int, ...]
 
 
@@ -95,6 +97,7 @@ class MergeController:
         self._known_nodes = cluster.nodes
         self._shard_nodes: set[str] = set()
         self._partial = PartialMerges()
+        self._promise = Promise(job) if job.compared is not None else None
         self._is_first = True
         self.stage = Stage.PLACING
 
@@ -135,12 +138,21 @@ class MergeController:
         ):
             self._shard_nodes |= set(gang.nodes)
             self._go_back(storage)
-            dispatcher, publisher = Dispatcher(job, gang, specs), Publisher(job, storage)
+            dispatcher = Dispatcher(job, gang, specs)
+            publisher = Publisher(job, storage, self._promise)
             self.stage = Stage.CHECKING
             self._check(gang, dispatcher)
             self._announce()
             self.stage = Stage.SWEEPING
-            parts = SweepParts(job, dispatcher, storage, publisher, self._partial, self._has_grown)
+            parts = SweepParts(
+                job,
+                dispatcher,
+                storage,
+                publisher,
+                self._promise,
+                self._partial,
+                self._has_grown,
+            )
             reason = sweep_for(parts).run()
             if reason == "regroup":
                 return None
@@ -166,14 +178,23 @@ class MergeController:
         if reason == "stop_after":
             needed = iterations_needed_after(job.config.schedule, job.num_candidates, last)
             publisher.collect_states(sorted(needed))
-            return Ending(reason, None, last, dispatcher.peak_bytes())
-        selected = last if job.scoring is None else job.scoring.select(last)
+            return Ending(reason, None, Selection(state_name(last)), dispatcher.peak_bytes())
+        selection = self._select(last, dispatcher)
         with activity("writing the model"):
-            model = publisher.publish_model(selected)
+            model = publisher.publish_model(selection)
         if job.scoring is not None:
-            job.scoring.report(job.reporter.console, selected)
-            run.prune(job.num_candidates, run.last_iteration, {selected})
-        return Ending(reason, model, selected, dispatcher.peak_bytes())
+            job.scoring.report(job.reporter.console, selection.name)
+        chosen = set() if selection.iteration is None else {selection.iteration}
+        run.prune(job.num_candidates, last, chosen)
+        return Ending(reason, model, selection, dispatcher.peak_bytes())
+
+    def _select(self, last: int, dispatcher: Dispatcher) -> Selection:
+        """The state, or checkpoint, that becomes the model."""
+        scored = None if self._job.scoring is None else self._job.scoring.select(last)
+        if self._promise is None:
+            return scored or Selection(state_name(last))
+        with activity("comparing the states with the checkpoints"):
+            return self._promise.select(dispatcher.losses.of_states(self._job.plan(last)))
 
     def _recover(self, error: ArmRayError) -> None:
         """Take the policy's decision after an error; raises the error where that ends the merge."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ import ray
 from numpy.typing import NDArray
 from ray import ObjectRef
 
-from arm_ray.calibration.minibatch import MicroBatch, micro_batches, unique_samples
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.errors import ShardLostError
-from arm_ray.planning.workload import MAX_MICRO_BATCH_SAMPLES
 from arm_ray.runtime.cluster.actors import Handle, in_place_of
 from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.merge.job import MergeJob
+from arm_ray.runtime.merge.loss_passes import LossPasses
+from arm_ray.runtime.merge.samples import NO_SAMPLES, Draw, draw_of
 from arm_ray.runtime.shards.captures import forward_states
 from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts, joined, run_rounds
 from arm_ray.runtime.shards.files import ShardFiles
@@ -30,24 +30,6 @@ from arm_ray.schedule import IterationPlan
 
 # Calls that must get through while work is queued.
 _CONTROL = {"concurrency_group": "control"}
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The calibration samples of an iteration.
-
-    Attributes:
-        batches: Micro-batches of the different samples.
-        columns: `[N]` int64: which of these each sample of the mini-batch is.
-    """
-
-    batches: Sequence[MicroBatch]
-    columns: NDArray[np.int64]
-
-    @property
-    def num_samples(self) -> int:
-        """How many different samples there are."""
-        return sum(len(batch.lengths) for batch in self.batches)
 
 
 @dataclass(frozen=True)
@@ -78,6 +60,7 @@ class Dispatcher:
 
     def __init__(self, job: MergeJob, gang: ShardGang, specs: Sequence[ShardSpec]) -> None:
         self._job, self._gang, self._specs = job, gang, specs
+        self.losses = LossPasses(gang, specs)
 
     @property
     def _by_group(self) -> Iterator[tuple[Handle[LayerShard], int]]:
@@ -93,15 +76,10 @@ class Dispatcher:
 
     def draw(self, plan: IterationPlan) -> Draw:
         """The samples of an iteration, in micro-batches."""
-        if self._job.stream is None:
-            return Draw([], np.zeros(0, dtype=np.int64))
-        different, columns = unique_samples(self._job.stream.batch(plan.draw))
-        batches = micro_batches(
-            different,
-            max_tokens=self._job.config.runtime.micro_batch_tokens,
-            max_samples=MAX_MICRO_BATCH_SAMPLES,
-        )
-        return Draw(batches, columns)
+        batch = self._job.directions(plan)
+        if batch is None:
+            return NO_SAMPLES
+        return draw_of(batch, self._job.config.runtime.micro_batch_tokens)
 
     def submit(self, plan: IterationPlan, kept: Mapping[int, GroupReport]) -> Flight:
         """Submit an iteration, stage by stage.
@@ -128,16 +106,40 @@ class Dispatcher:
     def submit_in_phases(self, plan: IterationPlan) -> Flight:
         """Run all layers, find what is known of the whole model, and submit the merges."""
         draw, started = self.draw(plan), time.monotonic()
+        known = self.facts_of_all(plan, draw, self.submit_forward(plan, draw))
+        facts = self.measured(plan, draw.columns, known)
+        return self.submit_merges(plan, draw.columns, facts, started)
+
+    def submit_forward(self, plan: IterationPlan, draw: Draw) -> list[ObjectRef[Any]]:
+        """Submit the forward passes of an iteration's states through all layers."""
         refs: list[ObjectRef[Any]] = []
         for shard, chunk, ends in self._chunks(plan, draw, self._job.num_groups):
             refs += [*ends, shard.call(LayerShard.release_forward, chunk)]
-        get_results(refs)
+        return refs
+
+    def facts_of_all(
+        self, plan: IterationPlan, draw: Draw, forwards: Sequence[ObjectRef[Any]]
+    ) -> ModelFacts:
+        """What all shards know together once the forward passes that are submitted are over."""
+        get_results(forwards)
         summaries = [
             shard.call(LayerShard.summarise, plan, draw.columns) for shard in self._gang.actors
         ]
-        facts = self.measured(plan, draw.columns, joined(get_results(summaries)))
+        return joined(get_results(summaries))
+
+    def submit_merges(
+        self, plan: IterationPlan, columns: NDArray[np.int64], facts: ModelFacts, started: float
+    ) -> Flight:
+        """Submit the merges of an iteration whose forward passes are over.
+
+        Args:
+            plan: The iteration.
+            columns: Which of the different samples each sample is.
+            facts: What is known of the whole model.
+            started: When the iteration was.
+        """
         merges = [
-            shard.call(LayerShard.merge, plan, group, draw.columns, facts)
+            shard.call(LayerShard.merge, plan, group, columns, facts)
             for shard, group in self._by_group
         ]
         return Flight(plan, [], merges, started)
@@ -243,3 +245,31 @@ class Dispatcher:
                         else:
                             ends.append(ref)
                 yield shard, chunk, ends
+
+
+class PartialMerges:
+    """What shards that are gone have merged, so that others take it over."""
+
+    def __init__(self) -> None:
+        self._reports: dict[tuple[int, int], GroupReport] = {}
+
+    def add(self, iteration: int, report: GroupReport) -> None:
+        """Take note of a layer group of an iteration that is merged and written."""
+        self._reports[iteration, report.group] = report
+
+    def of(self, iteration: int) -> dict[int, GroupReport]:
+        """Layer group -> what merging it gave, of one iteration."""
+        return {group: report for (t, group), report in self._reports.items() if t == iteration}
+
+    def forget(self, iteration: int) -> None:
+        """Let go of an iteration that is finished."""
+        self.keep(lambda t, _group: t != iteration)
+
+    def keep(self, wanted: Callable[[int, int], bool]) -> None:
+        """Let go of all but some iterations and layer groups."""
+        self._reports = {key: value for key, value in self._reports.items() if wanted(*key)}
+
+    @property
+    def keys(self) -> set[tuple[int, int]]:
+        """Iteration and layer group of all."""
+        return set(self._reports)

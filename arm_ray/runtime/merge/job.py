@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from arm_ray.calibration.minibatch import MiniBatch, unique_samples
 from arm_ray.calibration.stream import CalibrationStream
 from arm_ray.checkpoints.states import StateManifest
 from arm_ray.config import MergeConfig
@@ -26,6 +27,8 @@ class MergeJob:
         inputs: The checked checkpoints.
         run: The run directory, open.
         stream: The calibration stream; None where no activations are needed.
+        compared: Samples that states and checkpoints are compared on, and samples for the final
+            losses; None where nothing is compared by losses.
         scoring: Scores the states beside the merge; None where nothing is scored.
         reporter: Told what happens.
         stop_after: Halt after this iteration, although the schedule goes on; None: do not.
@@ -36,6 +39,7 @@ class MergeJob:
     inputs: MergeInputs
     run: RunDirectory
     stream: CalibrationStream | None
+    compared: tuple[MiniBatch, MiniBatch] | None
     scoring: StateScoring | None
     reporter: Reporter
     stop_after: int | None = None
@@ -64,6 +68,24 @@ class MergeJob:
     def plan(self, iteration: int) -> IterationPlan:
         """What an iteration merges."""
         return plan_iteration(self.config.schedule, self.num_candidates, iteration)
+
+    def directions(self, plan: IterationPlan) -> MiniBatch | None:
+        """The mini-batch that an iteration's activations are of; None where none are needed.
+
+        Where steps are searched, mini-batches alternate: one finds directions, the next one chooses
+        how far to go along them (`lengths`).
+        """
+        if self.stream is None or not self.method.needs_activations:
+            return None
+        return self.stream.batch(2 * plan.draw - 1 if self.method.tries_steps else plan.draw)
+
+    def lengths(self, plan: IterationPlan) -> tuple[MiniBatch, MiniBatch]:
+        """The samples that choose an iteration's step, and those that the choice is checked on."""
+        assert self.stream is not None
+        batch, _ = unique_samples(self.stream.batch(2 * plan.draw))
+        middle = (len(batch.token_ids) + 1) // 2
+        everything = range(len(batch.token_ids))
+        return batch.part(everything[:middle]), batch.part(everything[middle:])
 
     def ends_with(self, manifest: StateManifest) -> bool:
         """Whether the schedule, or the scores, end with a state."""

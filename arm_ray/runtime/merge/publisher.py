@@ -11,11 +11,15 @@ import torch
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.peft import WEIGHTS_NAME
-from arm_ray.checkpoints.weight_file import SharedWeightFile
+from arm_ray.checkpoints.remote import local_copy
+from arm_ray.checkpoints.weight_file import SharedWeightFile, write_weight_file
+from arm_ray.evaluation.selection import Selection
 from arm_ray.events import ModelWritten
 from arm_ray.report.model_card import write_model_card
-from arm_ray.runtime.merge.adapter import write_adapter
+from arm_ray.runtime.cluster.node_files import COPIES
+from arm_ray.runtime.merge.adapter import ReadTensor, write_adapter
 from arm_ray.runtime.merge.job import MergeJob
+from arm_ray.runtime.merge.promise import Promise
 from arm_ray.runtime.merge.state_storage import StateStorage
 
 
@@ -25,10 +29,13 @@ class Publisher:
     Args:
         job: The merge.
         storage: Where the states lie.
+        promise: Compares states by their losses, and needs the best of them; None: nothing does.
     """
 
-    def __init__(self, job: MergeJob, storage: StateStorage) -> None:
-        self._job, self._storage = job, storage
+    def __init__(
+        self, job: MergeJob, storage: StateStorage, promise: Promise | None = None
+    ) -> None:
+        self._job, self._storage, self._promise = job, storage, promise
         self._config, self._inputs, self._run = job.config, job.inputs, job.run
         self._is_exported = False
 
@@ -74,7 +81,9 @@ class Publisher:
         held: set[int] = set()
         if self._job.scoring is not None:
             self._job.scoring.state_finished(manifest.iteration)
-            held = self._job.scoring.held()
+            held |= self._job.scoring.held()
+        if self._promise is not None:
+            held |= self._promise.held()
         self._run.prune(self._job.num_candidates, manifest.iteration, held)
         self._storage.forget_pruned()
 
@@ -98,44 +107,73 @@ class Publisher:
             int(self._config.runtime.max_weight_file_gb * 1e9),
         )
 
-    def publish_model(self, selected: int) -> Path:
-        """Write the final model, or the adapter, from a state; returns its directory.
+    def publish_model(self, selection: Selection) -> Path:
+        """Write the final model, or the adapter, from a state or a checkpoint.
 
         Args:
-            selected: The iteration whose state becomes the model.
+            selection: Which one.
+
+        Returns:
+            Its directory.
         """
         started = time.monotonic()
-        run, partial = self._run, self._run.partial_model
-        if self._config.keep_states == "last" or self._config.output_format == "adapter":
-            self.collect_states([selected])
-        state, rank = states.state_directory(run.path, selected), None
-        if self._config.output_format == "adapter":
+        run, partial, iteration = self._run, self._run.partial_model, selection.iteration
+        is_adapter = self._config.output_format == "adapter"
+        if iteration is not None and (self._config.keep_states == "last" or is_adapter):
+            self.collect_states([iteration])
+        rank = None
+        if is_adapter:
             # The state stays until it is published: with another rank or format, the run goes on
             # here.
-            rank = write_adapter(partial, self._config, self._inputs, state, selected)
+            read = self._reader(selection)
+            rank = write_adapter(partial, self._config, self._inputs, read, iteration or 0)
             num_bytes = (partial / WEIGHTS_NAME).stat().st_size
         else:
-            num_bytes = self._export(selected)
+            num_bytes = self._export(selection)
         scoring = self._job.scoring
         scores = None if scoring is None else scoring.scores()
-        write_model_card(partial, self._config, run.finished[selected], rank, scores)
+        last = run.finished[iteration or run.last_iteration]
+        chosen = (selection.name, selection.verdict)
+        write_model_card(partial, self._config, last, rank, scores, chosen)
         # The rename is the moment of publication: `model/` is whole or absent.
         partial.rename(run.model)
         seconds = round(time.monotonic() - started, 3)
         if self._config.keep_states == "none":
             shutil.rmtree(run.path / "states", ignore_errors=True)
-        self._job.reporter.write(ModelWritten(state.name, str(run.model), num_bytes, seconds))
+        name = selection.name if iteration is None else f"{iteration:04d}"
+        self._job.reporter.write(ModelWritten(name, str(run.model), num_bytes, seconds))
         return run.model
 
-    def _export(self, iteration: int) -> int:
+    def _reader(self, selection: Selection) -> ReadTensor:
+        """What reads a tensor of a state, or of a checkpoint."""
+        if selection.iteration is not None:
+            state = states.state_directory(self._run.path, selection.iteration)
+            return lambda group, name: states.read_group(state, group, [name])[name]
+        given = self._inputs.checkpoints[selection.name]
+        if not given.is_local:
+            copies = self._config.runtime.scratch_path / COPIES
+            tensors = tuple(group.tensors for group in self._inputs.layout.groups)
+            given = local_copy(given, copies, tensors, lambda _num_bytes: None)
+        return lambda _group, name: given.read([name])[name]
+
+    def _export(self, selection: Selection) -> int:
         """Complete the final model in its unfinished directory; returns bytes of weights.
 
         Each weight file is written by one of the shards from the state, unless a linear merge has
-        written it already.
+        written it already, or the model is a checkpoint.
         """
         partial, files = self._run.partial_model, self._model_files()
+        if selection.iteration is None:
+            # Tensor by tensor, by this process, which has the checkpoints open.
+            self._is_exported = True
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            read = self._reader(selection)
+            for file in files:
+                tensors = (read(0, spec.name) for spec in file.specs)
+                write_weight_file(partial / file.name, file.specs, tensors)
         if not self._is_exported:
-            self._storage.write_model(files, iteration)
+            self._storage.write_model(files, selection.iteration or 0)
         states.write_export_index(partial, files)
         dtype = self._inputs.storage_dtypes[self._inputs.layout.groups[0].tensors[-1]]
         states.write_companions(partial, self._inputs.model_config(dtype), self._inputs.tokenizer)

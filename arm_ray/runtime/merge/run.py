@@ -12,21 +12,21 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from arm_ray.calibration.stream import CalibrationStream, open_stream
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.adapter_export import adapter_bytes
 from arm_ray.config import MergeConfig, state_settings
-from arm_ray.errors import ArmRayError, CalibrationError, ConfigError, is_disk_full
+from arm_ray.errors import ArmRayError, is_disk_full
 from arm_ray.evaluation.tasks import Task
 from arm_ray.events import RunFailed, RunFinished, read_events
 from arm_ray.merging.method import Method, open_method
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.cluster.joining import is_up_or_named, outliving, ray_session
-from arm_ray.runtime.cluster.nodes import THIS_PROCESS, alive_nodes, view_of_cluster
+from arm_ray.runtime.cluster.nodes import THIS_PROCESS, view_of_cluster
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.merge.controller import Ending, MergeController
 from arm_ray.runtime.merge.job import MergeJob
 from arm_ray.runtime.merge.policies import RecoveryPolicy, ScalingPolicy
+from arm_ray.runtime.merge.samples import open_calibration, open_compared
 from arm_ray.runtime.merge.specs import check_memory
 from arm_ray.runtime.output.opening import open_output
 from arm_ray.runtime.output.precision import settle, units_of
@@ -54,7 +54,7 @@ class MergeOutcome:
         run: The run directory.
         model: The final model; None where the merge was halted before its end.
         iterations: Complete iterations.
-        reason: `max_iterations`, `converged`, `patience` or `stop_after`.
+        reason: `max_iterations`, `converged`, `no_gain`, `patience` or `stop_after`.
     """
 
     run: Path
@@ -95,6 +95,8 @@ def merge(
         config.method,
         *merge_sizes(config.schedule, len(config.candidates)),
         has_window=config.schedule.has_window,
+        step=config.schedule.step,
+        takes_losses=config.compares_losses,
     )
     with heartbeat(reporter.console), activity("checking the checkpoints"):
         inputs = open_inputs(config)
@@ -185,10 +187,11 @@ def _merge(
         config, inputs = _with_compute_dtype(config, inputs, run, placement.device, reporter)
     check_memory(config, method, inputs, placement)
     # Before the actors: they may take every CPU slot, and Ray Data would wait for one for ever.
-    stream = _open_calibration(config, method, inputs, run, reporter)
+    stream = open_calibration(config, method, inputs, run, reporter)
+    compared = open_compared(config, inputs, stream, reporter)
     scored = state_scoring(config, inputs, run, tasks, reporter) if tasks else nullcontext()
     with scored as scoring:
-        job = MergeJob(config, method, inputs, run, stream, scoring, reporter, stop_after)
+        job = MergeJob(config, method, inputs, run, stream, compared, scoring, reporter, stop_after)
         recovery = RecoveryPolicy(config.runtime.max_recoveries, config.runtime.transport)
         return MergeController(job, cluster, placement, recovery, scaling).run()
 
@@ -249,49 +252,12 @@ def _failures_recorded(run: RunDirectory, needs: SpaceNeeds) -> Iterator[None]:
         raise failure from error
 
 
-def _open_calibration(
-    config: MergeConfig,
-    method: Method,
-    inputs: MergeInputs,
-    run: RunDirectory,
-    reporter: Reporter,
-) -> CalibrationStream | None:
-    if not method.needs_forward:
-        return None
-    if config.calibration is None:
-        raise ConfigError(
-            f"the operator {config.method.operator!r} needs calibration samples",
-            where="calibration",
-            hint="name a dataset in calibration.path",
-        )
-    needed = config.schedule.offset + config.schedule.max_iterations
-    stream = open_stream(
-        config.calibration,
-        inputs.tokenizer,
-        needed_batches=needed,
-        # Whether nodes share storage is known for certain only once shards are placed.
-        here=config.runtime.storage != "shared" and len(alive_nodes()) > 1,
-    )
-    vocabulary = int(inputs.layout.config.vocab_size)
-    if stream.max_token_id >= vocabulary:
-        raise CalibrationError(
-            "the tokenizer does not belong to the model",
-            where=inputs.tokenizer,
-            got=f"token id {stream.max_token_id}",
-            expected=f"ids below the vocabulary size {vocabulary}",
-            hint="copy the training run's tokenizer into the base's directory",
-        )
-    run.record_inputs({"calibration": stream.digest})
-    for message in stream.warnings:
-        reporter.warn(message)
-    return stream
-
-
 def _summarise(run: RunDirectory, ending: Ending, seconds: float, console: Console) -> None:
     last = run.finished.get(run.last_iteration)
     reasons = {
         "max_iterations": "all iterations done",
         "converged": "consecutive states point in nearly the same direction (schedule.tolerance)",
+        "no_gain": "no further step makes the loss smaller, beyond its error (schedule.step)",
         "patience": "the states stopped getting better (evaluation.select.patience)",
         "stop_after": "halted as asked; the same command without --stop-after goes on",
     }
@@ -304,9 +270,11 @@ def _summarise(run: RunDirectory, ending: Ending, seconds: float, console: Conso
         ("peak memory of a shard", f"{max(ending.peak_bytes, default=0) / 1e9:.2f} GB"),
         ("model", str(ending.model) if ending.model else "not written yet"),
         *(
-            [("of iteration", str(ending.selected))]
-            if ending.selected != run.last_iteration
+            [("it is", ending.selection.name)]
+            if ending.selection.iteration != run.last_iteration
             else []
         ),
     ]
     print_summary(console, f"run {run.path.name}", rows)
+    if ending.selection.verdict:
+        console.print(ending.selection.verdict, highlight=False)

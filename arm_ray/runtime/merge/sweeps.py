@@ -2,6 +2,7 @@
 
 | sweep | forward passes | facts of the whole model |
 |---|---|---|
+| `stepped.SteppedSweep` | of the samples, and of states that are tried | as the operator needs |
 | `WavefrontSweep` | yes | none: iterations overlap |
 | `PhasesSweep` | yes | run all layers, measure all, merge all |
 | `LinearSweep` | no | none: each piece of a tensor goes through all iterations |
@@ -24,9 +25,9 @@ from arm_ray.errors import ShardLostError, TransportError
 from arm_ray.events import IterationFinished, Warned
 from arm_ray.merging.similarity import cosines
 from arm_ray.runtime.cluster.calls import get_results
-from arm_ray.runtime.merge.dispatch import Dispatcher, Flight
+from arm_ray.runtime.merge.dispatch import Dispatcher, Flight, PartialMerges
 from arm_ray.runtime.merge.job import MergeJob
-from arm_ray.runtime.merge.partial import PartialMerges
+from arm_ray.runtime.merge.promise import Promise
 from arm_ray.runtime.merge.publisher import Publisher
 from arm_ray.runtime.merge.state_storage import StateStorage
 from arm_ray.runtime.session.progress import MergeProgress
@@ -46,6 +47,7 @@ class SweepParts:
         dispatcher: Submits calls to the shards.
         storage: Where the states lie.
         publisher: Publishes them.
+        promise: Compares them with the checkpoints by their losses; None: nothing does.
         partial: What is merged of iterations that are not finished.
         has_grown: Asked between two iterations: whether there is room for more shards by now.
     """
@@ -54,6 +56,7 @@ class SweepParts:
     dispatcher: Dispatcher
     storage: StateStorage
     publisher: Publisher
+    promise: Promise | None
     partial: PartialMerges
     has_grown: Callable[[], bool] = lambda: False
 
@@ -73,13 +76,15 @@ class Sweep(ABC):
         console = parts.job.reporter.console
         self._progress = MergeProgress(console, first, parts.job.last, len(layout.groups))
         self._last_finished = 0.0
+        # Why it ended before the schedule did, where no state says so.
+        self._reason: str | None = None
 
     def run(self) -> str:
         """Run from the first iteration that is not finished to the end of the schedule.
 
         Returns:
-            Why it ended: `max_iterations`, `converged`, `patience` or `stop_after`; `regroup`
-            where it goes on with more shards.
+            Why it ended: `max_iterations`, `converged`, `no_gain`, `patience` or `stop_after`;
+            `regroup` where it goes on with more shards.
         """
         job, run = self._job, self._job.run
         done = run.finished.get(run.last_iteration)
@@ -89,6 +94,8 @@ class Sweep(ABC):
             return "stop_after"
         with self._progress.shown():
             final = self._run(run.last_iteration + 1, job.last)
+        if self._reason is not None:
+            return self._reason
         if final is not None:
             return job.reason(final)
         return "stop_after" if run.last_iteration >= job.last else "regroup"
@@ -105,6 +112,10 @@ class Sweep(ABC):
         manifest = _manifest(flight.plan, reports)
         self._publisher.publish(manifest)
         self._parts.partial.forget(manifest.iteration)
+        if self._parts.promise is not None:
+            # Now: later on it may be removed.
+            losses = self._dispatcher.losses.of_states(flight.plan)
+            self._parts.promise.state_finished(manifest.iteration, losses)
         # Iterations overlap: what counts is the time since the one before was done.
         now = time.monotonic()
         seconds = now - max(flight.started, self._last_finished)
@@ -302,14 +313,6 @@ class LinearByIterationSweep(LinearSweep):
         return None
 
 
-def sweep_for(parts: SweepParts) -> Sweep:
-    """The sweep that a method needs; see the module."""
-    job = parts.job
-    if job.method.needs_forward:
-        return PhasesSweep(parts) if job.needs_all_layers else WavefrontSweep(parts)
-    return LinearByIterationSweep(parts) if job.method.has_statistics else LinearSweep(parts)
-
-
 def states_to_write(
     job: MergeJob, plans: Sequence[IterationPlan], *, is_end: bool, is_shared: bool
 ) -> tuple[frozenset[int], bool]:
@@ -348,6 +351,7 @@ def states_to_write(
 
 def _manifest(plan: IterationPlan, reports: Sequence[GroupReport]) -> StateManifest:
     parts = [part for report in reports for part in report.similarity]
+    step = plan.step.coefficients(len(plan.contributors), plan.divisor) if plan.step else ()
     return StateManifest(
-        plan.iteration, plan.regime, plan.reference, plan.contributors, *cosines(parts)
+        plan.iteration, plan.regime, plan.reference, plan.contributors, *cosines(parts), step
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 
 import ray
@@ -16,12 +17,17 @@ from arm_ray.errors import EvaluationError, NotACheckpointError
 from arm_ray.evaluation.engine import ModelSource
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.selection import (
+    Contender,
     Criterion,
+    Selection,
     best_state,
+    checkpoint_title,
+    keep_promise,
     make_criterion,
     stops_at,
 )
 from arm_ray.evaluation.settings import EvaluationSettings
+from arm_ray.evaluation.statistics import joined
 from arm_ray.evaluation.tasks import Task, load_tasks
 from arm_ray.report.scores import paired_results, print_scores, scores_as_json
 from arm_ray.runtime.inputs import MergeInputs
@@ -145,8 +151,8 @@ class StateScoring:
         end = stops_at(self._in_order(), self._criterion, self._settings.select.patience)
         return end is not None and end <= iteration
 
-    def select(self, last: int) -> int:
-        """Wait for all scores and say which state is published.
+    def select(self, last: int) -> Selection:
+        """Wait for all scores and say which state, or checkpoint, is published.
 
         Args:
             last: The last state.
@@ -159,9 +165,9 @@ class StateScoring:
             self._service.wait()
         except Exception as error:
             self._failed(error)
-            return last
+            return Selection(state_name(last))
         if self._criterion is None:
-            return last
+            return Selection(state_name(last))
         best = best_state(self._eligible(), self._criterion)
         if best is None:
             raise EvaluationError(
@@ -170,18 +176,42 @@ class StateScoring:
                 got=", ".join(str(t) for t in sorted(self._submitted)) or "no state was scored",
                 expected=" and ".join(f"{task}: {name}" for task, name in self._criterion.metrics),
             )
-        return best
+        if self._config.promises:
+            return self._compared(state_name(best), self._criterion)
+        return Selection(state_name(best))
+
+    def _compared(self, best: str, criterion: Criterion) -> Selection:
+        """The best state against the best checkpoint; see `select.promise`."""
+        scores = self.scores()
+        values = {name: criterion.value(flat_means(tasks)) for name, tasks in scores.items()}
+        finite = {n: v for n, v in values.items() if v is not None and math.isfinite(v)}
+        checkpoints = {name: v for name, v in finite.items() if iteration_of(name) is None}
+        # The configuration has them scored; one that is not finite is no rival.
+        if not checkpoints:
+            return Selection(best)
+        sign = 1.0 if criterion.higher_is_better else -1.0
+        rival = max(checkpoints, key=lambda name: sign * checkpoints[name])
+        tasks = [task for task, _ in criterion.metrics]
+        pair = {name: {task: scores[name][task] for task in tasks} for name in (rival, best)}
+        found = paired_results(pair, self._run.path / DIRECTORY, rival, self._settings)
+        title = checkpoint_title(rival, self._config.candidates)
+        return keep_promise(
+            Contender(best, best, finite[best]),
+            Contender(rival, title, checkpoints[rival]),
+            joined([result.comparison for result in found]),
+            higher_is_better=criterion.higher_is_better,
+            what=self._settings.select.by,
+        )
 
     def scores(self) -> dict[str, dict[str, TaskScores]]:
         """Model -> task -> numbers, of what is scored so far."""
         return _sorted(self._service.scores())
 
-    def report(self, console: Console, selected: int) -> None:
-        """Print the tables, and write them beside the records."""
+    def report(self, console: Console, marked: str) -> None:
+        """Print the tables, with one model marked, and write them beside the records."""
         scores = self.scores()
         if not scores:
             return
-        marked = state_name(selected)
         directory = self._run.path / DIRECTORY
         # Not the selected state: the best of many by chance alone makes all others look worse.
         reference = next(iter(scores))
@@ -193,7 +223,7 @@ class StateScoring:
     def _say_if_a_checkpoint_is_better(
         self, scores: Mapping[str, Mapping[str, TaskScores]], marked: str
     ) -> None:
-        if self._criterion is None or marked not in scores:
+        if self._criterion is None or marked not in scores or self._config.promises:
             return
         ours = self._criterion.value(flat_means(scores[marked]))
         for name in scores:

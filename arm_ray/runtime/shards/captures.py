@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -15,12 +14,11 @@ from torch import Tensor
 from arm_ray.errors import NumericalError
 from arm_ray.merging.method import Method
 from arm_ray.model.group import GroupOutput, GroupRunner, MaskedMeans, Wanted, output_shifts
-from arm_ray.model.layout import EMBEDDING, FINAL_NORM, LM_HEAD, ModelLayout
+from arm_ray.model.layout import EMBEDDING, FINAL_NORM, LM_HEAD, ModelLayout, layer_number
 from arm_ray.runtime.shards.weights import WeightStore
 from arm_ray.schedule import BASE, IterationPlan
 
 _K = TypeVar("_K")
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 def forward_states(method: Method, plan: IterationPlan) -> tuple[str, ...]:
@@ -132,8 +130,7 @@ class Captures:
                 self._inform(micro, LM_HEAD, normed[:, :tokens] @ head.T)
 
     def _tail_weight(self, state: str, name: str) -> Tensor:
-        group = len(self._layout.groups) - 1
-        return self._store.rows(state, group, name, slice(None)).to(self._compute_dtype)
+        return self._store.in_compute_dtype(state, len(self._layout.groups) - 1, name)
 
     def shifts(
         self, plan: IterationPlan, group: int, name: str, whole: Sequence[Tensor]
@@ -256,8 +253,8 @@ class Captures:
 
 def _place_of(name: str) -> str:
     """Where the activations that a tensor's ACM coefficient follows are taken: layer, or ends."""
-    layer = _LAYER.match(name)
-    return f"layer {layer[1]}" if layer else name
+    layer = layer_number(name)
+    return name if layer is None else f"layer {layer}"
 
 
 def _put(into: dict[_K, Tensor], key: _K, micro: MicroPass, rows: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import TensorSpec, WeightFileWriter
-from arm_ray.merging.operator import MergedTensor, TensorInputs
+from arm_ray.merging.operator import AnyRotation, MergedTensor, TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
-from arm_ray.model.layout import EMBEDDING
+from arm_ray.model.layout import EMBEDDING, layer_of
 from arm_ray.planning.workload import PIECE
 from arm_ray.runtime.shards.captures import Captures
 from arm_ray.runtime.shards.facts import ModelFacts
 from arm_ray.runtime.shards.pieces import (
+    Workers,
     group_specs,
     group_writer,
     not_finite,
@@ -30,7 +31,6 @@ from arm_ray.runtime.shards.pieces import (
 )
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.runtime.shards.weights import WeightStore
-from arm_ray.runtime.shards.workers import Workers
 from arm_ray.runtime.shards.write_behind import Flushes, WriteBehind
 from arm_ray.schedule import BASE, IterationPlan
 
@@ -72,6 +72,7 @@ class GroupMerge:
         workers: What works on the pieces.
         behind: What writes them.
         flushes: What closes the files, once all is written.
+        rotations: Iteration and tensor -> rotations, where the tensor is merged several times.
     """
 
     spec: ShardSpec
@@ -80,6 +81,7 @@ class GroupMerge:
     workers: Workers
     behind: WriteBehind
     flushes: Flushes
+    rotations: dict[tuple[int, str], dict[int, AnyRotation | None]] = field(default_factory=dict)
 
     def merge(
         self, plan: IterationPlan, group: int, columns: NDArray[np.int64], facts: ModelFacts
@@ -116,7 +118,52 @@ class GroupMerge:
             self.flushes.wait()
             raise
         found.num_bytes = writer.num_bytes
+        for name in self.spec.layout.groups[group].tensors:
+            self.rotations.pop((plan.iteration, name), None)
         return found
+
+    def trials(
+        self,
+        plans: Sequence[IterationPlan],
+        group: int,
+        names: Sequence[str],
+        columns: NDArray[np.int64],
+        facts: Sequence[ModelFacts],
+        dtype: torch.dtype,
+    ) -> list[dict[str, Tensor]]:
+        """Merge tensors of a group with steps of several lengths; nothing is written.
+
+        Args:
+            plans: The iteration, once for each step.
+            group: Index of the layer group.
+            names: The tensors.
+            columns: As for `merge`.
+            facts: What is known of the whole model, for each step.
+            dtype: Of what is returned.
+
+        Returns:
+            For each step, name -> tensor on the device: rounded, the bits that `merge` writes.
+        """
+        parts: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in plans]
+
+        def work(piece: Piece) -> tuple[TensorSpec, list[Tensor]]:
+            spec, make_inputs = piece
+            inputs, num_layers = make_inputs(), self.spec.layout.num_layers
+            by_step = [
+                replace(self._of_step(inputs, plan, num_layers), statistics=known.statistics)
+                for plan, known in zip(plans, facts, strict=True)
+            ]
+            merged = self.spec.method.merge_steps(by_step)
+            return spec, [tensor.to(dtype) for tensor in merged]
+
+        pieces = self._pieces(plans[0], group, columns, facts[0], PIECE, names)
+        for spec, tensors in self.workers.in_order(work, pieces):
+            for found, tensor in zip(parts, tensors, strict=True):
+                found[spec.name].append(tensor)
+        return [
+            {name: p[0] if len(p) == 1 else torch.cat(p) for name, p in found.items()}
+            for found in parts
+        ]
 
     def measure(
         self,
@@ -142,9 +189,12 @@ class GroupMerge:
         columns: NDArray[np.int64] | None,
         facts: ModelFacts,
         elements: int,
+        names: Sequence[str] | None = None,
     ) -> Iterator[Piece]:
         """A group's tensors, each whole, or row by row in pieces of about so many elements."""
         for spec in group_specs(self.spec.layout, group):
+            if names is not None and spec.name not in names:
+                continue
             for rows in pieces_of(self.spec, spec, elements):
                 yield spec, partial(self._inputs, plan, group, spec, rows, columns, facts)
 
@@ -169,10 +219,17 @@ class GroupMerge:
             weights[1:],
             facts.statistics,
         )
-        if columns is None:
+        inputs = self._of_step(inputs, plan, self.spec.layout.num_layers)
+        if columns is None or not self.spec.method.needs_activations:
             return inputs
         shifts: list[Tensor] = []
-        if self.spec.method.needs_outputs and spec.name in self.spec.layout.rotated:
+        rotations = self._known_rotations(plan, spec.name)
+        is_known = rotations is not None and len(rotations) == len(plan.contributors)
+        if (
+            self.spec.method.needs_outputs
+            and spec.name in self.spec.layout.rotated
+            and not (is_known and not self.spec.method.operator.activations)
+        ):
             chosen = torch.from_numpy(columns.copy()).to(self.store.device)
             whole = self.captures.shifts(plan, group, spec.name, weights)
             shifts = [shift[:, chosen] for shift in whole]
@@ -180,7 +237,27 @@ class GroupMerge:
         if spec.name == EMBEDDING and facts.head_relaxation is not None:
             relaxation = facts.head_relaxation.to(self.store.device)
         scales = self.captures.scales(plan, spec.name, columns, facts.largest_information)
-        return replace(inputs, shifts=shifts, relaxation=relaxation, scales=scales)
+        return replace(
+            inputs, shifts=shifts, relaxation=relaxation, scales=scales, rotations=rotations
+        )
+
+    def _of_step(self, inputs: TensorInputs, plan: IterationPlan, num_layers: int) -> TensorInputs:
+        if plan.step is None:
+            return inputs
+        layer = layer_of(inputs.name, num_layers)
+        return replace(
+            inputs,
+            coefficient=plan.step.coefficient,
+            factors=plan.step.factors_at(layer, num_layers),
+        )
+
+    def _known_rotations(
+        self, plan: IterationPlan, name: str
+    ) -> dict[int, AnyRotation | None] | None:
+        """Where a tensor's rotations are kept, if it is merged several times."""
+        if not (self.spec.method.tries_steps and self.spec.method.settings.rotates):
+            return None
+        return self.rotations.setdefault((plan.iteration, name), {})
 
     def _merge_piece(
         self,

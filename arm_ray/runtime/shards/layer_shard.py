@@ -29,11 +29,12 @@ from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts
 from arm_ray.runtime.shards.files import ShardFiles
 from arm_ray.runtime.shards.group_merge import GroupMerge
 from arm_ray.runtime.shards.linear import merge_linear
+from arm_ray.runtime.shards.losses import ShardLosses
 from arm_ray.runtime.shards.meter import Meter, RateLimit, ShardUsage, peak_bytes
+from arm_ray.runtime.shards.pieces import Workers
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.runtime.shards.transport import pack_tensor, unpack_tensor
 from arm_ray.runtime.shards.weights import WeightStore
-from arm_ray.runtime.shards.workers import Workers
 from arm_ray.runtime.shards.write_behind import Flushes, WriteBehind
 from arm_ray.schedule import BASE, IterationPlan, states_read_after
 
@@ -83,6 +84,14 @@ class LayerShard:
         self._merging = GroupMerge(
             spec, self._store, self._captures, self._workers, self._behind, self._flushes
         )
+        self._losses = ShardLosses(spec, self._store, self._merging, self._runner)
+
+    def on_losses(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the shard's `ShardLosses`; see `call_losses`."""
+        started = time.monotonic()
+        found = getattr(self._losses, method)(*arguments)
+        self._meter.count(forward_seconds=time.monotonic() - started)
+        return found
 
     def on_files(self, method: str, *arguments: Any) -> Any:
         """Call a method of the shard's `ShardFiles`; see `call_files`."""
@@ -337,6 +346,18 @@ class LayerShard:
         following = chunk[-1] + 1
         if following in self._spec.groups:
             self._store.read_ahead([*plan.inputs, plan.previous, BASE], following)
+
+
+def call_losses(
+    shard: Handle[LayerShard],
+    options: Mapping[str, Any],
+    method: Callable[Concatenate[ShardLosses, _P], _R],
+    *args: _P.args,
+    **kwargs: _P.kwargs,
+) -> ObjectRef[_R]:
+    """Call a method of a shard's `ShardLosses` with options of the call; returns at once."""
+    assert not kwargs
+    return shard.call_with(options, LayerShard.on_losses, method.__name__, *args)
 
 
 def call_files(

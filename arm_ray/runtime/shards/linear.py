@@ -26,6 +26,7 @@ from arm_ray.merging.similarity import SimilaritySums, similarity_sums
 from arm_ray.planning.workload import LINEAR_PIECE, LINEAR_PIECE_GPU
 from arm_ray.runtime.shards.facts import ModelFacts
 from arm_ray.runtime.shards.pieces import (
+    Workers,
     group_specs,
     group_writer,
     not_finite,
@@ -34,7 +35,6 @@ from arm_ray.runtime.shards.pieces import (
 )
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.runtime.shards.weights import WeightStore
-from arm_ray.runtime.shards.workers import Workers
 from arm_ray.runtime.shards.write_behind import Write, WriteBehind
 from arm_ray.schedule import BASE, IterationPlan
 

@@ -1,10 +1,13 @@
-"""A layer group's tensors in pieces of rows, and the file they go to."""
+"""A layer group's tensors in pieces of rows, the threads that work on them, and their file."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +20,9 @@ from arm_ray.model.layout import ModelLayout
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.runtime.shards.weights import WeightStore
 from arm_ray.schedule import IterationPlan
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 def group_specs(layout: ModelLayout, group: int) -> list[TensorSpec]:
@@ -113,3 +119,34 @@ def not_finite(name: str, plan: IterationPlan) -> NumericalError:
         where=f"iteration {plan.iteration}",
         hint="use a smaller method.coefficient",
     )
+
+
+class Workers:
+    """Maps a function over pieces, in order, as many at a time as there are threads.
+
+    The products of one tensor are too small to share: each piece has one thread to itself, so what
+    comes out does not depend on how many there are. A GPU takes one operation after the other
+    anyway, and torch's CUDA factorisations must not begin in two threads at once.
+
+    Args:
+        threads: How many.
+        device: Where the pieces are.
+    """
+
+    def __init__(self, threads: int, device: torch.device) -> None:
+        self._threads = threads if device.type == "cpu" else 1
+        # torch and MKL keep the number of threads for each thread that calls them.
+        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def in_order(self, work: Callable[[_T], _R], items: Iterator[_T]) -> Iterator[_R]:
+        """`map` over the pieces."""
+        if self._threads == 1:
+            yield from map(work, items)
+            return
+        running: deque[Future[_R]] = deque()
+        for item in items:
+            running.append(self._pool.submit(work, item))
+            if len(running) > self._threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()

@@ -92,6 +92,27 @@ class WeightStore:
         hidden = nn.functional.embedding(input_ids.to(table.device), table)
         return self._moved(hidden, self._compute_dtype)
 
+    def in_compute_dtype(self, state: str, group: int, name: str) -> Tensor:
+        """One whole tensor outside of the layers, on the device, as the forward pass takes it."""
+        return self.rows(state, group, name, slice(None)).to(self._compute_dtype)
+
+    def hold(self, state: str, group: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors of a state that is on no disk, in the compute dtype, until `let_go`."""
+        in_layers = {n: _aligned(t) for n, t in tensors.items() if is_layer_tensor(n)}
+        outside = {name: tensor for name, tensor in tensors.items() if name not in in_layers}
+        if in_layers:
+            self._compute[state, group] = in_layers
+        if outside:
+            self._stored[state, group] = self._stored.get((state, group), {}) | outside
+
+    def let_go(self, state: str, group: int, name: str | None = None) -> None:
+        """Release what `hold` has taken, or one tensor of it outside of the layers."""
+        if name is not None:
+            self._stored[state, group].pop(name)
+            return
+        self._compute.pop((state, group), None)
+        self._stored.pop((state, group), None)
+
     def rows(self, state: str, group: int, name: str, rows: slice) -> Tensor:
         """Rows of one tensor, float32, on the device."""
         return self._moved(self._group(state, group)[name][rows], torch.float32)

@@ -41,6 +41,7 @@ class Rig:
             method=SimpleNamespace(needs_forward=False),
             inputs=None,
             run=run,
+            compared=None,
             scoring=None,
             reporter=reporter_into(self.said),
             num_candidates=2,
@@ -113,7 +114,8 @@ def rig(case: MergeCase, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rig]:
 def test_an_untroubled_merge_takes_one_set(rig: Callable[..., Rig]) -> None:
     of = rig(layer_shards=2)
     ending = of.go(of.finish(1, "stop_after"))
-    assert (ending.reason, ending.model, ending.selected) == ("stop_after", None, 1)
+    chosen = ending.selection.name
+    assert (ending.reason, ending.model, chosen) == ("stop_after", None, "state-0001")
     assert of.sets == [(2, "auto")]
     assert of.stages == [Stage.SWEEPING]
     assert of.controller.stage is Stage.ENDED

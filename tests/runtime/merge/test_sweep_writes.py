@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from arm_ray.runtime.merge.partial import PartialMerges
+from arm_ray.runtime.merge.dispatch import PartialMerges
 from arm_ray.runtime.merge.sweeps import states_to_write
 from arm_ray.runtime.shards.spec import GroupReport
 from arm_ray.schedule import plan_iteration
