@@ -267,7 +267,7 @@ class MethodSettings:
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
     operator: str = "arm"
     """How task vectors become one update: see docs/operators.md."""
-    coefficient: Annotated[float, Gt(0.0), Le(2.0)] = 0.7
+    coefficient: Annotated[float, Gt(0.0), Le(10.0)] = 0.7
     """λ: the update is multiplied by it."""
     rotate: Literal["auto"] | bool = "auto"
     """Whether task vectors are rotated by their activation shift first; auto: only for `arm`."""

@@ -130,9 +130,9 @@ def open_compared(
     middle = samples if select.path is None else 0
     everything = range(len(held.token_ids))
     validation, final = held.part(everything[:middle]), held.part(everything[middle:])
-    if select.path is not None:
+    if select.path is not None and samples:
         validation = _first_rows(config, inputs, select.path, samples)
-    if select.final_path is not None:
+    if select.final_path is not None and final_samples:
         final = _first_rows(config, inputs, select.final_path, final_samples)
     used = {ids.tobytes() for ids in stream.served().token_ids}
     shared = sum(ids.tobytes() in used for ids in validation.token_ids)
