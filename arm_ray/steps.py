@@ -42,6 +42,14 @@ Search = Generator[Sequence[Step], Sequence[SampleLosses], tuple[Step, ...]]
 _Vector = NDArray[np.float64]
 
 
+def step_samples(batch_size: int) -> tuple[int, int]:
+    """How many samples of a mini-batch choose a step, and how many others check it.
+
+    A search runs many states, the check few; so a step costs less than two iterations without one.
+    """
+    return max(1, 5 * batch_size // 16), max(1, batch_size // 2)
+
+
 def search(schedule: ScheduleConfig, start: float, contributors: int, divisor: int) -> Search:
     """The search that `schedule.step` names.
 
@@ -59,6 +67,28 @@ def search(schedule: ScheduleConfig, start: float, contributors: int, divisor: i
     if schedule.step == "line_search":
         return _line_search(start, schedule.step_limit * divisor)
     return _Subspace(schedule, start, contributors, divisor).search()
+
+
+def most_trials(schedule: ScheduleConfig, contributors: int) -> tuple[tuple[int, ...], int]:
+    """How many states an iteration runs to choose its step, at most.
+
+    Returns:
+        Those of each round of the search, and those of the check.
+    """
+    if not schedule.searches_step:
+        return (), 0
+    if schedule.step == "backtracking":
+        return (2, *(1,) * _HALVINGS), 3
+    if schedule.step == "line_search":
+        return (5, *(1,) * _REFINEMENTS), 3
+    rounds = [4, 1]
+    if contributors > 1:
+        pairs = contributors * (contributors - 1) // 2
+        mixed = pairs if contributors <= _MOST_MIXED else 0
+        rounds += [2 * contributors + mixed, 2, 1]
+    if schedule.step_blocks > 1:
+        rounds += [2 * schedule.step_blocks, 1]
+    return tuple(rounds), 3 + (schedule.step_blocks > 1)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": CORE | {"checkpoints"},
     "evaluation": CORE | {"calibration", "checkpoints"},
     "report": CORE | {"checkpoints", "evaluation", "following"},
-    "planning": CORE | {"checkpoints", "model"},
+    "planning": CORE | {"steps", "checkpoints", "model"},
     "training": CORE | {"calibration", "checkpoints", "evaluation"},
     "following": CORE | {"checkpoints", "evaluation"},
     "runtime": PURE | {"following", "planning", "training"},

@@ -13,12 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from arm_ray.config import RuntimeConfig
-from arm_ray.model.layout import is_layer_tensor
+from arm_ray.model.layout import EMBEDDING, is_layer_tensor
 from arm_ray.planning.devices import GB
 from arm_ray.planning.workload import (
     FLOAT32,
     LINEAR_PIECE,
     LINEAR_PIECE_GPU,
+    LOGITS,
     WRITERS,
     StateUse,
     Workload,
@@ -26,6 +27,7 @@ from arm_ray.planning.workload import (
 )
 from arm_ray.planning.workspace import largest_piece, merge_workspace
 from arm_ray.schedule import BASE, IterationPlan
+from arm_ray.steps import most_trials
 
 Terms = dict[str, int]
 
@@ -46,6 +48,7 @@ COMPUTE, ACTIVATIONS = "compute copies", "activations of a micro-batch"
 HIDDEN, MEANS = "hidden states", "mean inputs"
 NEW_STATE, WORKSPACE = "new state of a group", "merge workspace"
 TRANSFER = "transfer buffers"
+HEAD = "head and logits"
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,12 @@ class _Walk:
                     HIDDEN: self._hidden(use.plan),
                 },
             )
+            if self._workload.takes_losses:
+                self._note(
+                    f"{use.plan.regime}, losses",
+                    self._stored(use, chunk[0], use.held | use.read),
+                    self._loss_terms(use, chunk, sum(means.values()), sum(copies.values())),
+                )
             for group in chunk:
                 left = range(group, chunk[-1] + 1)
                 kept, workspace = merge_workspace(
@@ -183,6 +192,32 @@ class _Walk:
                         WORKSPACE: workspace,
                     },
                 )
+
+    def _loss_terms(self, use: StateUse, chunk: range, means: int, copies: int) -> Terms:
+        """While states that are tried, or states that are compared, run through a chunk."""
+        workload = self._workload
+        rounds, check = most_trials(workload.schedule, len(use.plan.contributors))
+        most = max(*rounds, check, 1) if workload.step_samples else 1
+        item = workload.compute_dtype.itemsize
+        layers = sum(
+            workload.elements(name)
+            for group in chunk
+            for name in workload.layout.groups[group].tensors
+            if is_layer_tensor(name)
+        )
+        samples = max(workload.step_samples, workload.check_samples, *workload.compared_samples)
+        hidden = most * workload.micro_batches_of(samples) * workload.hidden_bytes
+        # One state's embedding at a time, which also is the head, and its logits.
+        head = workload.elements(EMBEDDING) * (FLOAT32 + item) if self._is_first else 0
+        if self._is_last:
+            head = workload.elements(EMBEDDING) * (FLOAT32 + item) + 2 * FLOAT32 * LOGITS
+        return {
+            COMPUTE: copies + most * layers * item,
+            MEANS: means,
+            HIDDEN: hidden,
+            ACTIVATIONS: self._activations(),
+            HEAD: head,
+        }
 
     def linear(self, group: int) -> None:
         """One group of a merge without forward passes: all iterations, piece by piece."""

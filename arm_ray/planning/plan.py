@@ -33,6 +33,7 @@ from arm_ray.planning.workload import (
     state_uses,
 )
 from arm_ray.schedule import states_needed_after
+from arm_ray.steps import most_trials
 
 _SCALING = (1, 2, 4, 8, 16, 32, 64)
 # The share of the disk and the efficiency depend on each other; this settles them.
@@ -78,8 +79,9 @@ class ShardFacts:
 class IterationFacts:
     """One iteration (or the one pass of a merge without forward passes); bytes and operations.
 
-    `seconds` is the time from the end of the iteration before to its own; `forward_s` and
-    `merge_s` are summed over the shards.
+    `seconds` is the time from the end of the iteration before to its own, without `step_s`, in
+    which the step is chosen, and `compare_s`, for the loss of the state; `forward_s` and `merge_s`
+    are summed over the shards.
     """
 
     iteration: int
@@ -96,6 +98,8 @@ class IterationFacts:
     merge_s: float
     write_s: float
     seconds: float
+    step_s: float = 0.0
+    compare_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ class Plan:
     Attributes:
         check_s: Reading all checkpoints once before the first iteration.
         export_s: Writing the final model after the last.
+        compare_s: Losses of the checkpoints, and the final ones, after the last.
         host_bytes_per_node: The most that the shards of one node need on the host.
         problems: Why it does not fit; empty where it does.
         remedies: What would fit.
@@ -143,6 +148,7 @@ class Plan:
     scaling: tuple[ScalePoint, ...]
     check_s: float
     export_s: float
+    compare_s: float
     disk: DiskFacts
     smallest: tuple[Fit, ...]
     problems: tuple[str, ...]
@@ -157,7 +163,8 @@ class Plan:
     @property
     def total_s(self) -> float:
         """The whole run, without starting Ray and reading the calibration data."""
-        return self.check_s + self.simulation.makespan_s + self.export_s
+        losses = sum(i.step_s + i.compare_s for i in self.iterations) + self.compare_s
+        return self.check_s + self.simulation.makespan_s + self.export_s + losses
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -195,6 +202,7 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
         scaling=_scaling(workload, config, cluster, placement),
         check_s=timed.check_s,
         export_s=timed.export_s,
+        compare_s=timed.final_compare_s,
         disk=_disk_facts(config, workload),
         smallest=smallest,
         problems=problems,
@@ -256,6 +264,34 @@ class _Timed:
             self._iteration_facts(use, ends[i + 1] - ends[i]) for i, use in enumerate(self._uses)
         )
 
+    def _step_s(self, use: StateUse) -> float:
+        """Seconds of the rounds in which an iteration's step is chosen, one after the other."""
+        samples = self._workload.step_samples
+        if not samples:
+            return 0.0
+        rounds, check = most_trials(self._config.schedule, len(use.plan.contributors))
+        known = int(use.plan.previous != use.plan.reference)
+        sizes = [(rounds[0], rounds[0] - 1), *((n, n) for n in rounds[1:])]
+        seconds = sum(self._losses_s(samples, subjects, tried) for subjects, tried in sizes)
+        return seconds + self._losses_s(self._workload.check_samples, check + known, check - 1)
+
+    @property
+    def compare_s(self) -> float:
+        """Seconds of the loss of one state on the samples that models are compared on."""
+        return self._losses_s(self._workload.compared_samples[0], 1, 0)
+
+    @property
+    def final_compare_s(self) -> float:
+        """Seconds of the checkpoints' losses, and of the final ones."""
+        checkpoints = len(self._workload.dtypes)
+        compared, final = self._workload.compared_samples
+        return self._losses_s(compared, checkpoints, 0) + self._losses_s(final, checkpoints + 1, 0)
+
+    def _losses_s(self, samples: int, subjects: int, tried: int) -> float:
+        if not samples:
+            return 0.0
+        return simulate([self._clock.losses(samples, subjects, tried)], 0).makespan_s
+
     def _times(self) -> list[IterationTimes]:
         if self._workload.needs_forward:
             return self._clock.iterations(self._uses)
@@ -292,6 +328,8 @@ class _Timed:
             merge_s=sum(p.rotation + p.elementwise for p in parts),
             write_s=sum(p.write for p in parts),
             seconds=seconds,
+            step_s=self._step_s(use),
+            compare_s=self.compare_s,
         )
 
     def _linear_facts(self) -> IterationFacts:
@@ -356,7 +394,7 @@ def _model_facts(workload: Workload, config: MergeConfig) -> ModelFacts:
         family=str(layout.config.model_type),
         parameters=workload.parameters,
         tensors=len(layout.shapes),
-        rotated_tensors=len(layout.rotated) if workload.needs_forward else 0,
+        rotated_tensors=len(layout.rotated) if workload.samples else 0,
         rotated_parameters=sum(map(workload.elements, layout.rotated)),
         layers=layout.num_layers,
         layer_groups=len(layout.groups),

@@ -81,7 +81,7 @@ def _iterations(plan: Plan) -> Table:
     table = _table(
         "Iterations (seconds of work are summed over the shards)",
         ["", "regime", "states"],
-        ["read", "written", "sent", "forward s", "merge s", "write s", "elapsed s"],
+        ["read", "written", "sent", "forward s", "merge s", "write s", "step s", "elapsed s"],
     )
     for row in plan.iterations:
         table.add_row(
@@ -94,7 +94,8 @@ def _iterations(plan: Plan) -> Table:
             _seconds(row.forward_s),
             _seconds(row.merge_s),
             _seconds(row.write_s),
-            _seconds(row.seconds),
+            _seconds(row.step_s),
+            _seconds(row.seconds + row.step_s + row.compare_s),
         )
     return table
 
@@ -154,12 +155,20 @@ def _scaling(plan: Plan) -> str:
     )
 
 
+def _losses(plan: Plan) -> str:
+    """Losses that steps and the model are chosen by."""
+    steps = sum(row.step_s for row in plan.iterations)
+    compared = sum(row.compare_s for row in plan.iterations) + plan.compare_s
+    text = f" + choosing steps {_duration(steps)} at most" if steps else ""
+    return text + (f" + comparing models {_duration(compared)}" if compared else "")
+
+
 def _verdict(plan: Plan) -> list[str]:
     lines = [
         f"Estimated time: {_duration(plan.total_s)} = checking the checkpoints "
         f"{_duration(plan.check_s)} + iterations {_duration(plan.simulation.makespan_s)} "
         f"(efficiency {100 * plan.simulation.efficiency:.0f} %) + writing the model "
-        f"{_duration(plan.export_s)}.",
+        f"{_duration(plan.export_s)}{_losses(plan)}.",
         "Rates and efficiencies are assumptions (docs/planning.md), not measurements.",
         *(f"Assumed: {text}." for text in plan.assumptions),
         "",

@@ -23,6 +23,7 @@ from arm_ray.hardware import Units
 from arm_ray.model.layout import ModelLayout, base_dtype, check_layout, load_config, model_layout
 from arm_ray.planning.workload import Workload
 from arm_ray.schedule import BASE, INITIAL, candidate_name
+from arm_ray.steps import step_samples
 from arm_ray.storage.urls import is_url
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -102,6 +103,8 @@ def open_workload(
         samples,
         tokens,
         config.runtime.micro_batch_tokens,
+        *_step_samples(config),
+        _compared_samples(config, notes),
         frozenset(label for label, c in checkpoints.items() if not c.is_laid_out),
     )
     return workload, notes
@@ -126,18 +129,36 @@ def _calibration(
     config: MergeConfig, tokens_per_sample: int | None, notes: list[str]
 ) -> tuple[int, int]:
     """Samples of an iteration, and tokens of each."""
-    if not config.method.needs_calibration or config.calibration is None:
+    takes_losses = config.schedule.searches_step or config.compares_losses
+    if config.calibration is None or not (config.method.needs_calibration or takes_losses):
         return 0, 1
+    samples = config.calibration.batch_size if config.method.needs_calibration else 0
     if tokens_per_sample is None:
         longest = config.calibration.max_length
         notes.append(
             f"every sample has {longest} tokens (calibration.max_length), the most there can be; "
             f"--tokens-per-sample says otherwise"
         )
-        return config.calibration.batch_size, longest
+        return samples, longest
     if tokens_per_sample < 1:
         raise ConfigError("--tokens-per-sample is below 1", got=tokens_per_sample)
-    return config.calibration.batch_size, min(tokens_per_sample, config.calibration.max_length)
+    return samples, min(tokens_per_sample, config.calibration.max_length)
+
+
+def _step_samples(config: MergeConfig) -> tuple[int, int]:
+    """Samples that choose a step, and those that check it."""
+    if config.calibration is None or not config.schedule.searches_step:
+        return 0, 0
+    return step_samples(config.calibration.batch_size)
+
+
+def _compared_samples(config: MergeConfig, notes: list[str]) -> tuple[int, int]:
+    """Samples that models are compared on, and samples of the final losses."""
+    if config.calibration is None or not config.compares_losses:
+        return 0, 0
+    samples, final = config.select.sizes(4 * 128)
+    notes.append(f"models are compared on {samples} samples, and {final} more at the end (select)")
+    return samples, final
 
 
 def _find(path_or_id: str) -> Path | None:

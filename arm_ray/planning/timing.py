@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from arm_ray.config import RuntimeConfig
-from arm_ray.model.layout import is_layer_tensor
+from arm_ray.model.layout import EMBEDDING, is_layer_tensor
 from arm_ray.planning.devices import Device
 from arm_ray.planning.simulator import ChunkTimes, IterationTimes, ShardTimes
 from arm_ray.planning.workload import (
@@ -16,6 +16,7 @@ from arm_ray.planning.workload import (
     FLOAT32,
     StateUse,
     Workload,
+    forward_work,
     group_work,
 )
 from arm_ray.schedule import IterationPlan
@@ -97,6 +98,45 @@ class Clock:
         """What the simulator takes, for each iteration."""
         return [self._iteration(use) for use in uses]
 
+    def losses(self, samples: int, subjects: int, tried: int) -> IterationTimes:
+        """The passes of some states whose losses are taken at once.
+
+        Args:
+            samples: That each is run on.
+            subjects: States.
+            tried: How many of these are only tried: their layers are made first.
+        """
+        workload = self._workload
+        calls = subjects * workload.micro_batches_of(samples)
+        name = str(workload.compute_dtype).removeprefix("torch.")
+        rate = self._device.forward_efficiency * self._device.flops[name]
+        head = 2.0 * workload.layout.shapes[EMBEDDING][0] * workload.layout.shapes[EMBEDDING][1]
+        shards = []
+        for index, groups in enumerate(self._placement.shards):
+            flops = moved = made = 0.0
+            for group in groups:
+                work = forward_work(workload, workload.layout.groups[group], samples)
+                layers = sum(
+                    workload.elements(n)
+                    for n in workload.layout.groups[group].tensors
+                    if is_layer_tensor(n)
+                )
+                flops += work.forward_flops
+                moved += workload.compute_dtype.itemsize * layers
+                # Each input's rows are read and cast, added, and written.
+                made += tried * layers * FLOAT32 * (2.0 * len(workload.dtypes) + 3.0)
+            is_last = index == len(self._placement.shards) - 1
+            if is_last:
+                # All tokens of a sample count at most.
+                flops += head * samples * workload.tokens
+            each = subjects * max(
+                flops / rate, workload.micro_batches_of(samples) * moved / self._memory
+            )
+            once = made / self._memory
+            per_call = (each + once) / calls if calls else 0.0
+            shards.append(ShardTimes((ChunkTimes(per_call, 0.0),), self._send(index)))
+        return IterationTimes(calls, tuple(shards))
+
     def linear_pass(
         self, uses: Sequence[StateUse], written: int, model_bytes: int
     ) -> IterationTimes:
@@ -149,7 +189,8 @@ class Clock:
         merge = sum(part.rotation + part.elementwise + part.write for part in parts)
         # Reading ahead costs what it takes longer than the work beside it.
         forward += max(0.0, sum(part.read_ahead for part in parts) - forward - merge)
-        return ChunkTimes(forward / calls, merge)
+        # Without activations, what happens once comes before the merge.
+        return ChunkTimes(forward / calls, merge) if calls else ChunkTimes(0.0, forward + merge)
 
     def _send(self, shard: int) -> float:
         """Seconds to send a micro-batch's hidden states to the next shard."""

@@ -50,6 +50,10 @@ class Workload:
         samples: N; 0 where the operator needs no activations.
         tokens: Tokens of a sample.
         micro_batch_tokens: `runtime.micro_batch_tokens`.
+        step_samples: Samples that choose a step; 0: it is not chosen.
+        check_samples: Samples that check it.
+        compared_samples: Samples that states and checkpoints are compared on, and those of the
+            final losses.
         formed: Of the base and the candidates, those whose tensors are put together in memory when
             they are read, and not mapped.
     """
@@ -62,6 +66,9 @@ class Workload:
     samples: int
     tokens: int
     micro_batch_tokens: int
+    step_samples: int = 0
+    check_samples: int = 0
+    compared_samples: tuple[int, int] = (0, 0)
     formed: frozenset[str] = frozenset()
 
     @property
@@ -72,18 +79,28 @@ class Workload:
     @property
     def needs_forward(self) -> bool:
         """Whether there are forward passes at all."""
-        return self.samples > 0
+        return self.samples > 0 or self.takes_losses
+
+    @property
+    def takes_losses(self) -> bool:
+        """Whether losses of states are taken."""
+        return self.step_samples > 0 or self.compared_samples[0] > 0
 
     @property
     def rows(self) -> int:
         """Samples in a micro-batch."""
         fitting = min(MAX_MICRO_BATCH_SAMPLES, self.micro_batch_tokens // self.tokens)
-        return min(self.samples, max(1, fitting))
+        most = max(self.samples, self.step_samples, self.check_samples, *self.compared_samples)
+        return min(most, max(1, fitting))
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of an iteration."""
-        return ceil(self.samples / self.rows) if self.samples else 0
+        return self.micro_batches_of(self.samples)
+
+    def micro_batches_of(self, samples: int) -> int:
+        """Micro-batches of so many samples."""
+        return ceil(samples / self.rows) if samples else 0
 
     @property
     def hidden_bytes(self) -> int:
@@ -202,20 +219,21 @@ def group_work(workload: Workload, group: int, num_states: int) -> GroupWork:
     """The work of one layer group in an iteration with so many input states."""
     work = GroupWork()
     layer_group = workload.layout.groups[group]
-    if workload.needs_forward:
-        work += _forward_work(workload, layer_group, num_states)
+    if workload.samples:
+        work += forward_work(workload, layer_group, workload.samples * num_states)
     for name in layer_group.tensors:
-        rotated = workload.needs_forward and name in workload.layout.rotated
+        rotated = workload.samples > 0 and name in workload.layout.rotated
         work += _merge_work(workload, name, num_states, rotated)
     return work
 
 
-def _forward_work(workload: Workload, group: LayerGroup, num_states: int) -> GroupWork:
+def forward_work(workload: Workload, group: LayerGroup, passes: int) -> GroupWork:
+    """The forward pass of one layer group over so many samples, each state's counted."""
     config = workload.layout.config
     layers = group.end_layer - group.first_layer
     heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
-    tokens = workload.samples * workload.tokens * num_states
+    tokens = passes * workload.tokens
     weights = [name for name in group.tensors if name in workload.layout.rotated]
     parameters = sum(map(workload.elements, weights))
     # q, k and v share an input, and so do gate and up: of seven inputs four are different.
@@ -229,7 +247,7 @@ def _forward_work(workload: Workload, group: LayerGroup, num_states: int) -> Gro
         linear_flops=2.0 * parameters * tokens,
         # Q Kᵀ and the product with V, 4·L²·(heads·head_dim) a sample; half of it is masked away.
         attention_flops=2.0 * layers * tokens * workload.tokens * heads * head_dim,
-        capture_flops=2.0 * widths * tokens + 2.0 * parameters * workload.samples * num_states,
+        capture_flops=2.0 * widths * tokens + 2.0 * parameters * passes,
         capture_bytes=float(widths) * tokens * (itemsize + cast),
     )
 

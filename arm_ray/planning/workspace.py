@@ -21,7 +21,7 @@ def largest_piece(workload: Workload, group: int) -> int:
 def _pieces(workload: Workload, name: str) -> list[int]:
     """Elements of the pieces that a tensor is merged in: a rotated one is one piece."""
     elements = workload.elements(name)
-    if name in workload.layout.rotated and workload.needs_forward:
+    if name in workload.layout.rotated and workload.samples:
         return [elements]
     rows = workload.layout.shapes[name][0]
     width = max(1, elements // max(1, rows))

@@ -15,6 +15,7 @@ from arm_ray.runtime.output.run_directory import RunDirectory
 from arm_ray.runtime.scoring.state_scoring import StateScoring
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.schedule import IterationPlan, has_converged, plan_iteration, should_stop
+from arm_ray.steps import step_samples
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ class MergeJob:
         """The samples that choose an iteration's step, and those that the choice is checked on."""
         assert self.stream is not None
         batch, _ = unique_samples(self.stream.batch(2 * plan.draw))
-        middle = (len(batch.token_ids) + 1) // 2
+        choose, check = step_samples(len(batch.token_ids))
         everything = range(len(batch.token_ids))
-        return batch.part(everything[:middle]), batch.part(everything[middle:])
+        return batch.part(everything[:choose]), batch.part(everything[choose : choose + check])
 
     def ends_with(self, manifest: StateManifest) -> bool:
         """Whether the schedule, or the scores, end with a state."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.errors import CalibrationError, ConfigError
 from arm_ray.events import read_events
+from arm_ray.steps import step_samples
 from tests.builders.checkpoints import assert_same_bits, load_all, relative_error
 from tests.builders.merge_case import MergeCase
 from tests.builders.merges import run, state
@@ -80,8 +81,9 @@ def test_losses_are_those_of_the_plain_formula(
     [event] = events_of(config, "step_chosen")
     order = order_of(trained)
     second = lines_of(trained, order[12:24])
-    half = (len(second) + 1) // 2
-    for part, samples in (("tried", second[:half]), ("checked", second[half:])):
+    choose, check = step_samples(len(second))
+    parts = {"tried": second[:choose], "checked": second[choose : choose + check]}
+    for part, samples in parts.items():
         for tried in event[part]:
             model = merged(trained, tried["coefficients"][0])
             expected = plain_loss(model, trained.root / "base", samples)
@@ -313,9 +315,9 @@ def test_untied_heads_and_other_families(tmp_path: Path) -> None:
     run(config)
     [event] = events_of(config, "step_chosen")
     second = lines_of(case, order_of(case)[12:24])
-    half = (len(second) + 1) // 2
+    choose, _ = step_samples(len(second))
     for tried in event["tried"]:
         expected = plain_loss(
-            merged(case, tried["coefficients"][0]), case.root / "base", second[:half]
+            merged(case, tried["coefficients"][0]), case.root / "base", second[:choose]
         )
         assert tried["loss"] == pytest.approx(expected, rel=1e-4)
