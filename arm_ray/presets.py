@@ -47,6 +47,8 @@ def _schedule(anchored: int, iterations: int) -> Content:
             "max_iterations": iterations,
             # Open: when the states count as still.
             "tolerance": 1.0e-4,
+            # The paper's steps all have the length that its coefficient gives.
+            "step": "fixed",
         }
     }
 
