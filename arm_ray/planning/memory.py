@@ -17,6 +17,7 @@ from arm_ray.model.layout import EMBEDDING, is_layer_tensor
 from arm_ray.planning.devices import GB
 from arm_ray.planning.workload import (
     FLOAT32,
+    FLOAT64,
     LINEAR_PIECE,
     LINEAR_PIECE_GPU,
     LOGITS,
@@ -49,6 +50,7 @@ HIDDEN, MEANS = "hidden states", "mean inputs"
 NEW_STATE, WORKSPACE = "new state of a group", "merge workspace"
 TRANSFER = "transfer buffers"
 HEAD = "head and logits"
+ROTATIONS = "rotations"
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,21 @@ class _Walk:
             HIDDEN: hidden,
             ACTIVATIONS: self._activations(),
             HEAD: head,
+            ROTATIONS: self._rotations(use.plan),
         }
+
+    def _rotations(self, plan: IterationPlan) -> int:
+        """Reflectors of all tensors, float64, which are kept where a tensor is merged again."""
+        workload = self._workload
+        if not (workload.step_samples and workload.samples):
+            return 0
+        rows = sum(
+            workload.layout.shapes[name][0]
+            for group in self._groups
+            for name in workload.layout.groups[group].tensors
+            if name in workload.layout.rotated
+        )
+        return FLOAT64 * workload.samples * rows * len(plan.contributors)
 
     def linear(self, group: int) -> None:
         """One group of a merge without forward passes: all iterations, piece by piece."""
