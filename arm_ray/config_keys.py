@@ -27,8 +27,9 @@ from pydantic_core import PydanticUndefined
 from arm_ray.config import EvaluateConfig, MergeConfig
 from arm_ray.errors import ConfigError
 from arm_ray.following.config import AttachConfig
-from arm_ray.identity import decides, section_in
+from arm_ray.identity import decides, is_mapping, section_in
 from arm_ray.merging.settings import OPERATOR_NAMES, MethodSettings
+from arm_ray.study.config import StudyConfig
 from arm_ray.training.config import GrpoConfig, SftConfig
 from arm_ray.training.pipeline import PipelineConfig
 
@@ -45,6 +46,7 @@ READERS: Mapping[str, type[BaseModel]] = {
     "arm-ray evaluate": EvaluateConfig,
     "arm-ray attach": AttachConfig,
     "arm-ray pipeline": PipelineConfig,
+    "arm-ray study": StudyConfig,
     "jobs.sft": SftConfig,
     "jobs.grpo": GrpoConfig,
 }
@@ -66,7 +68,8 @@ class Key:
     """One key of a configuration.
 
     Attributes:
-        name: Dotted, as an override has it; `[]` stands for each member of a list.
+        name: Dotted, as an override has it; `[]` stands for each member of a list, `NAME` for the
+            names that a mapping has.
         takes: Its type, in words.
         default: As YAML has it; None where it must be given.
         meaning: What it does.
@@ -222,8 +225,9 @@ def _keys_of(owner: type[Any], prefix: str, reader: str) -> Iterator[Key]:
             (reader,),
         )
         if inner is not None:
-            is_list = _is_list_of(annotation, inner)
-            yield from _keys_of(inner, f"{full}[]." if is_list else f"{full}.", reader)
+            suffix = "[]" if _is_list_of(annotation, inner) else ""
+            suffix = ".NAME" if is_mapping(annotation) else suffix
+            yield from _keys_of(inner, f"{full}{suffix}.", reader)
 
 
 def _declared_by(owner: type[Any], name: str) -> type[Any]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -123,3 +124,13 @@ def section_in(annotation: Any) -> type[Any] | None:
     if get_origin(annotation) is Annotated:
         parts = parts[:1]
     return next((found for part in parts if (found := section_in(part)) is not None), None)
+
+
+def is_mapping(annotation: Any) -> bool:
+    """Whether a field holds a mapping, inside of unions too."""
+    if get_origin(annotation) is Annotated:
+        return is_mapping(get_args(annotation)[0])
+    origin = get_origin(annotation)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return True
+    return origin in (Union, UnionType) and any(map(is_mapping, get_args(annotation)))

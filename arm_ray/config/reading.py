@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from arm_ray.errors import ConfigError, StorageError
-from arm_ray.identity import section_in
+from arm_ray.identity import is_mapping, section_in
 from arm_ray.storage.urls import checked
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -172,7 +172,8 @@ for _class in (_Loader, _Dumper):
     )
 
 
-_UNION_MEMBERS = ("constrained-int", "constrained-float", "literal['auto']", "TaskSettings")
+_UNION_MEMBERS = ("constrained-int", "constrained-float", "TaskSettings")
+_UNION_KINDS = ("literal[", "dict[", "list[")
 
 
 def _describe_all(model: type[BaseModel], error: ValidationError) -> str:
@@ -188,7 +189,11 @@ def _describe_all(model: type[BaseModel], error: ValidationError) -> str:
             # Pydantic counts the entries that are right.
             continue
         # Pydantic names the members of a union in the location; they are no keys.
-        location = tuple(str(p) for p in item["loc"] if str(p) not in _UNION_MEMBERS)
+        location = tuple(
+            str(p)
+            for p in item["loc"]
+            if str(p) not in _UNION_MEMBERS and not str(p).startswith(_UNION_KINDS)
+        )
         by_key.setdefault(location, []).append(item)
     problems = [_describe(model, location, items) for location, items in by_key.items()]
     head = f"the configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -222,14 +227,17 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
+    is_name = False
     for part in location:
-        if part.isdigit():
-            # The entries of a list have the keys that their section has.
+        if part.isdigit() or is_name:
+            # The entries of a list or mapping have the keys that their section has.
+            is_name = False
             continue
         if issubclass(model, BaseModel):
             annotation = model.model_fields[part].annotation
         else:
             annotation = get_type_hints(model)[part]
+        is_name = is_mapping(annotation)
         model = section_in(annotation)
     return [*model.model_fields] if issubclass(model, BaseModel) else _field_names(model)
 
