@@ -6,7 +6,9 @@ heavy is imported here.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -136,3 +138,12 @@ def all_of(found: Sequence[Units], where: str) -> Units:
         where,
         is_limited=any(units.is_limited for units in found),
     )
+
+
+def cpu_model() -> str:
+    """Name of this machine's processor, as it says itself."""
+    text = ""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import arm_ray
+from arm_ray.hardware import cpu_model
 
 RESULTS = Path(__file__).parent / "results"
 DEMO = Path(__file__).parents[1] / "examples/smollm2/pipeline.yaml"
@@ -33,18 +34,15 @@ def demo_candidates() -> list[str]:
 
 def machine() -> dict[str, Any]:
     """Hardware and versions, for the result file."""
-    model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     flags: list[str] = []
     if info.exists():
         for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
             if line.startswith("flags"):
                 flags = [f for f in line.split() if f in ("avx2", "avx512f", "amx_bf16")]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "cpu": model,
+        "cpu": cpu_model(),
         "features": sorted(set(flags)),
         "cores": os.cpu_count(),
         "memory_gb": round(pages / 1e9, 1),

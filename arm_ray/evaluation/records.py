@@ -228,6 +228,34 @@ def losses_of(
     return sums, other_sums * scale, tokens
 
 
+@dataclass(frozen=True)
+class PairedScores:
+    """The scores of two models on the problems that both were scored on.
+
+    Attributes:
+        problems: Keys of the problems, `n` of them.
+        first: `[n]`, one model's scores; for a loss, sums over tokens.
+        second: `[n]`, the other's.
+        weights: `[n]`, the tokens that a loss is summed over; None for other scores.
+    """
+
+    problems: tuple[str, ...]
+    first: NDArray[np.float64]
+    second: NDArray[np.float64]
+    weights: NDArray[np.float64] | None
+
+
+def paired_scores(first: Sequence[Record], second: Sequence[Record], metric: str) -> PairedScores:
+    """Two models problem by problem, as `statistics.compare` takes them. See `losses_of`."""
+    if metric == "loss":
+        counted = {record.problem for record in second if record.num_tokens}
+        keys = tuple(r.problem for r in first if r.num_tokens and r.problem in counted)
+        return PairedScores(keys, *losses_of(first, second))
+    keys = tuple(dict.fromkeys(record.problem for record in second))
+    ours, theirs = (scores_of(rows, metric, keys) for rows in (first, second))
+    return PairedScores(keys, ours, theirs, None)
+
+
 def finite(content: Any) -> Any:
     """The same content for JSON, which knows no NaN and no infinity: they become null."""
     if isinstance(content, Mapping):

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from arm_ray.evaluation.records import TaskScores, finite, losses_of, read_records, scores_of
+from arm_ray.evaluation.records import TaskScores, finite, paired_scores, read_records
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.statistics import Comparison, compare
 
@@ -57,22 +57,16 @@ def paired_results(
     for task, of_reference in scores[reference].items():
         metric = main_metric(of_reference)
         theirs = read_records(directory / reference, task)
-        keys = list(dict.fromkeys(record.problem for record in theirs))
         for model in scores:
             if model == reference or task not in scores[model]:
                 continue
-            ours = read_records(directory / model, task)
-            tokens = None
-            if metric == "loss":
-                first, second, tokens = losses_of(ours, theirs)
-            else:
-                first, second = (scores_of(rows, metric, keys) for rows in (ours, theirs))
-            if len(first) == 0:
+            pair = paired_scores(read_records(directory / model, task), theirs, metric)
+            if not pair.problems:
                 continue
             result = compare(
-                first,
-                second,
-                tokens,
+                pair.first,
+                pair.second,
+                pair.weights,
                 confidence=settings.confidence,
                 resamples=settings.resamples,
             )

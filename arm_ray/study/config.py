@@ -16,7 +16,7 @@ from arm_ray.config import LocalPath, PositiveInt, Section, read_yaml, to_yaml, 
 from arm_ray.evaluation.settings import EvaluationSettings
 
 Steps = Annotated[list[PositiveInt], Field(min_length=1)]
-Labels = str | int | list[str | int]
+Labels = str | int | float | list[str | int | float]
 
 
 class SeriesConfig(Section):
@@ -35,7 +35,7 @@ class SeriesConfig(Section):
     base: str | None = None
     """The model that the run began with; null: the study's base."""
     start_from: dict[str, Labels] | None = None
-    """Begin the training with the merged model of this cell: axis -> label. It names a `series`, and
+    """Begin the training with the merged model of this cell: axis -> label. It names a `series` and
     as much as it takes for one cell; where it names no `seed`, it is that of this series."""
     merge: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of all merges of this series."""
