@@ -21,7 +21,8 @@ from arm_ray.errors import ArmRayError, ConfigError
 from arm_ray.storage.urls import is_url, plain_path
 
 if TYPE_CHECKING:
-    from arm_ray.config import EvaluateConfig
+    from arm_ray.config import EvaluateConfig, RuntimeConfig
+    from arm_ray.planning.cluster import Cluster
 
 # What else a command needs is imported by the command: help comes at once, and a typing error in a
 # configuration before anything heavy is loaded.
@@ -83,6 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_evaluate(commands)
     _add_job(commands, "pipeline", _pipeline, "train, merge and score in one go")
+    study = _add_job(commands, "study", _study, "a grid of merges, scored and tabulated")
+    study.add_argument(
+        "--dry-run", action="store_true", help="say what there is to do and what it takes; no more"
+    )
+    study.add_argument(
+        "--render", action="store_true", help="write tables and figures of what there is; no more"
+    )
+    _add_cluster(study)
     _add_job(commands, "attach", _attach, "follow a running training")
     inspect = commands.add_parser(
         "inspect",
@@ -94,23 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
     plan = _add_configured(commands, "plan", _plan, "memory, disk, work and time of a merge")
-    plan.add_argument("--gpus", type=_positive, metavar="N", help="GPUs in all; default: enough")
-    plan.add_argument(
-        "--gpu-memory", type=float, metavar="GB", help="of one GPU; default: the device's"
-    )
-    plan.add_argument("--nodes", type=_positive, default=1, metavar="M", help="default: 1")
-    plan.add_argument(
-        "--device",
-        metavar="NAME",
-        help="h100-80gb, a100-80gb, h200, cpu, or this-cpu (measured); "
-        "default: h100-80gb with --gpus, else cpu",
-    )
-    plan.add_argument(
-        "--tokens-per-sample",
-        type=_positive,
-        metavar="N",
-        help="default: calibration.max_length, the most there can be",
-    )
+    _add_cluster(plan)
     plan.add_argument("--json", action="store_true", help="print JSON")
     keys = commands.add_parser(
         "config", help="what a configuration key means", description=_config.__doc__
@@ -147,6 +140,27 @@ def _add_job(
 
 def _add_address(command: argparse.ArgumentParser) -> None:
     command.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else local")
+
+
+def _add_cluster(command: argparse.ArgumentParser) -> None:
+    """What is planned for, instead of this machine's CPUs."""
+    command.add_argument("--gpus", type=_positive, metavar="N", help="GPUs in all; default: enough")
+    command.add_argument(
+        "--gpu-memory", type=float, metavar="GB", help="of one GPU; default: the device's"
+    )
+    command.add_argument("--nodes", type=_positive, default=1, metavar="M", help="default: 1")
+    command.add_argument(
+        "--device",
+        metavar="NAME",
+        help="h100-80gb, a100-80gb, h200, cpu, or this-cpu (measured); "
+        "default: h100-80gb with --gpus, else cpu",
+    )
+    command.add_argument(
+        "--tokens-per-sample",
+        type=_positive,
+        metavar="N",
+        help="default: calibration.max_length, the most there can be",
+    )
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -212,6 +226,34 @@ def _pipeline(options: argparse.Namespace) -> int:
 
     run_pipeline(config, source=options.config, address=options.address)
     return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    """Train, merge and score every combination of a grid; what is done is not done again.
+
+    The exit code is 1 where something failed, or of a dry run where something does not fit.
+    """
+    from arm_ray.study.config import load_study_config
+
+    config = load_study_config(options.config, options.overrides)
+    if options.dry_run:
+        from arm_ray.study.forecast import forecast, forecast_text
+        from arm_ray.study.plan import Study
+
+        study = Study(config, options.config)
+        found = forecast(
+            study, lambda runtime: _cluster(options, runtime), options.tokens_per_sample
+        )
+        print(forecast_text(found), end="")
+        return 0 if found.fits else 1
+    from arm_ray.runtime.study.run import render_study, run_study
+
+    if options.render:
+        for path in render_study(config, source=options.config):
+            print(path)
+        return 0
+    done = run_study(config, source=options.config, address=options.address)
+    return 1 if done.failed else 0
 
 
 def _attach(options: argparse.Namespace) -> int:
@@ -461,24 +503,29 @@ def _plan(options: argparse.Namespace) -> int:
     from arm_ray.config import load_merge_config
 
     config = load_merge_config(options.config, options.overrides)
-    from arm_ray.planning.cluster import make_cluster
     from arm_ray.planning.plan import make_plan
     from arm_ray.planning.render import render
 
-    cluster = make_cluster(
-        config.runtime,
-        gpus=options.gpus,
-        gpu_memory_gb=options.gpu_memory,
-        nodes=options.nodes,
-        device=options.device,
-    )
-    plan = make_plan(config, cluster, options.tokens_per_sample)
+    plan = make_plan(config, _cluster(options, config.runtime), options.tokens_per_sample)
     import json
 
     print(json.dumps(plan.to_dict(), indent=2) if options.json else render(plan), end="")
     if options.json:
         print()
     return 0 if plan.fits else 1
+
+
+def _cluster(options: argparse.Namespace, runtime: RuntimeConfig) -> Cluster:
+    """The cluster that is planned for."""
+    from arm_ray.planning.cluster import make_cluster
+
+    return make_cluster(
+        runtime,
+        gpus=options.gpus,
+        gpu_memory_gb=options.gpu_memory,
+        nodes=options.nodes,
+        device=options.device,
+    )
 
 
 if __name__ == "__main__":

@@ -34,9 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "planning": CORE | {"steps", "checkpoints", "model"},
     "training": CORE | {"calibration", "checkpoints", "evaluation"},
     "following": CORE | {"checkpoints", "evaluation"},
-    "runtime": PURE | {"following", "planning", "training"},
-    "config_keys": CORE | {"following", "merging", "training"},
-    "cli": PURE | {"config_keys", "following", "planning", "runtime", "training"},
+    "study": CORE | {"checkpoints", "evaluation", "merging", "planning", "training"},
+    "runtime": PURE | {"following", "planning", "study", "training"},
+    "config_keys": CORE | {"following", "merging", "study", "training"},
+    "cli": PURE | {"config_keys", "following", "planning", "runtime", "study", "training"},
 }
 # The rooms within `runtime/`, from the ground up.
 _GROUND = {"session", "inputs"}
@@ -52,6 +53,7 @@ WITHIN_RUNTIME: dict[str, set[str]] = {
     "merge": _CLUSTER | {"scoring"},
     "attach": _CLUSTER | {"scoring", "merge"},
     "pipeline": _CLUSTER | {"scoring", "merge", "train"},
+    "study": _CLUSTER | {"scoring", "merge", "train"},
 }
 MOST_FILES, MOST_LINES, MOST_METHODS, MOST_ARGUMENTS = 15, 450, 20, 8
 # Rooms that may import Ray, and the one module that does so when it is called.
@@ -248,7 +250,7 @@ def test_calibration_imports_neither_ray_nor_transformers() -> None:
 
 def test_checkpoints_models_and_reports_do_not_import_ray() -> None:
     for name, loaded in loaded_by(
-        modules_of("checkpoints", "report", "model", "planning", "following")
+        modules_of("checkpoints", "report", "model", "planning", "following", "study")
     ).items():
         assert not loaded & {"ray", "vllm"}, name
 

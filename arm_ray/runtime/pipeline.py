@@ -14,12 +14,9 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from arm_ray.checkpoints.weight_file import write_json
-from arm_ray.config import read_yaml
 from arm_ray.errors import RunDirectoryError
-from arm_ray.evaluation.data import find_file
 from arm_ray.evaluation.records import TaskScores
-from arm_ray.evaluation.settings import EvaluationSettings
-from arm_ray.evaluation.tasks import BENCHMARKS, load_tasks
+from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.events import Event, EventLog
 from arm_ray.report.verdict import verdict
 from arm_ray.runtime.cluster.joining import outliving, ray_kept
@@ -30,13 +27,11 @@ from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import duration
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.shards.placement import local_slots
-from arm_ray.storage.urls import is_url
-from arm_ray.training.config import GrpoConfig, SftConfig, TrainingConfig
+from arm_ray.runtime.train.stage import task_files, there, train_stage
 from arm_ray.training.pipeline import PipelineConfig, Stages
 from arm_ray.training.split import overlaps, split_file, texts_in
 
 _SPLIT_NAME = "split.json"
-CONFIG_NAME = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,9 @@ def _run_stages(
     reporter: Reporter,
 ) -> dict[str, dict[str, TaskScores]]:
     """Train, merge, score, and train on where that is asked for; all in one Ray."""
-    stage("training", lambda: _train(stages.first_training(), others, address, reporter.console))
+    stage(
+        "training", lambda: train_stage(stages.first_training(), others, address, reporter.console)
+    )
     for name, given in stages.merges.items():
         stage(name, partial(merge, given, address=address, console=reporter.console))
 
@@ -122,7 +119,9 @@ def _run_stages(
 
     scores: dict[str, dict[str, TaskScores]] = stage("scores", lambda: score(_saved(stages)))
     if stages.config.train_on:
-        stage("training on", lambda: _train(stages.training, others, address, reporter.console))
+        stage(
+            "training on", lambda: train_stage(stages.training, others, address, reporter.console)
+        )
         scores = stage("scores of all", lambda: score(_saved(stages)))
     return scores
 
@@ -166,23 +165,6 @@ def _split(stages: Stages, reporter: Reporter) -> None:
     reporter.say(", ".join(f"{name}: {count} rows" for name, count in counts.items()))
 
 
-def _train(
-    config: TrainingConfig, others: dict[str, str], address: str | None, console: Console
-) -> list[Path]:
-    # Imported here: it takes the trainers' libraries, which a finished training does not need.
-    from arm_ray.runtime.train.run import run_grpo, run_sft
-
-    if not config.apart_from:
-        # As the run began: other tasks may have come since, but it trains on the same rows.
-        record = config.output / CONFIG_NAME
-        known = read_yaml(record).get("apart_from") if record.is_file() else sorted(others.values())
-        config = config.model_copy(update={"apart_from": known})
-    if isinstance(config, GrpoConfig):
-        return run_grpo(config, address=address, console=console)
-    assert isinstance(config, SftConfig)
-    return run_sft(config, address=address, console=console)
-
-
 def _saved(stages: Stages) -> list[int]:
     """Steps of the checkpoints that are there."""
     found = []
@@ -200,30 +182,15 @@ def _other_data(stages: Stages) -> dict[str, str]:
         if given.calibration is not None:
             found[f"the calibration of {name}"] = given.calibration.path
         if given.evaluation is not None:
-            found |= _task_files(given.evaluation, f"{name}: ")
-    found |= _task_files(stages.config.evaluation, "")
-    return {
-        what: path
-        for what, path in found.items()
-        if is_url(path) or Path(path).expanduser().is_file()
-    }
-
-
-def _task_files(evaluation: EvaluationSettings, label: str) -> dict[str, str]:
-    found = {}
-    for task in evaluation.task_settings:
-        known = BENCHMARKS.get(task.name)
-        file = None if known is None else find_file(evaluation.data_dir, known.files)
-        path = task.path or file
-        if path is not None:
-            found[f"{label}the task {task.name}"] = path
-    return found
+            found |= task_files(given.evaluation, f"{name}: ")
+    found |= task_files(stages.config.evaluation)
+    return there(found)
 
 
 def _tell_overlaps(stages: Stages, others: dict[str, str], reporter: Reporter) -> None:
     """Say where calibration data are also scored on; training rows are looked at by the job."""
     calibrated = {path for what, path in others.items() if "calibration of" in what}
-    scored = _task_files(stages.config.evaluation, "")
+    scored = task_files(stages.config.evaluation)
     for path in sorted(calibrated):
         texts = list(texts_in(path))
         for what, other in scored.items():

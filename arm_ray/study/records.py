@@ -75,11 +75,13 @@ class ModelRecord:
 
     Attributes:
         identity: Digest that changes with its weights: they may be gone.
+        tokenizer: Directory of the tokenizer for its prompts.
         date: When, UTC.
         environment: Versions and devices that it was scored with.
     """
 
     identity: str
+    tokenizer: str
     date: str
     environment: Mapping[str, str | None] = field(default_factory=dict)
 

@@ -132,7 +132,7 @@ class SheetMaker:
     def _is_asked(self, shown: ShownConfig, row: Row, axes: Sequence[str | None]) -> bool:
         """Whether a row of the results has the task and metric that are shown."""
         if row["state"] != "scored":
-            return row["state"] == "failed"
+            return bool(row["state"] == "failed")
         task, spread = row[TASK], TASK in axes
         first = shown.task or self._tasks[0]
         if task not in self._tasks or (not spread and task != first):
@@ -260,9 +260,9 @@ class SheetMaker:
             groups: dict[tuple[str, ...], list[Row]] = {}
             for row in mine:
                 name = "base" if kind == "base" else f"checkpoint {row['checkpoint']}"
-                labels = [str(row[a]) if a in (SERIES, SEED, TASK) else "" for a in rows]
-                labels = [*labels[:-1], _joined(labels[-1], name)] if labels else [name]
-                groups.setdefault(tuple(labels), []).append(row)
+                parts = [str(row[a]) if a in (SERIES, SEED, TASK) else "" for a in rows]
+                parts = [*parts[:-1], _joined(parts[-1], name)] if parts else [name]
+                groups.setdefault(tuple(parts), []).append(row)
             known = column if column in (SERIES, SEED, TASK) else None
             for labels, members in groups.items():
                 values = self._values(shown, members, known, columns if known else [""])

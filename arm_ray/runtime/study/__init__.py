@@ -1,0 +1,1 @@
+"""Runs a study: trainings, merges and scorings, each once."""
