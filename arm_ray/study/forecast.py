@@ -11,7 +11,8 @@ from arm_ray.config import MergeConfig, RuntimeConfig
 from arm_ray.errors import ArmRayError
 from arm_ray.planning.cluster import Cluster
 from arm_ray.planning.plan import Plan, make_plan
-from arm_ray.study.plan import Merge, Study
+from arm_ray.study.parts import Merge
+from arm_ray.study.plan import Study
 from arm_ray.study.records import CELL_NAME, CellRecord, read_record
 
 GB = 1e9

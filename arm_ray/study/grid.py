@@ -86,6 +86,11 @@ class Grid:
         for index, selector in enumerate(self.config.exclude):
             self.check(selector, f"exclude.{index}")
 
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that models are scored on."""
+        return [task.name for task in self.config.evaluation.task_settings]
+
     def cells(self, series: str) -> Iterator[Cell]:
         """The cells of a series, without those that are excluded."""
         known = [axis for axis in (SEED, CALIBRATION_SEED) if axis in self.labels]

@@ -20,7 +20,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,19 @@ from arm_ray.errors import ArmRayError, ConfigError
 from arm_ray.identity import identity
 from arm_ray.merging.method import open_method
 from arm_ray.schedule import merge_sizes
-from arm_ray.study.columns import COSTS
-from arm_ray.study.config import FigureConfig, SeriesConfig, ShownConfig, StudyConfig, TableConfig
+from arm_ray.study.config import SeriesConfig, StudyConfig
 from arm_ray.study.grid import (
     CALIBRATION_SEED,
     SEED,
     SERIES,
-    TASK,
     Cell,
     Grid,
-    labels_of,
     matches,
     own_key_problems,
     with_dotted,
 )
+from arm_ray.study.parts import Merge, Run, ScoredModel, saved_steps
+from arm_ray.study.shown import check_shown
 from arm_ray.training.config import GrpoConfig, SftConfig, TrainingConfig, parse_training_config
 
 # Of a digest, in names of directories.
@@ -50,84 +48,6 @@ _DIGITS = 8
 _LONGEST_LABEL = 80
 # Labels that one line of problems names.
 _SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Run:
-    """A series with a seed: the run whose checkpoints are merged.
-
-    Attributes:
-        series: Its name.
-        seed: Of the training; None: as the series has it.
-        base: The model that it began with.
-        base_model: That model's name in the scores.
-        root: The base of the base, of a run that begins with a merged model; else the base.
-        checkpoints: Step -> path.
-        models: Step -> name in the scores, of the checkpoints that are scored.
-        training: How it is trained; None: it is there.
-        start: Name of the merge that it begins with.
-        level: How many trainings stand before its merges, one behind another.
-    """
-
-    series: str
-    seed: int | None
-    base: str
-    base_model: str
-    root: str
-    checkpoints: Mapping[int, str]
-    models: Mapping[int, str]
-    training: TrainingConfig | None
-    start: str | None
-    level: int
-
-    def __str__(self) -> str:
-        return self.series if self.seed is None else f"{self.series}, seed {self.seed}"
-
-
-@dataclass(frozen=True)
-class Merge:
-    """A merge that one or more cells ask for.
-
-    Attributes:
-        name: Of its directory, and of the model in the scores.
-        digest: Of the keys that decide its result.
-        config: Its configuration.
-        run: The run that it merges checkpoints of.
-        cells: Who asks for it.
-    """
-
-    name: str
-    digest: str
-    config: MergeConfig
-    run: Run
-    cells: tuple[Cell, ...]
-
-    @property
-    def directory(self) -> Path:
-        """Where its record is, and its run directory `run`."""
-        return Path(self.config.output).parent
-
-    @property
-    def model(self) -> Path:
-        """The merged model."""
-        return Path(self.config.output) / "model"
-
-
-@dataclass(frozen=True)
-class ScoredModel:
-    """A model that is scored, beside the merged ones.
-
-    Attributes:
-        name: In the scores.
-        path: Directory, hub id or URL.
-        base: Of adapters and of shards without a configuration.
-        run: The run that it belongs to.
-    """
-
-    name: str
-    path: str
-    base: str
-    run: Run
 
 
 class Study:
@@ -177,7 +97,7 @@ class Study:
                 self._problems.append("exclude: no cell is left")
         for kind, shown in (("tables", config.tables), ("figures", config.figures)):
             for name, given in shown.items():
-                self._check_shown(f"{kind}.{name}", name, given)
+                check_shown(self._grid, f"{kind}.{name}", name, given)
         if self._problems:
             count = len(self._problems)
             raise ConfigError(
@@ -204,7 +124,7 @@ class Study:
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks that models are scored on."""
-        return [task.name for task in self.config.evaluation.task_settings]
+        return self._grid.tasks
 
     @property
     def scores(self) -> Path:
@@ -432,54 +352,6 @@ class Study:
         if known is None:
             known = self._names[digest] = f"{_slug(label)[:_LONGEST_LABEL]}-{digest}"
         return known
-
-    def _check_shown(self, where: str, name: str, shown: ShownConfig) -> None:
-        if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-            self._problems.append(f"{where}: expected a name of letters and digits, for a file")
-        used = axes_of(shown)
-        known = [*self.axes, TASK]
-        for axis in used:
-            if axis not in known:
-                self._grid.note(f"{where}: there is no axis {axis!r}", axis, known)
-        self._grid.check(shown.where, f"{where}.where")
-        if isinstance(shown.against, dict):
-            self._grid.check(shown.against, f"{where}.against")
-        for axis in shown.over:
-            if axis not in (*self.axes, SEED, CALIBRATION_SEED):
-                self._grid.note(f"{where}.over: there is no axis {axis!r}", axis, self.axes)
-        if shown.task is not None and shown.task not in self.tasks:
-            self._grid.note(f"{where}.task: there is no {shown.task!r}", shown.task, self.tasks)
-        values = ("mean", "difference", *COSTS)
-        if shown.value not in values:
-            self._grid.note(f"{where}.value: got {shown.value!r}", shown.value, values)
-        elif shown.value in COSTS and TASK in used:
-            self._problems.append(f"{where}: {shown.value} is the same for all tasks; drop task")
-        for axis, labels in self.axes.items():
-            asked = labels_of(axis, shown.where[axis]) if axis in shown.where else map(str, labels)
-            if len({*asked}) > 1 and axis not in (*used, *shown.over):
-                self._problems.append(
-                    f"{where}: does not say what becomes of the axis {axis!r}; name it in rows, "
-                    "columns, x, lines or over, or one label of it in where"
-                )
-
-
-def axes_of(shown: ShownConfig) -> list[str]:
-    """The axes that a table or figure spreads out."""
-    if isinstance(shown, TableConfig):
-        return [*shown.rows, shown.columns]
-    assert isinstance(shown, FigureConfig)
-    return [shown.x, *([shown.lines] if shown.lines is not None else [])]
-
-
-def saved_steps(training: TrainingConfig) -> list[int]:
-    """The steps that a training saves, as far as that is known before the data are read."""
-    if isinstance(training.save_steps, list) or training.steps is not None:
-        total = training.steps or max(training.save_steps)  # type: ignore[arg-type]
-        return training.steps_to_save(total)
-    raise ConfigError(
-        "save_steps: with epochs, name the steps: [10, 20]; how many steps there are depends on "
-        "the data"
-    )
 
 
 def _key(cell: Cell) -> tuple[str, ...]:

@@ -22,7 +22,8 @@ from arm_ray.evaluation.records import (
 from arm_ray.evaluation.statistics import Comparison, compare
 from arm_ray.study.columns import COLUMNS, REFERENCES, Kind
 from arm_ray.study.grid import CANDIDATES, SEED, SERIES, Label
-from arm_ray.study.plan import Run, Study
+from arm_ray.study.parts import Run
+from arm_ray.study.plan import Study
 from arm_ray.study.records import CellRecord, ModelRecord
 
 PARQUET_NAME, LINES_NAME = "results.parquet", "results.jsonl"

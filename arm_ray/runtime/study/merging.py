@@ -27,7 +27,7 @@ from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import duration
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.study.events import CellFinished
-from arm_ray.study.plan import Merge
+from arm_ray.study.parts import Merge
 from arm_ray.study.records import CELL_NAME, CellRecord, cost_of, write_record
 
 LOG_NAME = "log.txt"

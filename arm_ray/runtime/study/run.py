@@ -30,7 +30,8 @@ from arm_ray.runtime.train.stage import task_files, there, train_stage
 from arm_ray.storage.urls import is_url
 from arm_ray.study.config import StudyConfig
 from arm_ray.study.events import SeriesTrained, StudyFinished, StudyStarted
-from arm_ray.study.plan import Merge, Run, ScoredModel, Study
+from arm_ray.study.parts import Merge, Run, ScoredModel
+from arm_ray.study.plan import Study
 from arm_ray.study.records import CELL_NAME, CellRecord, read_record, write_record
 from arm_ray.study.render import check_renders, render
 from arm_ray.study.results import Outcome, read_results, result_rows, write_results

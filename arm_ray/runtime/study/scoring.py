@@ -29,7 +29,8 @@ from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.study.merging import error_text
 from arm_ray.storage.urls import is_url
 from arm_ray.study.events import ScoringFailed
-from arm_ray.study.plan import ScoredModel, Study
+from arm_ray.study.parts import ScoredModel
+from arm_ray.study.plan import Study
 from arm_ray.study.records import MODEL_NAME, ModelRecord, environment, read_record, write_record
 
 
