@@ -97,7 +97,7 @@ class Study:
                 self._problems.append("exclude: no cell is left")
         for kind, shown in (("tables", config.tables), ("figures", config.figures)):
             for name, given in shown.items():
-                check_shown(self._grid, f"{kind}.{name}", name, given)
+                check_shown(self._grid, self.cells, f"{kind}.{name}", name, given)
         if self._problems:
             count = len(self._problems)
             raise ConfigError(

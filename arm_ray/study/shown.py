@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from arm_ray.study.columns import COSTS
 from arm_ray.study.config import FigureConfig, ShownConfig, TableConfig
-from arm_ray.study.grid import CALIBRATION_SEED, SEED, TASK, Grid, labels_of
+from arm_ray.study.grid import CALIBRATION_SEED, SEED, TASK, Cell, Grid, matches
 
 
-def check_shown(grid: Grid, where: str, name: str, shown: ShownConfig) -> None:
+def check_shown(
+    grid: Grid, cells: Sequence[Cell], where: str, name: str, shown: ShownConfig
+) -> None:
     """Note what a table or figure asks for and cannot have.
 
     Args:
         grid: Of the study; it keeps the problems.
+        cells: All of them.
         where: The key of the table or figure.
         name: Its own, which is that of a file.
         shown: What it asks for.
@@ -38,9 +43,14 @@ def check_shown(grid: Grid, where: str, name: str, shown: ShownConfig) -> None:
         grid.note(f"{where}.value: got {shown.value!r}", shown.value, values)
     elif shown.value in COSTS and TASK in used:
         grid.problems.append(f"{where}: {shown.value} is the same for all tasks; drop task")
-    for axis, labels in grid.labels.items():
-        asked = labels_of(axis, shown.where[axis]) if axis in shown.where else map(str, labels)
-        if len({*asked}) > 1 and axis not in (*used, *shown.over):
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        if matches(shown.where, cell.labels):
+            key = tuple(str(cell.labels.get(axis)) for axis in used)
+            groups.setdefault(key, []).append(cell.labels)
+    for axis in grid.labels:
+        varies = any(len({str(labels[axis]) for labels in group}) > 1 for group in groups.values())
+        if varies and axis not in (*used, *shown.over):
             grid.problems.append(
                 f"{where}: does not say what becomes of the axis {axis!r}; name it in rows, "
                 "columns, x, lines or over, or one label of it in where"
