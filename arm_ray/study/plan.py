@@ -81,6 +81,8 @@ class Study:
         self._tokens: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._merge_of: dict[tuple[str, ...], str] = {}
+        # What is wrong -> the cells that it is wrong with.
+        self._failures: dict[str, list[Cell]] = {}
         self._problems += own_key_problems(config.merge, "merge")
         for name, series in config.series.items():
             self._check_series(name, series)
@@ -93,6 +95,10 @@ class Study:
         if not self._problems:
             for name in self._in_order():
                 self._open_series(name)
+            for text, found in self._failures.items():
+                more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+                named = "; ".join(map(str, found[:_SHOWN]))
+                self._problems.append(f"cell ({named}){more}: {text}")
             if not self.cells and not self._problems:
                 self._problems.append("exclude: no cell is left")
         for kind, shown in (("tables", config.tables), ("figures", config.figures)):
@@ -156,7 +162,7 @@ class Study:
             for key in taken
             if key in (series.train or {})
         ]
-        seeds = self.axes.get(SEED, [])
+        seeds = self.axes.get(SEED, []) if name in self.axes[SERIES] else []
         paths = (series.checkpoints or {}).values()
         if len(seeds) > 1 and any("{seed}" not in path for path in paths):
             self._problems.append(
@@ -186,7 +192,6 @@ class Study:
 
     def _open_series(self, name: str) -> None:
         cells = list(self._grid.cells(name))
-        failures: dict[str, list[Cell]] = {}
         for seed in dict.fromkeys(cell.seed for cell in cells):
             mine = [cell for cell in cells if cell.seed == seed]
             run = self._open_run(name, seed, mine)
@@ -196,11 +201,7 @@ class Study:
                 try:
                     self._open_cell(cell, run)
                 except ArmRayError as error:
-                    failures.setdefault(_text(error), []).append(cell)
-        for text, found in failures.items():
-            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-            named = "; ".join(map(str, found[:_SHOWN]))
-            self._problems.append(f"cell ({named}){more}: {text}")
+                    self._failures.setdefault(_text(error), []).append(cell)
 
     def _open_run(self, name: str, seed: int | None, cells: Sequence[Cell]) -> Run | None:
         series = self.config.series[name]
