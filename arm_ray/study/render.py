@@ -67,6 +67,7 @@ def check_renders(config: StudyConfig) -> None:
 
 def as_markdown(sheet: Sheet, name: str) -> str:
     """A table in GitHub's Markdown, with what its numbers are below it."""
+    is_difference = sheet.shown.value == "difference"
     best = _best_rows(sheet) if sheet.shown.value == "mean" else {}
     lines = [f"# {sheet.shown.title or name}", ""]
     lines.append("| " + " | ".join(map(_escaped, [*sheet.head, *sheet.columns])) + " |")
@@ -75,13 +76,13 @@ def as_markdown(sheet: Sheet, name: str) -> str:
         cells = [*map(_escaped, row.labels)]
         for column in sheet.columns:
             value = row.values.get(column)
-            text = "-" if value is None else value_text(value)
+            text = "-" if value is None else value_text(value, is_difference=is_difference)
             cells.append(f"**{text}**" if best.get(column) is row else text)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *_notes(sheet)]) + "\n"
 
 
-def value_text(value: Value) -> str:
+def value_text(value: Value, *, is_difference: bool = False) -> str:
     """A value with its interval: `54.2 ± 1.1` in per cent, `1.9120 ± 0.0100` of a loss.
 
     A difference has its sign, both ends of its interval and the p-value.
@@ -96,7 +97,7 @@ def value_text(value: Value) -> str:
         sure = "p < 0.001" if value.p_value < 0.001 else f"p = {value.p_value:.3f}"
         return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], {sure}"
     if not math.isfinite(low):
-        return f"{mean:.{digits}f}"
+        return f"{mean:{'+' if is_difference else ''}.{digits}f}"
     return f"{mean:.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
 
@@ -181,12 +182,15 @@ def _quantity(sheet: Sheet) -> str:
     shown = sheet.shown
     metrics = {value.metric for row in sheet.rows for value in row.values.values()}
     metrics.discard(AVERAGE)
-    metric = metrics.pop() if len(metrics) == 1 else "score"
+    metric = next(iter(metrics)) if len(metrics) == 1 else "score"
     if shown.value in COSTS:
         return {"iterations": "iterations"}.get(shown.value, f"{shown.value.replace('_', ' ')} (s)")
     spread = TASK in (*sheet.head, getattr(shown, "columns", ""), getattr(shown, "x", ""))
     what = metric if spread or shown.task is None else f"{shown.task} {metric}"
-    what += " (nats per token)" if metric == "loss" else " (%)"
+    if metric == "score" and "loss" in metrics:
+        what = "losses (nats per token) and scores (%)"
+    else:
+        what += " (nats per token)" if metric == "loss" else " (%)"
     if shown.value == "mean":
         return what
     against = shown.against
@@ -230,7 +234,7 @@ def _notes(sheet: Sheet) -> list[str]:
     if problems:
         parts.append(f"{' or '.join(map(str, problems))} problems.")
     if runs > 1:
-        parts.append(f"Up to {runs} runs are averaged ({', '.join(shown.over)}).")
+        parts.append(f"Up to {runs} runs are averaged ({', '.join(sheet.over)}).")
     if sheet.failed:
         parts.append(f"{sheet.failed} cells failed and are left out.")
     return [" ".join(parts)]

@@ -263,10 +263,13 @@ class SheetMaker:
                 parts = [str(row[a]) if a in (SERIES, SEED, TASK) else "" for a in rows]
                 parts = [*parts[:-1], _joined(parts[-1], name)] if parts else [name]
                 groups.setdefault(tuple(parts), []).append(row)
-            known = column if column in (SERIES, SEED, TASK) else None
             for labels, members in groups.items():
+                known = column if column in (SERIES, SEED, TASK) else None
+                if known is not None and all(row[known] is None for row in members):
+                    known = None
                 values = self._values(shown, members, known, columns if known else [""])
                 if known is None and "" in values:
+                    # It is the same in all columns.
                     values = dict.fromkeys(columns, values[""])
                 if values:
                     yield SheetRow(labels, kind, values)
