@@ -67,6 +67,7 @@ class Sheet:
         head: The axes of the rows.
         columns: Labels of the columns.
         rows: Without those that are empty.
+        over: Axes that are averaged over.
         confidence: Of the intervals.
         failed: Cells that belong here and failed.
     """
@@ -75,6 +76,7 @@ class Sheet:
     head: tuple[str, ...]
     columns: tuple[str, ...]
     rows: tuple[SheetRow, ...]
+    over: tuple[str, ...]
     confidence: float
     failed: int = 0
 
@@ -123,7 +125,9 @@ class SheetMaker:
         failed = {row["model"] for row in merged if row["state"] == "failed"}
         if column == TASK and shown.value not in COSTS:
             columns, made = _with_average(columns, made)
-        return Sheet(shown, (*rows,), (*columns,), (*made,), self._settings.confidence, len(failed))
+        over = tuple(axis for axis in shown.over if axis in self.axes)
+        confidence = self._settings.confidence
+        return Sheet(shown, (*rows,), (*columns,), (*made,), over, confidence, len(failed))
 
     @property
     def _settings(self) -> EvaluationSettings:
