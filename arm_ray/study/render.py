@@ -129,7 +129,7 @@ def draw(sheet: Sheet, figure: FigureConfig, kind: str) -> bytes:
         if figure.title:
             panel.set_title(figure.title)
         if panel.get_legend_handles_labels()[1]:
-            panel.legend()
+            panel.legend(title=figure.lines)
         picture.tight_layout()
         # A date would make another file of the same data.
         extra = {"Date": None} if kind == "svg" else {"Software": None}

@@ -264,7 +264,7 @@ class SheetMaker:
             groups: dict[tuple[str, ...], list[Row]] = {}
             for row in mine:
                 name = "base" if kind == "base" else f"checkpoint {row['checkpoint']}"
-                parts = [str(row[a]) if a in (SERIES, SEED, TASK) else "" for a in rows]
+                parts = [_shared_label(a, row) for a in rows]
                 parts = [*parts[:-1], _joined(parts[-1], name)] if parts else [name]
                 groups.setdefault(tuple(parts), []).append(row)
             for labels, members in groups.items():
@@ -277,6 +277,12 @@ class SheetMaker:
                     values = dict.fromkeys(columns, values[""])
                 if values:
                     yield SheetRow(labels, kind, values)
+
+
+def _shared_label(axis: str, row: Row) -> str:
+    """The label that a base or checkpoint has on an axis; of most it has none."""
+    is_shared = axis in (SERIES, SEED, TASK) and row[axis] is not None
+    return str(row[axis]) if is_shared else ""
 
 
 def _joined(label: str, name: str) -> str:
