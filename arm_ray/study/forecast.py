@@ -104,7 +104,8 @@ def _cost_key(config: MergeConfig) -> str:
         content["calibration"] = {
             key: content["calibration"][key] for key in ("batch_size", "max_length")
         }
-    content["method"].pop("coefficient", None)
+    method = config.method
+    content["method"] = [method.operator, method.needs_calibration, method.is_plain_sum]
     return json.dumps(content, sort_keys=True)
 
 
