@@ -250,13 +250,54 @@ def test_a_model_that_cannot_be_scored_keeps_no_other_from_it(
 
 
 @IN_PROCESS
+@pytest.mark.minutes
 def test_cells_are_merged_at_once(case: MergeCase) -> None:
     case.make("smollm2", sizes=SERVED)
-    done = run(content(case, parallel=2, keep_models=True))
-    assert done.failed == {}
+    given = content(case, parallel=2, keep_models=True)
+    given["axes"]["operator"]["bad"] = {"method.operator": "arm", "calibration.path": "nowhere"}
+    done = run(given)
+    [(failed, error)] = done.failed.items()
+    assert "bad" in failed
+    assert "nowhere" in error
     for found in done.study.merges.values():
-        assert "iteration 1/1" in (found.directory / "log.txt").read_text()
-        assert found.model.is_dir()
+        if found.name != failed:
+            assert "iteration 1/1" in (found.directory / "log.txt").read_text()
+            assert found.model.is_dir()
+
+
+@IN_PROCESS
+def test_merges_in_processes_are_ended_with_the_study(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.make("smollm2", sizes=SERVED)
+    started: list[Any] = []
+
+    class Process:
+        returncode = None
+
+        def __init__(self, *_arguments: Any, **_options: Any) -> None:
+            started.append(self)
+
+        def poll(self) -> int | None:
+            # The second one sees Ctrl-C.
+            if len(started) == 2 and self is started[1]:
+                raise KeyboardInterrupt
+            return self.returncode
+
+        def terminate(self) -> None:
+            self.returncode = -15
+
+        def wait(self, _timeout: float = 0.0) -> int:
+            assert self.returncode == -15
+            return -15
+
+    monkeypatch.setattr("arm_ray.runtime.study.merging.subprocess.Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        run(content(case, parallel=2))
+    assert [process.returncode for process in started] == [-15, -15]
+    request = json.loads(next((case.root / "out/cells").glob("*/request.json")).read_text())
+    # Half of the test's Ray is the other's.
+    assert request["reserved"]["CPU"] == 3.0
 
 
 @IN_PROCESS

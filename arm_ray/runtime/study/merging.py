@@ -1,37 +1,42 @@
 """Does the merges of a study, one after another or several at once.
 
-Several merges run in threads of the driver: nearly all of a merge's work is in its actors, and Ray,
-the run directories and the claims on them may be used from several threads. (A merge within a Ray
-task would lie on whichever node the task is, and be lost with it.) Each is told that the others'
-shares of the cluster are taken, so that none waits for another's actors, and writes its lines into
-a file of its own, because a console has one bar.
+Several run as processes of their own on this machine, which join the study's Ray: what a merge does
+in the driver's process (imports, the Ray client, torch's settings, being interrupted) is made for
+one at a time. A Ray task would be on whichever node Ray chose, and the run directory with it. Each
+is told that the others' shares of the cluster are taken, so that none waits for another's actors,
+and writes its lines into a file of its own.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
+import os
+import subprocess
+import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ray
-from rich.console import Console
 
-from arm_ray.errors import ArmRayError
+import arm_ray
+from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.events import read_events
 from arm_ray.runtime.cluster.joining import ray_session
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import duration
 from arm_ray.runtime.session.reporter import Reporter
+from arm_ray.runtime.study import cell
 from arm_ray.study.events import CellFinished
 from arm_ray.study.parts import Merge
 from arm_ray.study.records import CELL_NAME, CellRecord, cost_of, write_record
 
 LOG_NAME = "log.txt"
-_POLL_S = 1.0
+_POLL_S = 0.5
+# How long merges may take to end when the study is interrupted.
+_END_S = 30.0
 
 
 class Merging:
@@ -59,7 +64,7 @@ class Merging:
             Merge -> its record, which is written down as well.
         """
         if self._parallel == 1 or len(merges) < 2:
-            return {m.name: self._one(m, self._reporter.console, None) for m in merges}
+            return {given.name: self._one(given) for given in merges}
         about = {"job": "study"}
         with (
             heartbeat(self._reporter.console),
@@ -75,63 +80,41 @@ class Merging:
     def _at_once(
         self, merges: Sequence[Merge], taken: Mapping[str, float]
     ) -> dict[str, CellRecord]:
-        waiting: queue.SimpleQueue[Merge] = queue.SimpleQueue()
-        done: queue.SimpleQueue[tuple[str, CellRecord]] = queue.SimpleQueue()
-        for given in merges:
-            waiting.put(given)
-        is_over = threading.Event()
-
-        def work() -> None:
-            while not is_over.is_set():
-                try:
-                    given = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                given.directory.mkdir(parents=True, exist_ok=True)
-                with (given.directory / LOG_NAME).open("a", encoding="utf-8") as file:
-                    console = Console(file=file, width=100)
-                    done.put((given.name, self._one(given, console, taken, is_over)))
-
-        # As daemons they keep no interrupted study from ending: what a merge leaves when it is
-        # killed is what it goes on from.
-        threads = [
-            threading.Thread(target=work, name=f"merging-{i}", daemon=True)
-            for i in range(min(self._parallel, len(merges)))
-        ]
-        for thread in threads:
-            thread.start()
+        address = self._address or os.environ.get("RAY_ADDRESS")
+        address = address or str(ray.get_runtime_context().gcs_address)
+        waiting, running = deque(merges), list[_Running]()
         records: dict[str, CellRecord] = {}
         try:
-            while len(records) < len(merges):
-                try:
-                    name, record = done.get(timeout=_POLL_S)
-                except queue.Empty:
-                    continue
-                records[name] = record
+            while waiting or running:
+                while waiting and len(running) < self._parallel:
+                    running.append(_start(waiting.popleft(), address, taken))
+                for entry in [entry for entry in running if entry.process.poll() is not None]:
+                    running.remove(entry)
+                    seconds = time.monotonic() - entry.started
+                    records[entry.merge.name] = self._keep(entry.merge, entry.error(), seconds)
+                time.sleep(_POLL_S)
         finally:
-            is_over.set()
+            _end(running)
         return records
 
-    def _one(
-        self,
-        given: Merge,
-        console: Console,
-        reserved: Mapping[str, float] | None,
-        is_over: threading.Event | None = None,
-    ) -> CellRecord:
+    def _one(self, given: Merge) -> CellRecord:
         started = time.monotonic()
-        given.directory.mkdir(parents=True, exist_ok=True)
+        error = None
         try:
-            merge(given.config, address=self._address, console=console, reserved=reserved)
+            merge(given.config, address=self._address, console=self._reporter.console)
+        except Exception as raised:  # of whatever kind: the other cells are done all the same
+            error = cell.error_text(raised)
+        return self._keep(given, error, time.monotonic() - started)
+
+    def _keep(self, given: Merge, error: str | None, seconds: float) -> CellRecord:
+        """Write down what became of a merge."""
+        if error is None:
             cost = cost_of(read_events(Path(given.config.output) / "events.jsonl"))
             record = CellRecord("merged", given.digest, None, asdict(cost))
-        except Exception as error:  # of whatever kind: the other cells are done all the same
-            record = CellRecord("failed", given.digest, error_text(error))
-        if is_over is not None and is_over.is_set():
-            # The study was interrupted, and Ray may have been taken away from it.
-            return record
+        else:
+            record = CellRecord("failed", given.digest, error)
         write_record(given.directory / CELL_NAME, record)
-        self._tell(given, record, time.monotonic() - started)
+        self._tell(given, record, seconds)
         return record
 
     def _tell(self, given: Merge, record: CellRecord, seconds: float) -> None:
@@ -156,6 +139,58 @@ class Merging:
         )
 
 
-def error_text(error: Exception) -> str:
-    """An error of any kind as a text to keep."""
-    return str(error) if isinstance(error, ArmRayError) else f"{type(error).__name__}: {error}"
+@dataclass(frozen=True)
+class _Running:
+    """A merge in a process of its own."""
+
+    merge: Merge
+    process: subprocess.Popen[bytes]
+    started: float
+
+    def error(self) -> str | None:
+        """What it failed with, once it has ended; None: it did not."""
+        if self.process.returncode == 0:
+            return None
+        known = self.merge.directory / cell.ERROR_NAME
+        if known.is_file():
+            return known.read_text(encoding="utf-8")
+        log = self.merge.directory / LOG_NAME
+        return f"the process of the merge ended with {self.process.returncode}; see {log}"
+
+
+def _start(given: Merge, address: str, taken: Mapping[str, float]) -> _Running:
+    directory = given.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / cell.ERROR_NAME).unlink(missing_ok=True)
+    request = {
+        "merge": given.config.model_dump(mode="json"),
+        "address": address,
+        "reserved": dict(taken),
+    }
+    write_json(directory / cell.REQUEST_NAME, request)
+    package = str(Path(arm_ray.__file__).parents[1])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    with (directory / LOG_NAME).open("ab") as log:
+        process = subprocess.Popen(  # noqa: S603 -- this Python, and a path of ours
+            [sys.executable, "-m", "arm_ray.runtime.study.cell", str(directory)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            # Ctrl-C is for the study, which ends them.
+            start_new_session=True,
+        )
+    return _Running(given, process, time.monotonic())
+
+
+def _end(running: Sequence[_Running]) -> None:
+    """End merges that are at work: what they leave is what they go on from."""
+    for entry in running:
+        entry.process.terminate()
+    deadline = time.monotonic() + _END_S
+    for entry in running:
+        try:
+            entry.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            entry.process.kill()
+            entry.process.wait()

@@ -24,7 +24,8 @@ from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import duration, print_summary
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.shards.placement import local_slots
-from arm_ray.runtime.study.merging import Merging, error_text
+from arm_ray.runtime.study.cell import error_text
+from arm_ray.runtime.study.merging import Merging
 from arm_ray.runtime.study.scoring import Scoring
 from arm_ray.runtime.train.stage import task_files, there, train_stage
 from arm_ray.storage.urls import is_url

@@ -26,7 +26,7 @@ from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
 from arm_ray.runtime.scoring.subject import Subject
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.reporter import Reporter
-from arm_ray.runtime.study.merging import error_text
+from arm_ray.runtime.study.cell import error_text
 from arm_ray.storage.urls import is_url
 from arm_ray.study.events import ScoringFailed
 from arm_ray.study.parts import ScoredModel
