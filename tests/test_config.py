@@ -130,7 +130,7 @@ def test_a_key_that_is_no_text_is_named() -> None:
         ({"schedule": 5}, "schedule: got 5 (int); "),
         ({"schedule": [1]}, "schedule: got [1] (list); "),
         ({"method": {"coefficient": 0}}, "method.coefficient: got 0 (int); "),
-        ({"method": {"coefficient": 2.1}}, "method.coefficient: got 2.1 (float); "),
+        ({"method": {"coefficient": 10.1}}, "method.coefficient: got 10.1 (float); "),
         ({"method": {"coefficient": True}}, "method.coefficient: got True (bool); "),
         ({"calibration": {"path": "x", "batch_size": 0}}, "calibration.batch_size: got 0 (int); "),
         ({"calibration": {"path": "x", "shuffle": 1}}, "calibration.shuffle: got 1 (int); "),
