@@ -367,6 +367,7 @@ def _check_combinations(config: MergeConfig, source: str) -> None:
         problems.append("initial_state: needs anchored iterations, anchor_iterations is 0")
     problems += _method_problems(config)
     problems += _adapter_problems(config)
+    problems += _promise_problems(config)
     if problems:
         raise ConfigError(
             "\n".join(
@@ -392,6 +393,19 @@ def _method_problems(config: MergeConfig) -> list[str]:
             "name a dataset in calibration.path"
         ]
     return []
+
+
+def _promise_problems(config: MergeConfig) -> list[str]:
+    """What the promise needs to compare, and does not get."""
+    evaluation = config.evaluation
+    if evaluation is None or not config.promises or config.compares_losses:
+        return []
+    missing = [name for name in ("base", "candidates") if not getattr(evaluation, name)]
+    return [
+        f"evaluation.{name}: is false, but select.promise compares the merged states with them; "
+        "set it to true, or select.promise to false"
+        for name in missing
+    ]
 
 
 def _adapter_problems(config: MergeConfig) -> list[str]:

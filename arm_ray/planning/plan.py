@@ -435,7 +435,8 @@ def _disk_facts(config: MergeConfig, workload: Workload) -> DiskFacts:
             len(states_needed_after(schedule, workload.num_candidates, t))
             for t in range(1, total + 1)
         )
-        most = min(total, max(needed) + 1)
+        # The best state so far stays, where models are compared.
+        most = min(total, max(needed) + 1 + config.compares_losses)
     state, model = FLOAT32 * workload.parameters, _model_bytes(workload, config)
     kept = {"all": total, "last": 1, "none": 0}[config.keep_states]
     return DiskFacts(most, kept, state, model, most * state + model)

@@ -181,6 +181,9 @@ def _other_data(stages: Stages) -> dict[str, str]:
     for name, given in stages.merges.items():
         if given.calibration is not None:
             found[f"the calibration of {name}"] = given.calibration.path
+        for key, path in (("path", given.select.path), ("final_path", given.select.final_path)):
+            if path is not None:
+                found[f"{name}: select.{key}"] = path
         if given.evaluation is not None:
             found |= task_files(given.evaluation, f"{name}: ")
     found |= task_files(stages.config.evaluation)

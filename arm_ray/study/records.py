@@ -32,7 +32,7 @@ class MergeCost:
         merge_seconds: In merging, over all shards.
         wall_seconds: Of the last session, with its start and end; None: it did not end.
         iterations: How many there were.
-        ended: Why: `max_iterations`, `converged`, `patience`.
+        ended: Why: `max_iterations`, `converged`, `no_gain`, `patience`.
         device: `cpu` or `cuda`.
         compute_dtype: Of the forward pass.
         work: Sums of all else that the events count in seconds, samples, tokens or bytes, by the

@@ -55,12 +55,15 @@ class MergeOutcome:
         model: The final model; None where the merge was halted before its end.
         iterations: Complete iterations.
         reason: `max_iterations`, `converged`, `no_gain`, `patience` or `stop_after`.
+        selected: What the model is: `state-0002`, or `candidate-1` or `base` where no merge was
+            better; None where it was made before, or not yet.
     """
 
     run: Path
     model: Path | None
     iterations: int
     reason: str
+    selected: str | None = None
 
 
 def merge(
@@ -140,7 +143,8 @@ def merge(
                 RunFinished(ending.reason, run.last_iteration, round(seconds, 3), ending.peak_bytes)
             )
             _summarise(run, ending, seconds, reporter.console)
-            return MergeOutcome(run.path, ending.model, run.last_iteration, ending.reason)
+            selected = ending.selection.name if ending.model is not None else None
+            return MergeOutcome(run.path, ending.model, run.last_iteration, ending.reason, selected)
 
 
 def needs_no_ray(config: MergeConfig, method: Method, address: str | None) -> bool:

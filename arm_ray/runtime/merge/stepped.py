@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from arm_ray.checkpoints.states import StateManifest
 from arm_ray.evaluation.losses import SampleLosses
+from arm_ray.evaluation.statistics import Comparison
 from arm_ray.events import StepChosen, StepTried
 from arm_ray.runtime.merge.dispatch import Dispatcher, Flight
 from arm_ray.runtime.merge.job import MergeJob
@@ -93,50 +94,29 @@ class _Tried:
 
     def choose(self) -> Step | None:
         """The step that is taken; None where none is, and there is a state to end with."""
-        started, job = time.monotonic(), self.job
-        lengths, check = (
-            draw_of(batch, job.config.runtime.micro_batch_tokens)
-            for batch in job.lengths(self.plan)
-        )
-        plan, start = self.plan, job.method.settings.coefficient
-        found: list[StepTried] = []
-        trials = search(job.config.schedule, start, len(plan.contributors), plan.divisor)
-        wanted = next(trials)
-        while True:
-            losses = self._losses(wanted, lengths)
-            found += [self._event(step, each) for step, each in zip(wanted, losses, strict=True)]
-            try:
-                wanted = trials.send(losses)
-            except StopIteration as end:
-                ladder: tuple[Step, ...] = end.value
-                break
+        started, plan, job = time.monotonic(), self.plan, self.job
+        tokens = job.config.runtime.micro_batch_tokens
+        lengths, check = (draw_of(batch, tokens) for batch in job.lengths(plan))
+        ladder, tried = self._search(lengths)
         subjects: list[Step | str] = [*ladder]
         if plan.previous != plan.reference:
             subjects.append(plan.previous)
-        checked = self._losses(subjects, check)
-        chosen = choose(ladder, checked[: len(ladder)])
-        before = checked[-1]
+        losses = self._losses(subjects, check)
+        chosen, before = choose(ladder, losses[: len(ladder)]), losses[-1]
         gain = chosen.losses.minus(before)
-        is_better = chosen.losses.is_lower_than(before)
         step: Step | None = chosen.step
-        if not is_better:
+        if not chosen.losses.is_lower_than(before):
             # The first state is made all the same: with the most cautious step there was.
-            is_first = plan.iteration == 1
-            step = (
-                next((s for s in reversed(ladder) if not s.is_none), Step(start))
-                if is_first
-                else None
-            )
+            cautious = (each for each in reversed(ladder) if not each.is_none)
+            start = Step(job.method.settings.coefficient)
+            step = next(cautious, start) if plan.iteration == 1 else None
         job.reporter.write(
             StepChosen(
                 plan.iteration,
                 job.config.schedule.step,
                 () if step is None else self._coefficients(step),
-                tuple(found),
-                tuple(
-                    self._event(subject, each)
-                    for subject, each in zip(subjects, checked, strict=True)
-                ),
+                tried,
+                self._events(subjects, losses),
                 -gain.difference,
                 -gain.high,
                 -gain.low,
@@ -145,7 +125,35 @@ class _Tried:
                 round(time.monotonic() - started, 3),
             )
         )
+        job.reporter.say(self._sentence(step, chosen.losses, gain, len(tried) + len(subjects)))
         return step
+
+    def _search(self, samples: Draw) -> tuple[tuple[Step, ...], tuple[StepTried, ...]]:
+        """Run the search; the ladder of steps that it returns, and all that was tried."""
+        schedule, start = self.job.config.schedule, self.job.method.settings.coefficient
+        trials = search(schedule, start, len(self.plan.contributors), self.plan.divisor)
+        wanted, tried = next(trials), list[StepTried]()
+        while True:
+            losses = self._losses(wanted, samples)
+            tried += self._events(wanted, losses)
+            try:
+                wanted = trials.send(losses)
+            except StopIteration as end:
+                return end.value, tuple(tried)
+
+    def _sentence(
+        self, step: Step | None, losses: SampleLosses, gain: Comparison, states: int
+    ) -> str:
+        """What was chosen, for people."""
+        head = f"iteration {self.plan.iteration}  {self.job.config.schedule.step}: "
+        after = f"{states} losses, {gain.num_problems} samples to check"
+        if step is None:
+            return f"{head}no step makes the loss smaller, beyond its error ({after})"
+        blocks = (", ".join(f"{c:.3g}" for c in block) for block in self._coefficients(step))
+        return (
+            f"{head}{' | '.join(blocks)}  loss {losses.mean:.4f}, by {-gain.difference:.4f} "
+            f"smaller than before ({-gain.high:.4f} to {-gain.low:.4f}; {after})"
+        )
 
     def _losses(self, subjects: Sequence[Step | str], samples: Draw) -> list[SampleLosses]:
         run: list[Trial | str] = [self._subject(subject) for subject in subjects]
@@ -159,12 +167,16 @@ class _Tried:
         self._count += 1
         return Trial(f"trial-{self._count}", subject, self.facts(subject))
 
-    def _event(self, subject: Step | str, losses: SampleLosses) -> StepTried:
-        known = self._coefficients(subject if isinstance(subject, Step) else NO_STEP)
-        found = losses.estimate()
-        return StepTried(
-            subject if isinstance(subject, str) else None, known, found.mean, found.low, found.high
-        )
+    def _events(
+        self, subjects: Sequence[Step | str], losses: Sequence[SampleLosses]
+    ) -> tuple[StepTried, ...]:
+        found = []
+        for subject, each in zip(subjects, losses, strict=True):
+            known = self._coefficients(subject if isinstance(subject, Step) else NO_STEP)
+            name = subject if isinstance(subject, str) else None
+            interval = each.estimate()
+            found.append(StepTried(name, known, interval.mean, interval.low, interval.high))
+        return tuple(found)
 
     def _coefficients(self, step: Step) -> tuple[tuple[float, ...], ...]:
         plan = self.plan

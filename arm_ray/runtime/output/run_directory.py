@@ -198,7 +198,8 @@ class RunDirectory:
             present = self.finished and states_needed_after(
                 schedule, num_candidates, self.last_iteration
             )
-            best = 0 if evaluation is None or evaluation.select.by == "last" else 1
+            by_task = evaluation is not None and evaluation.select.by != "last"
+            best = int(by_task or self.config.compares_losses)
             count = min(remaining, most + best - len(present))
         return count
 

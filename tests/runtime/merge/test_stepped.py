@@ -117,7 +117,8 @@ def test_the_bits_are_the_same_however_it_is_run(
     overrides = [
         f"schedule.step={step}",
         "method.operator=arm",
-        "schedule.anchor_iterations=2",
+        # The second iteration of one of them is a window: its reference is not the state before.
+        f"schedule.anchor_iterations={1 if step == 'subspace' else 2}",
         "schedule.max_iterations=2",
     ]
     plain = config_of(trained, tmp_path / "plain", *overrides)
