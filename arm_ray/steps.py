@@ -81,11 +81,12 @@ def most_trials(schedule: ScheduleConfig, contributors: int) -> tuple[tuple[int,
         return (2, *(1,) * _HALVINGS), 3
     if schedule.step == "line_search":
         return (5, *(1,) * _REFINEMENTS), 3
-    rounds = [4, 1]
     if contributors > 1:
         pairs = contributors * (contributors - 1) // 2
         mixed = pairs if contributors <= _MOST_MIXED else 0
-        rounds += [2 * contributors + mixed, 2, 1]
+        rounds = [5, 2 * contributors + mixed, 2, 1]
+    else:
+        rounds = [4, *(1,) * _REFINEMENTS]
     if schedule.step_blocks > 1:
         rounds += [2 * schedule.step_blocks, 1]
     return tuple(rounds), 3 + (schedule.step_blocks > 1)
@@ -199,7 +200,7 @@ def _halved(step: Step, *before: Step) -> tuple[Step, ...]:
 
 
 class _Subspace:
-    """One coefficient for each contributor: a line, a quadratic fit around its best, a last line.
+    """One coefficient for each contributor: a few points, a quadratic fit around the best, a line.
 
     Args:
         schedule: The settings.
@@ -213,28 +214,46 @@ class _Subspace:
     ) -> None:
         self._start, self._size = start, contributors
         # Of `x_i`: what a task vector is multiplied by is `x_i / m`.
-        self._limit = schedule.step_limit * divisor
+        self._limit, self._divisor = schedule.step_limit * divisor, float(divisor)
         self._blocks = schedule.step_blocks
 
     def search(self) -> Search:
         """See the module."""
-        # The points around the best one must be within the limit too.
-        line_limit = min(self._limit / (1.0 + _SPREAD), 4.0 * self._start)
-        measured = yield from _along(self._start, line_limit, [1.0, 2.0, 4.0], 1)
-        length = _shortest_best(measured)
-        if length == 0.0:
-            length = min(x for x in measured if x > 0.0)
-        centre = np.full(self._size, length)
-        best, loss = centre, measured[length]
+        lengths = sorted({self._start * m for m in (1.0, 2.0, 4.0)})
+        points = [np.full(self._size, length) for length in lengths]
         if self._size > 1:
-            best, loss = yield from self._fitted(centre, loss)
-        if measured[0.0] <= loss:
+            # The last contributor as it is: often the best model that there is.
+            points.append(np.eye(self._size)[-1] * self._divisor)
+        # The points around the best one must be within the limit too.
+        points = [self._within(point, 1.0 / (1.0 + _SPREAD)) for point in points]
+        none, *found = yield [NO_STEP, *map(self._step, points)]
+        tried = [(point, each.mean) for point, each in zip(points, found, strict=True)]
+        best, loss = min(tried, key=lambda pair: pair[1])
+        if self._size > 1:
+            best, loss = yield from self._fitted(best, loss)
+        else:
+            best, loss = yield from self._refined(none.mean, tried)
+        if none.mean <= loss:
             return (NO_STEP,)
         step = self._step(best)
         if self._blocks == 1:
             return _halved(step)
         by_block = yield from self._by_block(best, loss)
         return _halved(step, *([by_block] if by_block is not None else []))
+
+    def _refined(
+        self, none: float, tried: Sequence[tuple[_Vector, float]]
+    ) -> Generator[Sequence[Step], Sequence[SampleLosses], tuple[_Vector, float]]:
+        """Of a single contributor: the lowest point that parabolas find."""
+        measured = {0.0: none} | {float(point[0]): loss for point, loss in tried}
+        for _ in range(_REFINEMENTS):
+            length = _next_length(measured, self._limit)
+            if length is None:
+                break
+            [each] = yield [self._step(np.array([length]))]
+            measured[length] = each.mean
+        best = _shortest_best({x: loss for x, loss in measured.items() if x > 0.0})
+        return np.array([best]), measured[best]
 
     def _step(self, *blocks: _Vector) -> Step:
         """The step with the coefficients `x` of each block."""
@@ -245,7 +264,7 @@ class _Subspace:
         self, centre: _Vector, at_centre: float
     ) -> Generator[Sequence[Step], Sequence[SampleLosses], tuple[_Vector, float]]:
         """The best point of a quadratic fit around a centre, and of the line that leads there."""
-        size, spread = self._size, _SPREAD * float(centre[0])
+        size, spread = self._size, _SPREAD * float(np.abs(centre).max())
         offsets = [sign * spread * row for row in np.eye(size) for sign in (1.0, -1.0)]
         if size <= _MOST_MIXED:
             offsets += [
@@ -269,10 +288,10 @@ class _Subspace:
         [each] = yield [self._step(again)]
         return (again, each.mean) if each.mean < loss else (best, loss)
 
-    def _within(self, x: _Vector) -> _Vector:
-        """Inside the trust region: no coefficient beyond the limit, the direction kept."""
-        largest = float(np.abs(x).max())
-        return x * (self._limit / largest) if largest > self._limit else x
+    def _within(self, x: _Vector, share: float = 1.0) -> _Vector:
+        """Inside the trust region, or a share of it: no coefficient beyond, the direction kept."""
+        largest, limit = float(np.abs(x).max()), share * self._limit
+        return x * (limit / largest) if largest > limit else x
 
     def _by_block(
         self, best: _Vector, loss: float
