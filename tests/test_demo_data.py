@@ -93,19 +93,21 @@ def test_configurations_fit_together():
     # The training alone is the pipeline's.
     assert alone.identity() == stages.training.identity()
     assert alone.output.resolve() == stages.training.output
-    # The two merges have the same inputs and the same first iteration but for the operator; ARM
-    # goes on, and has its state chosen.
-    first, second = (m.model_dump() for m in stages.merges.values())
+    # The merges have the same inputs. Two differ in the operator alone; the third finds its step.
+    first, second, third = (m.model_dump() for m in stages.merges.values())
     assert (first["method"].pop("operator"), second["method"].pop("operator")) == (
         "task_arithmetic",
         "arm",
     )
-    for key in ("base", "candidates", "calibration", "method", "precision"):
+    for key in ("base", "candidates", "calibration", "method", "precision", "schedule"):
         assert first[key] == second[key], key
-    once, streamed = first.pop("schedule"), second.pop("schedule")
-    assert (once.pop("max_iterations"), streamed.pop("max_iterations")) == (1, 2)
-    assert once == streamed
-    assert second["evaluation"]["select"]["by"] == "validation"
+    for key in ("base", "candidates", "calibration", "precision"):
+        assert first[key] == third[key], key
+    assert (third["method"]["operator"], third["schedule"]["step"]) == (
+        "task_arithmetic",
+        "subspace",
+    )
+    assert Path(ROOT / third["select"]["path"]).name == "validation.jsonl"
     for merge in stages.merges.values():
         assert Path(merge.calibration.path).name == "calibration.jsonl"
         assert Path(ROOT / merge.calibration.path).is_file()

@@ -27,8 +27,9 @@ def main() -> None:
     minutes = WITH_UNITS if dtype == BFLOAT16 else WITHOUT
     print(
         "This demo makes a small real model (SmolLM2-135M), fine-tunes it on word problems, merges"
-        "\nearly checkpoints of that training in two ways (Task Arithmetic and ARM), and scores the"
-        "\nbase, the checkpoints and the merges on 200 problems that nothing else has seen.\n"
+        "\nearly checkpoints of that training in three ways (Task Arithmetic, ARM, and a guided"
+        "\nstep), and scores the base, the checkpoints and the merges on 200 problems that nothing"
+        "\nelse has seen.\n"
         f"This machine: {os.cpu_count()} cores; it will compute in {dtype} ({why}).\n"
         f"With set-up it takes up to {minutes} minutes on 2 cores, less on more; what is done is "
         "kept, and skipped\nwhen you run it again."

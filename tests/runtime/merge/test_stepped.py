@@ -110,7 +110,14 @@ def test_losses_are_those_of_the_plain_formula(
                 assert name in known
 
 
-@pytest.mark.parametrize("step", ["line_search", "subspace", "backtracking"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "subspace",
+        pytest.param("line_search", marks=pytest.mark.minutes),
+        pytest.param("backtracking", marks=pytest.mark.minutes),
+    ],
+)
 def test_the_bits_are_the_same_however_it_is_run(
     trained: MergeCase, tmp_path: Path, step: str
 ) -> None:
@@ -155,7 +162,11 @@ OPERATORS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+# The quick ones: numbers over the whole model, and rotations.
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("ties", "arm") else pytest.param(n, marks=pytest.mark.minutes) for n in OPERATORS],
+)
 def test_a_chosen_coefficient_gives_what_a_fixed_one_gives(
     trained: MergeCase, tmp_path: Path, name: str
 ) -> None:
