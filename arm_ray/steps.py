@@ -45,9 +45,10 @@ _Vector = NDArray[np.float64]
 def step_samples(batch_size: int) -> tuple[int, int]:
     """How many samples of a mini-batch choose a step, and how many others check it.
 
-    A search runs many states, the check few; so a step costs less than two iterations without one.
+    Half of them each. With fewer, a search follows the chance of its samples along the flat valley
+    in which good steps lie.
     """
-    return max(1, 5 * batch_size // 16), max(1, batch_size // 2)
+    return max(1, batch_size // 2), max(1, batch_size - batch_size // 2)
 
 
 def search(schedule: ScheduleConfig, start: float, contributors: int, divisor: int) -> Search:
@@ -84,12 +85,12 @@ def most_trials(schedule: ScheduleConfig, contributors: int) -> tuple[tuple[int,
     if contributors > 1:
         pairs = contributors * (contributors - 1) // 2
         mixed = pairs if contributors <= _MOST_MIXED else 0
-        rounds = [5, 2 * contributors + mixed, 2, 1]
+        rounds = [4, 2 * contributors + mixed, 2]
     else:
         rounds = [4, *(1,) * _REFINEMENTS]
     if schedule.step_blocks > 1:
         rounds += [2 * schedule.step_blocks, 1]
-    return tuple(rounds), 3 + (schedule.step_blocks > 1)
+    return tuple(rounds), 3 + (contributors > 1) + (schedule.step_blocks > 1)
 
 
 @dataclass(frozen=True)
@@ -219,41 +220,37 @@ class _Subspace:
 
     def search(self) -> Search:
         """See the module."""
-        lengths = sorted({self._start * m for m in (1.0, 2.0, 4.0)})
-        points = [np.full(self._size, length) for length in lengths]
+        rungs: list[Step] = []
         if self._size > 1:
-            # The last contributor as it is: often the best model that there is.
-            points.append(np.eye(self._size)[-1] * self._divisor)
-        # The points around the best one must be within the limit too.
-        points = [self._within(point, 1.0 / (1.0 + _SPREAD)) for point in points]
-        none, *found = yield [NO_STEP, *map(self._step, points)]
-        tried = [(point, each.mean) for point, each in zip(points, found, strict=True)]
-        best, loss = min(tried, key=lambda pair: pair[1])
-        if self._size > 1:
-            best, loss = yield from self._fitted(best, loss)
+            best, loss = yield from self._directions()
+            rungs.append(self._step(self._alone))
         else:
-            best, loss = yield from self._refined(none.mean, tried)
-        if none.mean <= loss:
-            return (NO_STEP,)
+            measured = yield from _along(self._start, self._limit, [1.0, 2.0, 4.0], _REFINEMENTS)
+            length = _shortest_best(measured)
+            if length == 0.0:
+                return (NO_STEP,)
+            best, loss = np.array([length]), measured[length]
         step = self._step(best)
-        if self._blocks == 1:
-            return _halved(step)
-        by_block = yield from self._by_block(best, loss)
-        return _halved(step, *([by_block] if by_block is not None else []))
+        by_block = None if self._blocks == 1 else (yield from self._by_block(best, loss))
+        before = [] if by_block is None else [by_block]
+        return (*before, step, *(r for r in rungs if r != step), step.scaled(0.5), NO_STEP)
 
-    def _refined(
-        self, none: float, tried: Sequence[tuple[_Vector, float]]
+    @property
+    def _alone(self) -> _Vector:
+        """The last contributor as it is: often the best model that there is."""
+        return self._within(np.eye(self._size)[-1] * self._divisor)
+
+    def _directions(
+        self,
     ) -> Generator[Sequence[Step], Sequence[SampleLosses], tuple[_Vector, float]]:
-        """Of a single contributor: the lowest point that parabolas find."""
-        measured = {0.0: none} | {float(point[0]): loss for point, loss in tried}
-        for _ in range(_REFINEMENTS):
-            length = _next_length(measured, self._limit)
-            if length is None:
-                break
-            [each] = yield [self._step(np.array([length]))]
-            measured[length] = each.mean
-        best = _shortest_best({x: loss for x, loss in measured.items() if x > 0.0})
-        return np.array([best]), measured[best]
+        """The best point of several contributors, and its loss."""
+        points = [np.full(self._size, self._start * m) for m in (1.0, 2.0, 4.0)]
+        points.append(self._alone)
+        # The points around the best one must be within the limit too.
+        points = [self._within(point, 1.0 / (1.0 + 2.0 * _SPREAD)) for point in points]
+        found = yield [self._step(point) for point in points]
+        tried = [(point, each.mean) for point, each in zip(points, found, strict=True)]
+        return (yield from self._fitted(*_lowest_of(tried)))
 
     def _step(self, *blocks: _Vector) -> Step:
         """The step with the coefficients `x` of each block."""
@@ -264,29 +261,21 @@ class _Subspace:
         self, centre: _Vector, at_centre: float
     ) -> Generator[Sequence[Step], Sequence[SampleLosses], tuple[_Vector, float]]:
         """The best point of a quadratic fit around a centre, and of the line that leads there."""
-        size, spread = self._size, _SPREAD * float(np.abs(centre).max())
-        offsets = [sign * spread * row for row in np.eye(size) for sign in (1.0, -1.0)]
+        size, spread = self._size, _SPREAD * float(np.linalg.norm(centre))
+        axes = spread * _basis(centre)
+        offsets = [sign * row for row in axes for sign in (1.0, -1.0)]
         if size <= _MOST_MIXED:
-            offsets += [
-                spread * (np.eye(size)[i] + np.eye(size)[j])
-                for i in range(size)
-                for j in range(i + 1, size)
-            ]
-        found = yield [self._step(centre + offset) for offset in offsets]
+            offsets += [axes[i] + axes[j] for i in range(size) for j in range(i + 1, size)]
+        ends = [self._within(centre + offset) for offset in offsets]
+        found = yield [self._step(end) for end in ends]
         losses = [each.mean for each in found]
-        tried = [(centre, at_centre)]
-        tried += [(centre + o, value) for o, value in zip(offsets, losses, strict=True)]
-        move = _newton(offsets, losses, at_centre, size, spread)
+        tried = [(centre, at_centre), *zip(ends, losses, strict=True)]
+        move = _newton(losses, at_centre, size) @ axes
         # The fit holds near its points; the valley often goes on in the direction it points to.
         ends = [self._within(centre + t * move) for t in (1.0, 2.0)]
         found = yield [self._step(end) for end in ends]
         tried += [(end, each.mean) for end, each in zip(ends, found, strict=True)]
-        best, loss = min(tried, key=lambda pair: pair[1])
-        # Once more along the ray of the best point, whose length the fit knows least.
-        by = 0.8 if float(np.linalg.norm(best)) > float(np.linalg.norm(centre)) else 1.25
-        again = self._within(best * by)
-        [each] = yield [self._step(again)]
-        return (again, each.mean) if each.mean < loss else (best, loss)
+        return _lowest_of(tried)
 
     def _within(self, x: _Vector, share: float = 1.0) -> _Vector:
         """Inside the trust region, or a share of it: no coefficient beyond, the direction kept."""
@@ -316,33 +305,53 @@ class _Subspace:
         return step if each.mean < loss else None
 
 
-def _newton(
-    offsets: Sequence[_Vector], losses: Sequence[float], at_centre: float, size: int, spread: float
-) -> _Vector:
-    """The move to the lowest point of a quadratic through the losses, at most `2 · spread` long.
+def _lowest_of(tried: Sequence[tuple[_Vector, float]]) -> tuple[_Vector, float]:
+    """The point with the smallest loss; of a state that broke the loss is not a number."""
+    return min(tried, key=lambda pair: pair[1] if math.isfinite(pair[1]) else math.inf)
+
+
+def _basis(centre: _Vector) -> _Vector:
+    """`[k, k]`: orthonormal rows, the first of them the direction of a point `[k]`.
+
+    The loss is most sensitive to how far a step goes, and less to how contributors share it. Points
+    along and across that direction tell the two apart; points along the contributors, which have
+    similar task vectors, do not.
+    """
+    rows = [centre / np.linalg.norm(centre)]
+    for axis in np.eye(len(centre))[::-1]:
+        rest = axis - sum((axis @ row) * row for row in rows)
+        length = float(np.linalg.norm(rest))
+        if length > 1e-6 and len(rows) < len(centre):
+            rows.append(rest / length)
+    return np.array(rows)
+
+
+def _newton(losses: Sequence[float], at_centre: float, size: int) -> _Vector:
+    """`[k]`: the move to the lowest point of a quadratic through losses, in units of their axes.
 
     Args:
-        offsets: Points around the centre: `± spread` along each axis, then the mixed ones.
-        losses: There.
+        losses: At plus and minus one unit along each axis; then, if they are there, at the sums of
+            each two axes.
         at_centre: The loss at the centre.
-        size: Dimensions.
-        spread: Distance of the points.
+        size: Axes, k.
+
+    Returns:
+        The move, at most `2 √k` long.
     """
     values = np.array([v if math.isfinite(v) else 10.0 * abs(at_centre) + 10.0 for v in losses])
     up, down = values[0 : 2 * size : 2], values[1 : 2 * size : 2]
-    gradient = (up - down) / (2.0 * spread)
-    curvature = np.diag((up + down - 2.0 * at_centre) / spread**2)
+    gradient = (up - down) / 2.0
+    curvature = np.diag(up + down - 2.0 * at_centre)
     mixed = iter(values[2 * size :])
-    if len(offsets) > 2 * size:
+    if len(values) > 2 * size:
         for i in range(size):
             for j in range(i + 1, size):
                 both = next(mixed)
-                curvature[i, j] = curvature[j, i] = (both - up[i] - up[j] + at_centre) / spread**2
+                curvature[i, j] = curvature[j, i] = both - up[i] - up[j] + at_centre
     # A direction in which the loss is flat, or falls more and more, is followed as far as allowed.
     values_of, vectors = np.linalg.eigh(curvature)
     least = max(1e-3 * float(np.abs(values_of).max()), 1e-12)
     along = vectors.T @ gradient / np.maximum(values_of, least)
     move: _Vector = -(vectors @ along)
-    length = float(np.linalg.norm(move))
-    longest = 2.0 * spread * math.sqrt(size)
+    length, longest = float(np.linalg.norm(move)), 2.0 * math.sqrt(size)
     return move * (longest / length) if length > longest else move

@@ -21,7 +21,7 @@ from arm_ray.errors import CheckpointError, ConfigError, RunDirectoryError
 from arm_ray.events import read_events
 from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.plan import make_plan
-from arm_ray.runtime.merge.adapter import write_adapter
+from arm_ray.runtime.merge.adapter import ReadTensor, write_adapter
 from arm_ray.runtime.merge.run import merge
 from tests.builders import reference
 from tests.builders.adapters import RANK, base_weights, write_adapters, write_dense
@@ -85,6 +85,12 @@ def test_arm_on_adapters_equals_the_plain_program_on_their_dense_models(case: Me
 # ---- an adapter again
 
 
+def reader(shard: DirectShard, iteration: int) -> ReadTensor:
+    """What reads a tensor of a state."""
+    directory = states.state_directory(shard.run, iteration)
+    return lambda group, name: states.read_group(directory, group, [name])[name]
+
+
 def assert_reads_back(case: MergeCase, adapter: Path, merged: Weights) -> None:
     found = open_adapter(adapter, open_checkpoint(case.root / "base"))
     weights = found.read(merged)
@@ -102,10 +108,9 @@ def test_a_state_of_two_adapters_becomes_one_of_both_ranks(case: MergeCase) -> N
     config = case.config(*ADAPTER)
     shard = DirectShard(config)
     merged = shard.linear(1)
-    state = states.state_directory(shard.run, 1)
     target = case.root / "adapter"
     threads = torch.get_num_threads()
-    assert write_adapter(target, config, shard.inputs, state, 1) == 2 * RANK
+    assert write_adapter(target, config, shard.inputs, reader(shard, 1), 1) == 2 * RANK
     assert torch.get_num_threads() == threads
     assert_reads_back(case, target, merged)
     settings = json.loads((target / peft.CONFIG_NAME).read_text())
@@ -125,9 +130,8 @@ def test_rotated_updates_become_an_adapter_too(case: MergeCase) -> None:
     shard = DirectShard(config)
     for iteration in range(1, 5):
         merged = shard.with_forward(iteration)
-    state = states.state_directory(shard.run, 4)
     # Every rotation turns the columns elsewhere: an anchored iteration adds the candidates' ranks.
-    rank = write_adapter(case.root / "adapter", config, shard.inputs, state, 4)
+    rank = write_adapter(case.root / "adapter", config, shard.inputs, reader(shard, 4), 4)
     assert 2 * RANK <= rank < 48
     assert_reads_back(case, case.root / "adapter", merged)
 
@@ -138,8 +142,7 @@ def test_a_rank_that_is_asked_for_is_the_rank(case: MergeCase, rank: int) -> Non
     config = case.config(*ADAPTER, f"adapter_rank={rank}")
     shard = DirectShard(config)
     merged = shard.linear(1)
-    state = states.state_directory(shard.run, 1)
-    assert write_adapter(case.root / "adapter", config, shard.inputs, state, 1) == rank
+    assert write_adapter(case.root / "adapter", config, shard.inputs, reader(shard, 1), 1) == rank
     assert_reads_back(case, case.root / "adapter", merged)
 
 
@@ -148,18 +151,16 @@ def test_a_rank_that_is_too_small_and_a_dense_candidate(case: MergeCase) -> None
     config = case.config(*ADAPTER, "adapter_rank=3")
     shard = DirectShard(config)
     shard.linear(1)
-    state = states.state_directory(shard.run, 1)
     with pytest.raises(CheckpointError, match=r"difference of model\.layers\.0\.") as caught:
-        write_adapter(case.root / "adapter", config, shard.inputs, state, 1)
+        write_adapter(case.root / "adapter", config, shard.inputs, reader(shard, 1), 1)
     assert (caught.value.got, caught.value.expected) == ("rank 4 of 48", "at most 3")
     assert "adapter_rank" in (caught.value.hint or "")
     case.candidates[1] = save(tiny_model("smollm2", seed=7), case.root / "full")
     config = case.config(*ADAPTER, output="other")
     shard = DirectShard(config)
     shard.linear(1)
-    state = states.state_directory(shard.run, 1)
     with pytest.raises(CheckpointError, match=r"cannot hold the difference of model\.embed"):
-        write_adapter(case.root / "adapter", config, shard.inputs, state, 1)
+        write_adapter(case.root / "adapter", config, shard.inputs, reader(shard, 1), 1)
 
 
 @pytest.mark.usefixtures("shards_in_process")
