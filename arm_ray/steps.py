@@ -85,7 +85,7 @@ def most_trials(schedule: ScheduleConfig, contributors: int) -> tuple[tuple[int,
     if contributors > 1:
         pairs = contributors * (contributors - 1) // 2
         mixed = pairs if contributors <= _MOST_MIXED else 0
-        rounds = [4, 2 * contributors + mixed, 2]
+        rounds = [3, 2 * contributors + mixed, 2]
     else:
         rounds = [4, *(1,) * _REFINEMENTS]
     if schedule.step_blocks > 1:
@@ -244,7 +244,7 @@ class _Subspace:
         self,
     ) -> Generator[Sequence[Step], Sequence[SampleLosses], tuple[_Vector, float]]:
         """The best point of several contributors, and its loss."""
-        points = [np.full(self._size, self._start * m) for m in (1.0, 2.0, 4.0)]
+        points = [np.full(self._size, self._start * m) for m in (1.0, 2.0)]
         points.append(self._alone)
         # The points around the best one must be within the limit too.
         points = [self._within(point, 1.0 / (1.0 + 2.0 * _SPREAD)) for point in points]
