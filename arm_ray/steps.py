@@ -35,6 +35,8 @@ _CLOSE = 0.1
 _SHORTEST = 0.5
 # Of the quadratic fit: how far its points are from the best one, as a share of its length.
 _SPREAD = 0.5
+# Of the way between the last two contributors: how far beyond the last one the search looks first.
+_BEYOND = 0.5
 # Contributors up to which the fit has mixed terms, which take a trial for each pair.
 _MOST_MIXED = 3
 
@@ -240,12 +242,18 @@ class _Subspace:
         """The last contributor as it is: often the best model that there is."""
         return self._within(np.eye(self._size)[-1] * self._divisor)
 
+    @property
+    def _beyond(self) -> _Vector:
+        """As far again as half of the way from the last contributor but one to the last."""
+        point = np.zeros(self._size)
+        point[-2:] = -_BEYOND, 1.0 + _BEYOND
+        return point * self._divisor
+
     def _directions(
         self,
     ) -> Generator[Sequence[Step], Sequence[SampleLosses], tuple[_Vector, float]]:
         """The best point of several contributors, and its loss."""
-        points = [np.full(self._size, self._start * m) for m in (1.0, 2.0)]
-        points.append(self._alone)
+        points = [np.full(self._size, self._start), self._alone, self._beyond]
         # The points around the best one must be within the limit too.
         points = [self._within(point, 1.0 / (1.0 + 2.0 * _SPREAD)) for point in points]
         found = yield [self._step(point) for point in points]
