@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -59,3 +60,18 @@ def test_the_example_of_the_docs_is_one() -> None:
     study = Study(validate(StudyConfig, yaml.safe_load(example), source="docs"), "docs")
     assert {run.series for run in study.runs} == {"smooth", "given", "further"}
     assert sum(run.training is not None for run in study.runs) == 6
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
+    """Of `docs/study.md`, and the first table of the README, which rounds them."""
+    results = ROOT / "studies/results/mini-step"
+    page = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    tables = sorted((results / "tables").glob("*.md"))
+    shown = [path.stem for path in tables if path.read_text().split("\n\n")[1] in page]
+    assert {"last", "gain", "losses", "cost"} <= set(shown)
+    rows = pq.read_table(results / "results.parquet").to_pylist()
+    means = {round(row["mean"], 3) for row in rows if row["mean"] is not None}
+    section = (ROOT / "README.md").read_text().split("## Does it pay?")[1].split("\n## ")[0]
+    numbers = {float(n) for n in re.findall(r"\b0\.\d{3}\b", section)} - {0.001}
+    assert len(numbers) >= 10
+    assert numbers <= means
