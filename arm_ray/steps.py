@@ -50,7 +50,7 @@ def step_samples(batch_size: int) -> tuple[int, int]:
     Half of them each. With fewer, a search follows the chance of its samples along the flat valley
     in which good steps lie.
     """
-    return max(1, batch_size // 2), max(1, batch_size - batch_size // 2)
+    return max(1, batch_size // 2), batch_size - batch_size // 2
 
 
 def search(schedule: ScheduleConfig, start: float, contributors: int, divisor: int) -> Search:
@@ -132,7 +132,7 @@ def _backtracking(start: float) -> Search:
             break
         step = step.scaled(0.5)
         [losses] = yield [step]
-    return (step, step.scaled(0.5), NO_STEP)
+    return _halved(step)
 
 
 def _line_search(start: float, limit: float) -> Search:
@@ -196,10 +196,11 @@ def _shortest_best(measured: Mapping[float, float]) -> float:
     return min(measured, key=lambda length: (measured[length], length))
 
 
-def _halved(step: Step, *before: Step) -> tuple[Step, ...]:
+def _halved(step: Step) -> tuple[Step, ...]:
+    """A step, half of it, and none; each once."""
     if step.is_none:
-        return (*before, step)
-    return (*before, step, step.scaled(0.5), NO_STEP)
+        return (step,)
+    return (step, step.scaled(0.5), NO_STEP)
 
 
 class _Subspace:
@@ -222,20 +223,20 @@ class _Subspace:
 
     def search(self) -> Search:
         """See the module."""
-        rungs: list[Step] = []
+        others: tuple[Step, ...] = ()
         if self._size > 1:
             best, loss = yield from self._directions()
-            rungs.append(self._step(self._alone))
+            others = (self._step(self._alone),)
         else:
             measured = yield from _along(self._start, self._limit, [1.0, 2.0, 4.0], _REFINEMENTS)
             length = _shortest_best(measured)
-            if length == 0.0:
-                return (NO_STEP,)
             best, loss = np.array([length]), measured[length]
-        step = self._step(best)
+        step, *shorter = _halved(self._step(best))
+        if not shorter:
+            return (NO_STEP,)
         by_block = None if self._blocks == 1 else (yield from self._by_block(best, loss))
-        before = [] if by_block is None else [by_block]
-        return (*before, step, *(r for r in rungs if r != step), step.scaled(0.5), NO_STEP)
+        before = () if by_block is None else (by_block,)
+        return (*before, step, *(each for each in others if each != step), *shorter)
 
     @property
     def _alone(self) -> _Vector:
@@ -314,8 +315,8 @@ class _Subspace:
 
 
 def _lowest_of(tried: Sequence[tuple[_Vector, float]]) -> tuple[_Vector, float]:
-    """The point with the smallest loss; of a state that broke the loss is not a number."""
-    return min(tried, key=lambda pair: pair[1] if math.isfinite(pair[1]) else math.inf)
+    """The point with the smallest loss; the first one, of equals."""
+    return min(tried, key=lambda pair: pair[1])
 
 
 def _basis(centre: _Vector) -> _Vector:

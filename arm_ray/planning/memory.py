@@ -18,12 +18,11 @@ from arm_ray.planning.devices import GB
 from arm_ray.planning.workload import (
     FLOAT32,
     FLOAT64,
-    LINEAR_PIECE,
-    LINEAR_PIECE_GPU,
     LOGITS,
     WRITERS,
     StateUse,
     Workload,
+    linear_piece,
     state_uses,
 )
 from arm_ray.planning.workspace import largest_piece, merge_workspace
@@ -239,8 +238,7 @@ class _Walk:
         """One group of a merge without forward passes: all iterations, piece by piece."""
         workload = self._workload
         names = workload.layout.groups[group].tensors
-        largest = LINEAR_PIECE_GPU if self._on_gpu else LINEAR_PIECE
-        piece = min(largest, max(map(workload.elements, names)))
+        piece = min(linear_piece(on_gpu=self._on_gpu), max(map(workload.elements, names)))
         states = len(workload.dtypes) + workload.schedule.max_iterations
         stored = self._place_stored(set(workload.dtypes), group)
         # Every state's piece in float32, and the sum, difference and cast of one iteration.

@@ -23,10 +23,10 @@ FLOAT64 = 8
 MAX_MICRO_BATCH_SAMPLES = 64
 # Elements of a tensor that are merged at once where it needs no activations.
 PIECE = 1 << 24
-# The same without forward passes. On a CPU a piece of every state in use should stay in cache; on a
-# GPU, where each operation costs a launch, it should be large.
-LINEAR_PIECE = 1 << 17
-LINEAR_PIECE_GPU = 1 << 24
+# The same where no rotation needs whole tensors. On a CPU a piece of every state in use should stay
+# in cache; on a GPU, where each operation costs a launch, it should be large.
+_LINEAR_PIECE = 1 << 17
+_LINEAR_PIECE_GPU = 1 << 24
 # Pieces on their way from a GPU to the disk: writers, and pieces that wait in host memory at most.
 WRITERS = 4
 # Logits that are computed at once, for a loss.
@@ -35,6 +35,11 @@ LOGITS = 1 << 26
 COMPARE_BLOCK = 1 << 16
 COMPARE_BLOCK_GPU = 1 << 24
 COMPARE_OPERATIONS = 10
+
+
+def linear_piece(*, on_gpu: bool) -> int:
+    """Elements of a tensor that are merged at once where no rotation needs the whole."""
+    return _LINEAR_PIECE_GPU if on_gpu else _LINEAR_PIECE
 
 
 @dataclass(frozen=True, eq=False)

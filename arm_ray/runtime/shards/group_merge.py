@@ -18,7 +18,7 @@ from arm_ray.checkpoints.weight_file import TensorSpec, WeightFileWriter
 from arm_ray.merging.operator import AnyRotation, MergedTensor, TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
 from arm_ray.model.layout import EMBEDDING, layer_of
-from arm_ray.planning.workload import LINEAR_PIECE, PIECE
+from arm_ray.planning.workload import PIECE, linear_piece
 from arm_ray.runtime.shards.captures import Captures
 from arm_ray.runtime.shards.facts import ModelFacts
 from arm_ray.runtime.shards.pieces import (
@@ -162,7 +162,7 @@ class GroupMerge:
                 found[spec.name][inputs.rows].copy_(tensor)
 
         # Each step goes over a piece several times: what stays in a core's cache is faster.
-        elements = LINEAR_PIECE if device.type == "cpu" else PIECE
+        elements = linear_piece(on_gpu=device.type != "cpu")
         pieces = self._pieces(plans[0], group, columns, facts[0], elements, names)
         for _ in self.workers.in_order(work, pieces):
             pass

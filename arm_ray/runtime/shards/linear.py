@@ -23,7 +23,7 @@ from arm_ray.checkpoints.weight_file import (
 from arm_ray.errors import about
 from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
-from arm_ray.planning.workload import LINEAR_PIECE, LINEAR_PIECE_GPU
+from arm_ray.planning.workload import linear_piece
 from arm_ray.runtime.shards.facts import ModelFacts
 from arm_ray.runtime.shards.pieces import (
     Workers,
@@ -156,7 +156,8 @@ class _GroupMerge:
                     self.writes.extend(self.behind.write(write, tensor.name, rows.start, result))
             return sums
 
-        for sums in self.workers.in_order(run, self._items(tensors, LINEAR_PIECE, is_measured)):
+        items = self._items(tensors, linear_piece(on_gpu=False), is_measured)
+        for sums in self.workers.in_order(run, items):
             for plan, part in zip(plans, sums, strict=True):
                 self.sums.setdefault(plan.iteration, []).append(part)
 
@@ -183,7 +184,7 @@ class _GroupMerge:
         self, tensors: Sequence[TensorSpec], elements: int, measures_tensors: bool
     ) -> Iterator[Rows]:
         if self.store.device.type != "cpu":
-            elements = LINEAR_PIECE_GPU
+            elements = linear_piece(on_gpu=True)
         for tensor in tensors:
             pieces = pieces_of(self.spec, tensor, elements, measures_tensors=measures_tensors)
             for rows in pieces:
