@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+# What one more micro-batch costs, in tokens of it: about as much as reading its weights once more.
+_CALL_TOKENS = 64
+
 
 @dataclass(frozen=True, eq=False)
 class MiniBatch:
@@ -128,8 +131,8 @@ def unique_samples(batch: MiniBatch) -> tuple[MiniBatch, NDArray[np.int64]]:
 def micro_batches(batch: MiniBatch, *, max_tokens: int, max_samples: int) -> list[MicroBatch]:
     """Cuts a mini-batch into micro-batches that fit a budget of tokens.
 
-    Samples go longest first (equal lengths in their order), so that little is padding. The
-    result depends on nothing but the arguments.
+    Samples go longest first (equal lengths in their order), and are cut where padding and the cost
+    of a call are least together. The result depends on nothing but the arguments.
 
     Args:
         batch: The mini-batch.
@@ -147,14 +150,34 @@ def micro_batches(batch: MiniBatch, *, max_tokens: int, max_samples: int) -> lis
         raise ValueError(f"limits must be 1 or more, got {max_tokens=} and {max_samples=}")
     lengths = np.array([len(ids) for ids in batch.token_ids], dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
-    result = []
-    start = 0
-    while start < len(order):
-        # Sorted, so the first row is the longest and sets how many rows fit.
-        fitting = max(1, min(max_samples, max_tokens // max(1, int(lengths[order[start]]))))
-        result.append(_padded(batch, order[start : start + fitting], lengths))
-        start += fitting
-    return result
+    cuts = _cuts(lengths[order].tolist(), max_tokens, max_samples)
+    return [_padded(batch, order[start:end], lengths) for start, end in cuts]
+
+
+def _cuts(lengths: Sequence[int], max_tokens: int, max_samples: int) -> list[tuple[int, int]]:
+    """Where to cut samples of falling lengths, so that the fewest tokens are computed.
+
+    Returns:
+        Start and end of each micro-batch.
+    """
+    # Of the samples up to each one: the fewest tokens, and the start of the last micro-batch.
+    fewest, starts = [0], [0]
+    for end in range(1, len(lengths) + 1):
+        options = []
+        for start in range(end - 1, max(-1, end - 1 - max_samples), -1):
+            # Sorted, so the first row is the longest.
+            padded = (end - start) * lengths[start]
+            if padded > max_tokens and end - start > 1:
+                break
+            options.append((fewest[start] + padded + _CALL_TOKENS, start))
+        tokens, start = min(options)
+        fewest.append(tokens)
+        starts.append(start)
+    cuts, end = list[tuple[int, int]](), len(lengths)
+    while end:
+        cuts.append((starts[end], end))
+        end = starts[end]
+    return cuts[::-1]
 
 
 def _padded(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arm_ray.calibration import minibatch
 from arm_ray.calibration.minibatch import (
     MiniBatch,
     micro_batches,
@@ -52,8 +54,33 @@ def test_micro_batches_hold_every_sample_once_within_budget(lengths, max_tokens,
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=20))
 def test_equal_lengths_keep_their_order(lengths):
     result = micro_batches(make(lengths), max_tokens=10_000, max_samples=100)
-    positions = result[0].sample_positions.tolist()
+    positions = np.concatenate([micro.sample_positions for micro in result]).tolist()
     assert positions == sorted(range(len(lengths)), key=lambda p: -lengths[p])
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 900), st.integers(1, 9)
+)
+def test_samples_are_cut_where_the_fewest_tokens_are_computed(lengths, max_tokens, max_samples):
+    def cost(parts: list[list[int]]) -> int:
+        return sum(len(part) * part[0] + minibatch._CALL_TOKENS for part in parts)
+
+    falling = sorted(lengths, reverse=True)
+    places = range(1, len(falling))
+    every = [
+        [falling[a:b] for a, b in itertools.pairwise([0, *cuts, len(falling)])]
+        for count in range(len(falling))
+        for cuts in itertools.combinations(places, count)
+    ]
+    allowed = [
+        parts
+        for parts in every
+        if all(
+            len(p) == 1 or (len(p) <= max_samples and len(p) * p[0] <= max_tokens) for p in parts
+        )
+    ]
+    found = micro_batches(make(lengths), max_tokens=max_tokens, max_samples=max_samples)
+    assert cost([m.lengths.tolist() for m in found]) == min(map(cost, allowed))
 
 
 def test_micro_batches_refuse_limits_below_one():
