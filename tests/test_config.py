@@ -332,6 +332,23 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(write, text: str) -> N
     with pytest.raises(ConfigError, match="not valid YAML") as caught:
         load_merge_config(write(text))
     assert "stands twice" in (caught.value.got or "")
+
+
+def test_keys_beside_a_merge_key_take_the_place_of_its_keys(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "one: &one {a: 1, b: 2}\ntwo: &two\n  <<: *one\n  b: 3\nthree: {<<: *two, a: 4}\nfour: *two\n"
+    )
+    assert read_yaml(file) == {
+        "one": {"a": 1, "b": 2},
+        "two": {"a": 1, "b": 3},
+        "three": {"a": 4, "b": 3},
+        "four": {"a": 1, "b": 3},
+    }
+    file.write_text("one: &one {a: 1}\ntwo:\n  <<: *one\n  b: 3\n  b: 4\n")
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(file)
+    assert "the key 'b' stands twice" in (caught.value.got or "")
     assert "line" in (caught.value.got or "")
 
 
