@@ -49,7 +49,7 @@ def configuration(threads: int) -> MergeConfig:
             "candidates": demo_candidates(),
             "output": str(OUTPUT),
             "calibration": {"path": str(DATA), "batch_size": SAMPLES},
-            "schedule": {"anchor_iterations": 1, "max_iterations": 1},
+            "schedule": {"anchor_iterations": 1, "max_iterations": 1, "step": "fixed"},
             "precision": {"compute_dtype": "bfloat16"},
             "runtime": {"threads": threads, "layer_shards": 1},
         }

@@ -75,6 +75,7 @@ def configuration(shards: int, output: Path) -> MergeConfig:
                 "anchor_iterations": 3,
                 "max_iterations": ITERATIONS,
                 "tolerance": 0.0,
+                "step": "fixed",
             },
             "runtime": {"layer_shards": shards, "threads": 1},
         }

@@ -55,6 +55,33 @@ def write(tmp_path: Path):
     return write
 
 
+@pytest.mark.parametrize(
+    ("overrides", "step"),
+    [
+        ([], "subspace"),
+        (["method.operator=task_arithmetic"], "subspace"),
+        (["method.operator=task_arithmetic", "method.rotate=true"], "subspace"),
+        (["method.operator=task_arithmetic", "calibration=null"], "fixed"),
+        # Nobody has measured whether these gain.
+        (["method.edit=timber"], "fixed"),
+        (["method.operator=ties"], "fixed"),
+        (["method.operator=average"], "fixed"),
+        (["method.operator=dare"], "fixed"),
+        (["schedule.step=fixed"], "fixed"),
+        (["preset=paper/arm"], "fixed"),
+        (["preset=paper/task-arithmetic"], "fixed"),
+    ],
+)
+def test_steps_are_searched_by_default_where_that_is_known_to_gain(
+    overrides: list[str], step: str
+) -> None:
+    config = parse(*overrides)
+    assert config.schedule.step == step
+    assert config.promises == (step == "subspace")
+    # What is written down is what was done, whatever a later version's default is.
+    assert f"step: {step}" in config.to_yaml()
+
+
 def test_the_smallest_configuration_has_the_paper_s_settings() -> None:
     config = parse()
     assert (config.method.operator, config.method.coefficient) == ("arm", 0.7)

@@ -55,7 +55,12 @@ def test_arm_on_smollm2_equals_the_plain_program(tmp_path: Path) -> None:
         "candidates": [str(moved_copy(base, tmp_path / f"c{seed}", seed)) for seed in (1, 2)],
         "output": str(tmp_path / "run"),
         "calibration": {"path": str(data), "batch_size": 8, "max_length": 128},
-        "schedule": {"anchor_iterations": 1, "max_iterations": 2, "tolerance": 0.0},
+        "schedule": {
+            "anchor_iterations": 1,
+            "max_iterations": 2,
+            "tolerance": 0.0,
+            "step": "fixed",
+        },
         "precision": {"compute_dtype": "float32"},
         "runtime": {"layer_shards": 2},
     }

@@ -63,12 +63,13 @@ class ScheduleConfig(Section):
     """Iterations in all; `tolerance` may end them earlier."""
     tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1.0e-4
     """Stop once 1 - cos(W_t - W_base, W_(t-1) - W_base) is at most this; 0 never stops early."""
-    step: Literal["fixed", "backtracking", "line_search", "subspace"] = "fixed"
+    step: Literal["auto", "fixed", "backtracking", "line_search", "subspace"] = "auto"
     """How long a step is. fixed: `method.coefficient`, as in the paper. The others try lengths, by
     the loss of calibration samples that found no direction: backtracking halves
     `method.coefficient` until a step makes the loss smaller; line_search looks for the best
     coefficient; subspace looks for one coefficient for each contributor. They stop once the next
-    step gains nothing beyond its error. See docs/steps.md."""
+    step gains nothing beyond its error. auto: subspace for ARM and task arithmetic without an edit,
+    where there is `calibration`; else fixed. See docs/steps.md."""
     step_limit: Annotated[float, Field(gt=0.0)] = 4.0
     """Most that the task vector of any contributor is multiplied by, where a step is searched: with
     the mean of k task vectors, `method.coefficient` multiplies each by its k-th part."""
@@ -79,7 +80,7 @@ class ScheduleConfig(Section):
     @property
     def searches_step(self) -> bool:
         """Whether the length of a step is chosen by losses."""
-        return self.step != "fixed"
+        return self.step not in ("auto", "fixed")
 
     @property
     def has_window(self) -> bool:
@@ -290,8 +291,19 @@ def parse_merge_config(
     """Validate configuration content that is already parsed. See `load_merge_config`."""
     content = overridden(content, overrides)
     config = validate(MergeConfig, _with_preset(content, source), source=source)
+    config = _with_step(config)
     _check_combinations(config, source)
     return config
+
+
+def _with_step(config: MergeConfig) -> MergeConfig:
+    """The configuration with what `schedule.step: auto` comes to."""
+    if config.schedule.step != "auto":
+        return config
+    searches = config.calibration is not None and config.method.gains_by_search
+    step = "subspace" if searches else "fixed"
+    schedule = config.schedule.model_copy(update={"step": step})
+    return config.model_copy(update={"schedule": schedule})
 
 
 def _with_preset(content: dict[str, Any], source: str) -> dict[str, Any]:

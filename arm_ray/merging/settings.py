@@ -314,6 +314,11 @@ class MethodSettings:
         return self.rotates or bool({"aim", "acm"} & set(self.steps))
 
     @property
+    def gains_by_search(self) -> bool:
+        """Whether a searched step is known to be better than a fixed one; see docs/study.md."""
+        return self.steps == ("task_arithmetic",) and self.edit == "none"
+
+    @property
     def is_plain_sum(self) -> bool:
         """Whether a tensor takes no more time than a weighted sum of its task vectors."""
         return self.steps in (("task_arithmetic",), ("average",))

@@ -176,6 +176,7 @@ def configuration(case: Case, inputs: Path, output: Path, tokens: int) -> MergeC
                 "anchor_iterations": min(3, case.iterations),
                 "max_iterations": case.iterations,
                 "tolerance": 0.0,
+                "step": "fixed",
             },
             **({"calibration": data} if needs_data else {}),
             "runtime": {

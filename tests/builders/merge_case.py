@@ -48,7 +48,12 @@ class MergeCase:
                 "batch_size": 8,
                 "max_length": 32,
             },
-            "schedule": {"anchor_iterations": 2, "max_iterations": 4, "tolerance": 0.0},
+            "schedule": {
+                "anchor_iterations": 2,
+                "max_iterations": 4,
+                "tolerance": 0.0,
+                "step": "fixed",
+            },
             "runtime": {"layer_shards": 1, "micro_batch_tokens": 96},
         }
 

@@ -36,10 +36,10 @@ def content(case: MergeCase, **others: Any) -> dict[str, Any]:
         "candidates": [2, 4],
         "calibration": {"batch_size": 8, "max_length": 48},
         "merges": {
-            "ARM": {"schedule": {"anchor_iterations": 1, "max_iterations": 1}},
+            "ARM": {"schedule": {"anchor_iterations": 1, "max_iterations": 1, "step": "fixed"}},
             "mean of two": {
                 "method": {"operator": "task_arithmetic"},
-                "schedule": {"anchor_iterations": 1, "max_iterations": 1},
+                "schedule": {"anchor_iterations": 1, "max_iterations": 1, "step": "fixed"},
             },
         },
         "evaluation": {

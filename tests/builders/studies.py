@@ -26,7 +26,7 @@ def content(case: MergeCase, **others: Any) -> dict[str, Any]:
                 "batch_size": 8,
                 "max_length": 32,
             },
-            "schedule": {"anchor_iterations": 1, "max_iterations": 1},
+            "schedule": {"anchor_iterations": 1, "max_iterations": 1, "step": "fixed"},
             "runtime": {"layer_shards": 1},
         },
         "axes": {

@@ -53,7 +53,7 @@ class Merges:
         content = json.loads(text)
         content["calibration"] |= {"batch_size": 64, "max_length": TOKENS}
         content["runtime"] = {"micro_batch_tokens": 2048, "layer_shards": COUNT, **runtime}
-        content["schedule"] = {"anchor_iterations": 2, "max_iterations": 4, "tolerance": 0.0}
+        content["schedule"] |= {"anchor_iterations": 2, "max_iterations": 4, "tolerance": 0.0}
         return content
 
     def start(self, content: dict[str, Any], *overrides: str) -> Any:

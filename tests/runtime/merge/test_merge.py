@@ -99,7 +99,7 @@ def test_library_signs_equal_the_plain_program(
     case.make()
     content = case.content()
     content["method"] = {"rotation": {"sign": "library"}}
-    content["schedule"] = {"anchor_iterations": 1, "max_iterations": 1}
+    content["schedule"] = {"anchor_iterations": 1, "max_iterations": 1, "step": "fixed"}
     assert_equals_reference(
         case,
         content,
