@@ -364,7 +364,8 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(write, text: str) -> N
 def test_keys_beside_a_merge_key_take_the_place_of_its_keys(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(
-        "one: &one {a: 1, b: 2}\ntwo: &two\n  <<: *one\n  b: 3\nthree: {<<: *two, a: 4}\nfour: *two\n"
+        "one: &one {a: 1, b: 2}\ntwo: &two\n  <<: *one\n  b: 3\n"
+        "three: {<<: *two, a: 4}\nfour: *two\n"
     )
     assert read_yaml(file) == {
         "one": {"a": 1, "b": 2},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -206,8 +206,11 @@ def merge_config(
         "output": str(config.work / "merges" / name),
         "keep_states": "last",
     }
+    # The merged state and the checkpoint are compared by the scores of both, once it is published;
+    # and the next arrival goes on from the state, however it compares.
+    content["select"] = {"promise": False, **_section(content, "select")}
     if merge.streaming != "none":
-        schedule = {"max_iterations": 1, "offset": number - 1, **(content.get("schedule") or {})}
+        schedule = {"max_iterations": 1, "offset": number - 1, **_section(content, "schedule")}
         schedule["anchor_iterations"] = 1 if merge.streaming == "anchor" else 0
         if merge.streaming == "window":
             window = [*states[max(0, len(states) - merge.candidates + 1) :], checkpoints[-1]]
@@ -219,8 +222,25 @@ def merge_config(
             content["initial_state"] = states[-1]
         content["schedule"] = schedule
     if not config.sharing.use_gpus:
-        content["runtime"] = {**(content.get("runtime") or {}), "device": "cpu"}
+        content["runtime"] = {**_section(content, "runtime"), "device": "cpu"}
     return parse_merge_config(content, source=f"{source}: merge")
+
+
+def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section as the configuration has it.
+
+    Raises:
+        ConfigError: It is no section.
+    """
+    found = content.get(name)
+    if found is None or isinstance(found, dict):
+        return found or {}
+    raise ConfigError(
+        "the configuration asks for what cannot be",
+        where=f"merge.{name}",
+        got=repr(found),
+        expected=f"a section; see `arm-ray config {name}`",
+    )
 
 
 def _num_checkpoints(merge: MeetingConfig) -> int:

@@ -128,6 +128,24 @@ def test_a_merge_afresh_has_a_schedule_of_its_own() -> None:
     assert (made.schedule.max_iterations, made.schedule.offset, made.initial_state) == (5, 0, None)
 
 
+def test_steps_are_searched_and_attach_itself_compares() -> None:
+    samples = {"path": "texts.jsonl"}
+    given = config(merge=merging(calibration=samples))
+    made = merge_config(given, 2, "x", ["c1", "c2"], ["state-1"])
+    assert made.schedule.step == "subspace"
+    # The next arrival goes on from the state, also where it is worse than a checkpoint.
+    assert not made.promises
+    asked = config(merge=merging(calibration=samples, select={"promise": True}))
+    assert merge_config(asked, 1, "x", ["c1", "c2"], []).promises
+
+
+@pytest.mark.parametrize("name", ["select", "schedule", "runtime"])
+def test_a_section_of_the_merge_that_is_none_is_told(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be") as caught:
+        config(merge=merging(**{name: 5}))
+    assert (caught.value.where, caught.value.got) == (f"merge.{name}", "5")
+
+
 def test_no_gpu_is_taken_unless_asked_for() -> None:
     assert merge_config(config(), 1, "x", ["a", "b"], []).runtime.device == "cpu"
     shared = config(sharing={"use_gpus": True})

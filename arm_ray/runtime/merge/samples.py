@@ -100,7 +100,8 @@ def open_calibration(
             where=config.calibration.path,
             got=f"{rows} rows that mini-batches may use, of {stream.num_rows}",
             expected=f"{2 * size}: one mini-batch finds directions, another chooses the step",
-            hint=f"give more rows, or set calibration.batch_size to {max(1, rows // 2)} or less",
+            hint=f"give more rows, set calibration.batch_size to {max(1, rows // 2)} or less, or "
+            "schedule.step to fixed",
         )
     run.record_inputs({"calibration": stream.digest})
     for message in stream.warnings:
