@@ -107,6 +107,7 @@ def large(tmp_path: Path, size: str, *overrides: str) -> MergeConfig:
         "candidates": [str(tmp_path / "one"), str(tmp_path / "two")],
         "output": str(tmp_path / "run"),
         "calibration": {"path": "none.jsonl"},
+        "schedule": {"step": "fixed"},
     }
     return parse_merge_config(plan, overrides)
 

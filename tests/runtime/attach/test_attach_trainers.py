@@ -169,6 +169,7 @@ def test_grpo_is_followed_scored_and_the_better_model_published(jobs: Jobs) -> N
     attach["merge"] |= {
         "method": {"operator": "arm"},
         "calibration": {"path": str(texts), "batch_size": 8, "max_length": 32},
+        "schedule": {"step": "fixed"},
     }
     follower_config = jobs.write("attach", attach)
     follower = jobs.follow(follower_config)

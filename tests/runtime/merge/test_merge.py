@@ -155,6 +155,7 @@ def test_a_window_of_two_tends_to_its_limit(case: MergeCase) -> None:
         "method.operator=task_arithmetic",
         "schedule={anchor_iterations: 0, window_divisor: n_minus_1, max_iterations: 30}",
         "schedule.tolerance=0",
+        "schedule.step=fixed",
         "keep_states=last",
     )
     run(config)
@@ -233,7 +234,7 @@ def test_actors_give_the_bits_of_shards_in_this_process(
 @pytest.mark.usefixtures("both_ways")
 def test_speculative_iterations_leave_nothing_behind(case: MergeCase) -> None:
     case.make("mistral")
-    schedule = "schedule={anchor_iterations: 9, max_iterations: 9, tolerance: 0.2}"
+    schedule = "schedule={anchor_iterations: 9, max_iterations: 9, tolerance: 0.2, step: fixed}"
     outcomes = {}
     for label, lookahead in (("ahead", 8), ("not ahead", 0)):
         overrides = (schedule, "runtime.layer_shards=2", f"runtime.lookahead={lookahead}")
@@ -301,7 +302,7 @@ def test_it_stops_when_the_states_stop_turning(case: MergeCase) -> None:
     case.make(count=1)
     config = case.config(
         "method.operator=task_arithmetic",
-        "schedule={anchor_iterations: 9, max_iterations: 9, tolerance: 1e-6}",
+        "schedule={anchor_iterations: 9, max_iterations: 9, tolerance: 1e-6, step: fixed}",
     )
     # All anchored states of one candidate lie on a line from the base: the cosine is 1 at once.
     outcome = run(config)

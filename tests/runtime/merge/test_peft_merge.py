@@ -30,7 +30,7 @@ from tests.builders.merge_case import MergeCase
 from tests.builders.models import save, tiny_model
 from tests.builders.shards import DirectShard, Weights
 
-ONCE = "schedule={anchor_iterations: 1, max_iterations: 1, tolerance: 0.0}"
+ONCE = "schedule={anchor_iterations: 1, max_iterations: 1, tolerance: 0.0, step: fixed}"
 ADAPTER = ("output_format=adapter", "method.operator=task_arithmetic", ONCE)
 
 
