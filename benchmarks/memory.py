@@ -144,7 +144,7 @@ def merge_in_this_process(base: Path, candidate: Path, run: Path, residency: str
             "candidates": [str(candidate)],
             "output": str(run),
             "method": {"operator": "task_arithmetic"},
-            "schedule": {"anchor_iterations": 1, "max_iterations": 1, "step": "fixed"},
+            "schedule": {"anchor_iterations": 1, "max_iterations": 1},
             "runtime": {"residency": residency, "threads": os.cpu_count() or 1},
         }
     )

@@ -409,7 +409,7 @@ def merge_config(base: Checkpoint, tmp_path: Path) -> Callable[..., Any]:
                 "candidates": [str(path) for path in candidates],
                 "output": str(tmp_path / "out"),
                 "method": {"operator": "task_arithmetic", "coefficient": 0.5},
-                "schedule": {"anchor_iterations": 1, "max_iterations": 1, "step": "fixed"},
+                "schedule": {"anchor_iterations": 1, "max_iterations": 1},
             }
         )
 

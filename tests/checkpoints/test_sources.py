@@ -445,12 +445,7 @@ def test_a_merge_of_all_formats_equals_that_of_the_exports(shards: Path, tmp_pat
             "candidates": sources[1:],
             "output": str(tmp_path / output),
             "method": {"operator": "task_arithmetic"},
-            "schedule": {
-                "anchor_iterations": 2,
-                "max_iterations": 3,
-                "tolerance": 0.0,
-                "step": "fixed",
-            },
+            "schedule": {"anchor_iterations": 2, "max_iterations": 3, "tolerance": 0.0},
             "runtime": {"layer_shards": 1},
         }
         config = parse_merge_config(content)
