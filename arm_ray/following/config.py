@@ -28,6 +28,8 @@ from arm_ray.identity import NOTHING, Decides
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 # Keys that attach sets in every merge.
 _OWN_KEYS = ("output", "initial_state", "keep_states", "evaluation", "output_format", "tracking")
+# Of `merge.schedule`, where the arrivals are the iterations.
+_STREAM_KEYS = ("window_divisor", "tolerance", "step", "step_limit", "step_blocks")
 
 
 class RunConfig(Section):
@@ -268,7 +270,7 @@ def _problems(config: AttachConfig) -> list[str]:
     ]
     schedule = extra.get("schedule") or {}
     if merge.streaming != "none" and isinstance(schedule, dict):
-        fixed = [key for key in schedule if key not in ("window_divisor", "tolerance")]
+        fixed = [key for key in schedule if key not in _STREAM_KEYS]
         problems += [
             f"merge.schedule.{key}: the arrivals are the iterations of the stream "
             f"(merge.streaming: {merge.streaming}); remove it, or set merge.streaming to none"

@@ -135,6 +135,8 @@ def test_steps_are_searched_and_attach_itself_compares() -> None:
     assert made.schedule.step == "subspace"
     # The next arrival goes on from the state, also where it is worse than a checkpoint.
     assert not made.promises
+    fixed = config(merge=merging(calibration=samples, schedule={"step": "fixed"}))
+    assert merge_config(fixed, 1, "x", ["c1", "c2"], []).schedule.step == "fixed"
     asked = config(merge=merging(calibration=samples, select={"promise": True}))
     assert merge_config(asked, 1, "x", ["c1", "c2"], []).promises
 
