@@ -19,6 +19,15 @@ Steps = Annotated[list[PositiveInt], Field(min_length=1)]
 Labels = str | int | float | list[str | int | float]
 
 
+class StepOf(Section):
+    """A checkpoint of another series of the study, with the same seed."""
+
+    series: str
+    """Its name; it begins with the same base."""
+    step: PositiveInt
+    """One that it saves."""
+
+
 class SeriesConfig(Section):
     """A training run whose checkpoints are merged: one that the study does, or one that is there.
 
@@ -30,8 +39,10 @@ class SeriesConfig(Section):
     each `seed`, as far as the last checkpoint that is used."""
     job: Literal["sft", "grpo"] = "sft"
     """How the series is trained."""
-    checkpoints: dict[PositiveInt, str] | None = None
-    """Step -> checkpoint of a run that is there; `{seed}` stands for the seed of the axis."""
+    checkpoints: dict[PositiveInt, str | StepOf] | None = None
+    """Step -> checkpoint of a run that is there; `{seed}` stands for the seed of the axis. Or
+    number -> `series` and `step`: a checkpoint of another series, to merge what several runs of one
+    base have learned."""
     base: str | None = None
     """The model that the run began with; null: the study's base."""
     start_from: dict[str, Labels] | None = None

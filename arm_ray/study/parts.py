@@ -52,7 +52,7 @@ class Merge:
         name: Of its directory, and of the model in the scores.
         digest: Of the keys that decide its result.
         config: Its configuration.
-        run: The run that it merges checkpoints of.
+        run: The run that it merges checkpoints of; the first one, where runs share checkpoints.
         cells: Who asks for it.
     """
 

@@ -28,7 +28,7 @@ from arm_ray.errors import ArmRayError, ConfigError
 from arm_ray.identity import identity
 from arm_ray.merging.method import open_method
 from arm_ray.schedule import merge_sizes
-from arm_ray.study.config import SeriesConfig, StudyConfig
+from arm_ray.study.config import SeriesConfig, StepOf, StudyConfig
 from arm_ray.study.grid import (
     CALIBRATION_SEED,
     SEED,
@@ -141,6 +141,10 @@ class Study:
         """The merge that a cell asks for."""
         return self.merges[self._merge_of[_key(cell)]]
 
+    def run_of(self, cell: Cell) -> Run:
+        """The run whose checkpoints a cell merges. Its merge may be another run's as well."""
+        return next(r for r in self.runs if (r.series, r.seed) == (cell.series, cell.seed))
+
     def _check_series(self, name: str, series: SeriesConfig) -> None:
         where = f"series.{name}"
         if (series.train is None) == (series.checkpoints is None):
@@ -163,32 +167,40 @@ class Study:
             if key in (series.train or {})
         ]
         seeds = self.axes.get(SEED, []) if name in self.axes[SERIES] else []
-        paths = (series.checkpoints or {}).values()
+        given = (series.checkpoints or {}).values()
+        paths = [path for path in given if isinstance(path, str)]
         if len(seeds) > 1 and any("{seed}" not in path for path in paths):
             self._problems.append(
                 f"{where}.checkpoints: are the same for all of axes.seed; put {{seed}} into each "
                 "path"
             )
+        for other in (part.series for part in given if isinstance(part, StepOf)):
+            if other not in self.axes[SERIES]:
+                self._grid.note(
+                    f"{where}.checkpoints: there is no series {other!r}", other, self.axes[SERIES]
+                )
 
     def _in_order(self) -> list[str]:
-        """The series, each after the one that it begins with."""
+        """The series, each after those that it begins with or takes checkpoints of."""
         waiting = [str(name) for name in self.axes[SERIES]]
         done: list[str] = []
         while waiting:
-            ready = [name for name in waiting if self._before(name) in (None, *done)]
+            ready = [name for name in waiting if self._before(name) <= {*done}]
             if not ready:
                 self._problems.append(
-                    f"series: {', '.join(waiting)} begin with merges of each other, or of a series"
-                    " that is no label of axes.series"
+                    f"series: {', '.join(waiting)} need each other, by start_from or checkpoints, "
+                    "or a series that is no label of axes.series"
                 )
                 return []
             done += ready
             waiting = [name for name in waiting if name not in ready]
         return done
 
-    def _before(self, name: str) -> str | None:
-        start = self.config.series[name].start_from
-        return None if start is None else str(start[SERIES])
+    def _before(self, name: str) -> set[str]:
+        series = self.config.series[name]
+        given = (series.checkpoints or {}).values()
+        found = {part.series for part in given if isinstance(part, StepOf)}
+        return found | ({str(series.start_from[SERIES])} if series.start_from else set())
 
     def _open_series(self, name: str) -> None:
         cells = list(self._grid.cells(name))
@@ -222,8 +234,9 @@ class Study:
             self._problems.append(f"series.{name}.train: {_text(error)}")
             return None
         if training is None:
-            given = series.checkpoints or {}
-            paths = {step: path.replace("{seed}", str(seed)) for step, path in given.items()}
+            paths = self._given(name, series, seed, base)
+            if len(paths) < len(series.checkpoints or {}):
+                return None
             saved, label = sorted(paths), _slug(name if seed is None else f"{name}-seed{seed}")
         else:
             saved, label = saved_steps(training), training.output.name
@@ -235,7 +248,8 @@ class Study:
                 + ", ".join(map(str, saved))
             )
             return None
-        level = 0 if start is None else start.run.level + 1
+        others = [run.level for run in self.runs if run.series in self._before(name)]
+        level = max(others, default=0) if start is None else start.run.level + 1
         names = {step: self._names.setdefault(paths[step], f"{label}-{step}") for step in steps}
         run = Run(name, seed, base, base_model, root, paths, names, training,
                   start.name if start else None, level)  # fmt: skip
@@ -245,6 +259,34 @@ class Study:
         for step in steps:
             self._add_model(ScoredModel(names[step], paths[step], base, run))
         return run
+
+    def _given(
+        self, name: str, series: SeriesConfig, seed: int | None, base: str
+    ) -> dict[int, str]:
+        """Step -> path of a series that is not trained."""
+        paths = {}
+        for number, part in (series.checkpoints or {}).items():
+            if isinstance(part, str):
+                paths[number] = part.replace("{seed}", str(seed))
+                continue
+            where = f"series.{name}.checkpoints.{number}"
+            for run in self.runs:
+                if (run.series, run.seed) != (part.series, seed):
+                    continue
+                if run.base != base:
+                    self._problems.append(
+                        f"{where}: {part.series} begins with {run.base}, and {name} with {base}; "
+                        "expected the same base"
+                    )
+                elif part.step not in run.checkpoints:
+                    known = ", ".join(map(str, run.checkpoints))
+                    self._problems.append(
+                        f"{where}: no merge of {part.series} uses step {part.step}; add it to "
+                        f"checkpoints.{part.series}, or take one of {known}"
+                    )
+                else:
+                    paths[number] = run.checkpoints[part.step]
+        return paths
 
     def _add_model(self, model: ScoredModel) -> None:
         known = self.models.setdefault(model.name, model)
@@ -322,6 +364,7 @@ class Study:
         else:
             config = known.config
         cells = (cell,) if known is None else (*known.cells, cell)
+        run = run if known is None else known.run
         self.merges[name] = Merge(name, digest, config, run, cells)
         self._merge_of[_key(cell)] = name
 

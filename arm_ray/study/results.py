@@ -21,7 +21,7 @@ from arm_ray.evaluation.records import (
 )
 from arm_ray.evaluation.statistics import Comparison, compare
 from arm_ray.study.columns import COLUMNS, REFERENCES, Kind
-from arm_ray.study.grid import CANDIDATES, SEED, SERIES, Label
+from arm_ray.study.grid import CANDIDATES, SEED, SERIES, Cell
 from arm_ray.study.parts import Run
 from arm_ray.study.plan import Study
 from arm_ray.study.records import CellRecord, ModelRecord
@@ -106,7 +106,7 @@ def result_rows(study: Study, outcome: Outcome) -> list[Row]:
             labels = {**_labels_of(run), "checkpoint": step}
             rows += maker.of_model(model, "checkpoint", labels)
     for cell in study.cells:
-        rows += maker.of_cell(study.merge_of(cell).name, cell.labels, cell.steps)
+        rows += maker.of_cell(cell)
     return rows
 
 
@@ -123,25 +123,25 @@ class _Rows:
             return [{**head, "state": "failed", "error": self._outcome.failures[model]}]
         return [{**head, "state": "scored", **row} for row in self._scores(model)]
 
-    def of_cell(self, name: str, labels: Mapping[str, Label], steps: Sequence[int]) -> list[Row]:
+    def of_cell(self, cell: Cell) -> list[Row]:
+        name, run = self._study.merge_of(cell).name, self._study.run_of(cell)
         record = self._outcome.cells.get(name)
         if record is None:
             return []
-        merge = self._study.merges[name]
         cost = dict(record.cost)
         for key in ("work", "step_coefficients"):
             value = cost.pop(key, None)
             cost[key] = json.dumps(value) if value else None
-        head = {**_labels_of(merge.run), **labels}
+        head = {**_labels_of(run), **cell.labels}
         head |= {"kind": "merged", "model": name, "state": record.state}
         head |= {"digest": record.digest, **cost}
         if record.state == "failed":
             return [{**head, "error": record.error}]
-        last = merge.run.models[steps[-1]]
+        last = run.models[cell.steps[-1]]
         rows = []
         for row in self._scores(name):
             task, metric = row["task"], row["metric"]
-            references = (merge.run.base_model, last, self._best(merge.run, task, metric))
+            references = (run.base_model, last, self._best(run, task, metric))
             for column, reference in zip(REFERENCES, references, strict=True):
                 row |= self._against(name, column, reference, task, metric)
             rows.append({**head, **row})

@@ -57,7 +57,7 @@ def test_the_example_of_the_docs_is_one() -> None:
     text = (ROOT / "docs/studies.md").read_text(encoding="utf-8")
     [example] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     study = Study(validate(StudyConfig, yaml.safe_load(example), source="docs"), "docs")
-    assert {run.series for run in study.runs} == {"smooth", "given", "further"}
+    assert {run.series for run in study.runs} == {"smooth", "given", "mixed", "further"}
     assert sum(run.training is not None for run in study.runs) == 6
 
 

@@ -156,6 +156,31 @@ def test_given_checkpoints_have_a_place_for_the_seed(tmp_path: Path) -> None:
     assert [run.checkpoints[10] for run in study(given).runs] == ["/x-0/10", "/x-7/10"]
 
 
+def test_a_series_may_be_checkpoints_of_other_series(tmp_path: Path) -> None:
+    given = content(tmp_path)
+    parts = {1: {"series": "smooth", "step": 20}, 2: {"series": "given", "step": 10}}
+    given["series"] = {"both": {"checkpoints": parts}} | given["series"]
+    given["series"]["given"] = {"checkpoints": {10: "/x-{seed}/10"}}
+    given["axes"] |= {"seed": [0, 7]}
+    given["axes"]["candidates"] = {"smooth": [[10, 20]], "given": [[10]], "both": [[1, 2], [2]]}
+    found = study(given)
+    runs = {(run.series, run.seed): run for run in found.runs}
+    for seed in (0, 7):
+        smooth, both = runs["smooth", seed], runs["both", seed]
+        assert both.checkpoints == {1: smooth.checkpoints[20], 2: f"/x-{seed}/10"}
+        # One model, which is scored once.
+        assert both.models[1] == smooth.models[20]
+        assert both.level == 0
+        cells = [c for c in found.cells if c.series == "both" and c.seed == seed]
+        assert found.run_of(cells[0]) == both
+        assert found.merge_of(cells[0]).config.candidates == [*both.checkpoints.values()]
+        # The merge of the second one alone is also one of the series that it is from.
+        shared = found.merge_of(cells[-1])
+        assert {c.series for c in shared.cells} == {"given", "both"}
+        assert (shared.run, found.run_of(cells[-1])) == (runs["given", seed], both)
+    assert len(found.models) == 1 + 2 * (2 + 1)
+
+
 @pytest.mark.parametrize(
     ("change", "texts"),
     [
@@ -194,9 +219,16 @@ def test_given_checkpoints_have_a_place_for_the_seed(tmp_path: Path) -> None:
         ({"figures": {"a/b": {"x": "step"}}}, ["figures.a/b: expected a name"]),
         ({"series": {"given": {"train": TRAIN}}}, ["series.given: give exactly one of train"]),
         ({"series": {"smooth": {"start_from": {"series": "smooth", "operator": "arm"}}}},
-         ["begin with merges of each other"]),
+         ["need each other, by start_from or checkpoints"]),
         ({"series": {"smooth": {"start_from": {"series": "given"}}}},
          ["series.smooth.start_from: names 4 different merges"]),
+        ({"series": {"given": {"checkpoints": {10: {"series": "smoth", "step": 10}}}}},
+         ["series.given.checkpoints: there is no series 'smoth'", "'smooth'"]),
+        ({"series": {"given": {"checkpoints": {10: {"series": "smooth", "step": 40}}}}},
+         ["series.given.checkpoints.10: no merge of smooth uses step 40", "take one of 10, 20"]),
+        ({"series": {"given": {"base": "/y",
+                               "checkpoints": {20: {"series": "smooth", "step": 20}}}}},
+         ["series.given.checkpoints.20: smooth begins with /models/base, and given with /y"]),
         ({"series": {"smooth": {"train": {**TRAIN, "save_total_limit": 1}}}},
          ["series.smooth.train: save_total_limit"]),
         ({"series": {"smooth": {"train": {**TRAIN, "output": "x"}}}},
