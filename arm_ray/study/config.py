@@ -48,6 +48,9 @@ class SeriesConfig(Section):
     start_from: dict[str, Labels] | None = None
     """Begin the training with the merged model of this cell: axis -> label. It names a `series` and
     as much as it takes for one cell; where it names no `seed`, it is that of this series."""
+    moments: Literal["new", "kept"] = "new"
+    """Of the optimizer, for `start_from`: `kept` takes those of the last candidate of that merge,
+    whose series is trained with `save_optimizer: true`."""
     merge: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of all merges of this series."""
 

@@ -157,10 +157,18 @@ class Study:
             if SERIES not in series.start_from:
                 self._problems.append(f"{where}.start_from: names no series")
             self._grid.check(series.start_from, f"{where}.start_from")
+        elif series.moments == "kept":
+            self._problems.append(f"{where}.moments: kept is for a series with start_from")
         elif series.base is None and self.config.base is None:
             self._problems.append(f"{where}.base: required, as the study has no base")
         self._problems += own_key_problems(series.merge, f"{where}.merge")
-        taken = ["model", "output", "stop_after", *([SEED] if SEED in self.axes else [])]
+        taken = [
+            "model",
+            "output",
+            "stop_after",
+            "optimizer_from",
+            *([SEED] if SEED in self.axes else []),
+        ]
         self._problems += [
             f"{where}.train.{key}: is set by the study; remove it here"
             for key in taken
@@ -229,7 +237,7 @@ class Study:
         extra = extra.get(name, []) if isinstance(extra, dict) else extra
         steps = sorted({step for cell in cells for step in cell.steps} | set(extra))
         try:
-            training = self._training(name, seed, base, steps)
+            training = self._training(name, seed, start, base, steps)
         except ArmRayError as error:
             self._problems.append(f"series.{name}.train: {_text(error)}")
             return None
@@ -316,7 +324,7 @@ class Study:
         return None
 
     def _training(
-        self, name: str, seed: int | None, base: str, steps: Sequence[int]
+        self, name: str, seed: int | None, start: Merge | None, base: str, steps: Sequence[int]
     ) -> TrainingConfig | None:
         series = self.config.series[name]
         if series.train is None:
@@ -325,6 +333,8 @@ class Study:
         content |= {"model": base, "output": str(self.output / "trainings" / "x")}
         if seed is not None:
             content[SEED] = seed
+        if start is not None and series.moments == "kept":
+            content["optimizer_from"] = _with_moments(start)
         model = SftConfig if series.job == "sft" else GrpoConfig
         parsed: TrainingConfig = parse_training_config(model, content, source="train")
         if parsed.save_total_limit is not None:
@@ -396,6 +406,21 @@ class Study:
         if known is None:
             known = self._names[digest] = f"{_slug(label)[:_LONGEST_LABEL]}-{digest}"
         return known
+
+
+def _with_moments(start: Merge) -> str:
+    """The checkpoint whose optimizer a series takes over that begins with a merge.
+
+    Raises:
+        ConfigError: It is not trained here, or without saving its optimizer.
+    """
+    training = start.run.training
+    if training is None or not training.save_optimizer:
+        raise ConfigError(
+            f"moments: kept needs the optimizer of {start.run.series}'s checkpoints; give it a "
+            "train with save_optimizer: true"
+        )
+    return start.config.candidates[-1]
 
 
 def _key(cell: Cell) -> tuple[str, ...]:

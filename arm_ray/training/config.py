@@ -77,6 +77,9 @@ class TrainingConfig(Section):
     output: Annotated[LocalPath, NOTHING]
     """Directory of the run: checkpoints, log and resolved configuration."""
     data: DataConfig
+    optimizer_from: LocalPath | None = None
+    """A checkpoint that the same job saved with `save_optimizer`: the run begins with its moments
+    of AdamW. For a `model` that was merged of checkpoints of that run. null: they begin at zero."""
     learning_rate: Positive
     """Of AdamW, after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -163,7 +166,11 @@ class TrainingConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The keys that decide the result, with their values, as JSON has them."""
-        return identity(type(self), self.model_dump(mode="json"))
+        decides = identity(type(self), self.model_dump(mode="json"))
+        if self.optimizer_from is None:
+            # So that runs have the names that they had before there was this key.
+            decides.pop("optimizer_from")
+        return decides
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, every key written out."""
@@ -300,6 +307,10 @@ def _problems(config: TrainingConfig) -> list[str]:
             "save_optimizer: false leaves nothing in the checkpoints where runtime.zero_gather "
             "is false"
         )
+    if config.optimizer_from is not None and runtime.zero_stage == 3:
+        problems.append("optimizer_from: cannot be read with runtime.zero_stage: 3; remove one")
+    if config.optimizer_from is not None and config.lora is not None:
+        problems.append("optimizer_from: a new adapter has no moments to begin with; remove one")
     if runtime.workers != "auto":
         problems += batch_problems(config, runtime.workers)
     if (

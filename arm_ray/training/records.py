@@ -17,6 +17,7 @@ from arm_ray.events import Event
 
 LOG_NAME = "train_log.jsonl"
 STATE_NAME = "trainer_state.json"
+OPTIMIZER_NAME = "optimizer.pt"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

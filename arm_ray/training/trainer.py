@@ -26,6 +26,7 @@ from arm_ray.training import label_loss, memory
 from arm_ray.training.config import TrainingConfig, learning_rate_factor
 from arm_ray.training.records import (
     LOG_NAME,
+    OPTIMIZER_NAME,
     missing_saves,
     remove_incomplete,
     resume_point,
@@ -295,18 +296,55 @@ def load_model(job: TrainingJob, *, label_positions_only: bool = True) -> tuple[
     return model, reason
 
 
+def take_moments(optimizer: Any, checkpoint: Path) -> None:
+    """Give an optimizer the moments of another one; its own learning rate and decay stay.
+
+    Args:
+        optimizer: AdamW over the parameters of the model, in the trainer's order.
+        checkpoint: Where the trainer of the same model saved its optimizer.
+
+    Raises:
+        RunDirectoryError: They are of other parameters.
+    """
+    path = checkpoint / OPTIMIZER_NAME
+    moments = torch.load(path, map_location="cpu", weights_only=True)["state"]
+    content = optimizer.state_dict()
+    groups = [(g["params"], h["params"]) for g, h in
+              zip(content["param_groups"], optimizer.param_groups, strict=True)]  # fmt: skip
+    shapes = {
+        index: tuple(parameter.shape)
+        for indices, parameters in groups
+        for index, parameter in zip(indices, parameters, strict=True)
+    }
+    found = {index: tuple(state["exp_avg"].shape) for index, state in moments.items()}
+    if found != shapes:
+        raise RunDirectoryError(
+            "the moments of the optimizer are of another model, or of other parameters of it",
+            where=path,
+            got=f"moments of {len(found)} parameters",
+            expected=f"moments of {len(shapes)} parameters, each of its parameter's shape",
+            hint="name a checkpoint of a run that trained the same parameters with the same "
+            "weight_decay, or remove optimizer_from",
+        )
+    optimizer.load_state_dict({**content, "state": moments})
+
+
 class StepCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Saves at exactly the steps asked for, halts after the last one, and writes the log."""
 
     def __init__(self, job: TrainingJob, plan: ResumePlan, position: Ranks) -> None:
         self._job = job
+        self._begins = plan.checkpoint is None
         self._missing = frozenset(plan.missing)
         self._log = job.output / LOG_NAME if position.rank == 0 else None
         self._before = truncate_log(self._log, plan.step) if self._log else 0.0
         self._begin = time.perf_counter()
 
-    def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
-        """Start the clock."""
+    def on_train_begin(self, *_args: Any, optimizer: Any = None, **_kwargs: Any) -> None:
+        """Give the optimizer its moments, and start the clock."""
+        given = self._job.config.optimizer_from
+        if given is not None and self._begins:
+            take_moments(optimizer, given)
         self._begin = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:  # noqa: ARG002

@@ -149,6 +149,23 @@ def test_a_series_may_begin_with_a_merge(tmp_path: Path) -> None:
     assert len(found.starts) == 2
 
 
+def test_a_series_may_take_over_the_moments_of_the_optimizer(tmp_path: Path) -> None:
+    given = content(tmp_path)
+    start = {"series": "smooth", "candidates": "10+20", "operator": "arm", "step": "fixed"}
+    given["series"] = {
+        "smooth": {"train": {**TRAIN, "save_optimizer": True}},
+        "fresh": {"train": TRAIN, "start_from": start},
+        "kept": {"train": TRAIN, "start_from": start, "moments": "kept"},
+    }
+    given["axes"]["candidates"] = [[10, 20]]
+    smooth, fresh, kept = study(given).runs
+    assert fresh.training is not None
+    assert fresh.training.optimizer_from is None
+    assert kept.training is not None
+    assert str(kept.training.optimizer_from) == smooth.checkpoints[20]
+    assert kept.training.output != fresh.training.output
+
+
 def test_given_checkpoints_have_a_place_for_the_seed(tmp_path: Path) -> None:
     given = content(tmp_path)
     given["series"] = {"given": {"checkpoints": {10: "/x-{seed}/10"}}}
@@ -229,6 +246,12 @@ def test_a_series_may_be_checkpoints_of_other_series(tmp_path: Path) -> None:
         ({"series": {"given": {"base": "/y",
                                "checkpoints": {20: {"series": "smooth", "step": 20}}}}},
          ["series.given.checkpoints.20: smooth begins with /models/base, and given with /y"]),
+        ({"series": {"smooth": {"moments": "kept"}}}, ["series.smooth.moments: kept is for"]),
+        ({"series": {"smooth": {"train": {"save_optimizer": False}},
+                     "given": {"checkpoints": None, "train": TRAIN, "moments": "kept",
+                               "start_from": {"series": "smooth", "candidates": "20",
+                                              "operator": "ta", "step": "fixed"}}}},
+         ["series.given.train: moments: kept needs the optimizer of smooth's"]),
         ({"series": {"smooth": {"train": {**TRAIN, "save_total_limit": 1}}}},
          ["series.smooth.train: save_total_limit"]),
         ({"series": {"smooth": {"train": {**TRAIN, "output": "x"}}}},

@@ -26,6 +26,7 @@ from arm_ray.checkpoints.peft import open_adapter
 from arm_ray.errors import (
     ArmRayError,
     CalibrationError,
+    ConfigError,
     NotACheckpointError,
     NumericalError,
     PlacementError,
@@ -42,6 +43,8 @@ from tests.builders.training import content, logged, make_base, make_config, mak
 
 # Sums in another order, in float32, over six steps.
 TOLERANCE = 2e-5
+# What does not depend on who starts the worker.
+IN_PROCESS = pytest.mark.parametrize("trainers", ["in process"], indirect=True)
 # What only several workers show.
 ON_RAY_TRAIN = pytest.mark.parametrize("trainers", ["ray train"], indirect=True)
 pytestmark = pytest.mark.usefixtures("trainers")
@@ -226,6 +229,36 @@ def test_lora_leaves_an_adapter(job: Job, local_ray: None) -> None:
     assert adapter.fingerprint
 
 
+@IN_PROCESS
+def test_the_moments_of_another_run_are_taken_over(
+    job: Job, tmp_path: Path, local_ray: None
+) -> None:
+    # All rows in every step, so that the order does not matter: the second run is the rest of the
+    # first one.
+    job.data = make_rows(tmp_path / "rows.jsonl", 8)
+    same = ["schedule=constant", "warmup_steps=0"]
+    whole = job.run(*same)
+    rest = Job(tmp_path / "rest", whole[0], job.data)
+    first = f"optimizer_from={whole[0]}"
+    rest.run(*same, first, "steps=3", "save_steps=[3]", "learning_rate=3e-3")
+    assert rest.losses == pytest.approx(job.losses[3:], abs=TOLERANCE)
+    assert_same_model(rest.output / "checkpoint-3", weights(whole[1]))
+    # With moments of zero it is another run, as it is with another learning rate.
+    for name, changed in {"new": [], "slower": [first, "learning_rate=1e-3"]}.items():
+        other = Job(tmp_path / name, whole[0], job.data)
+        other.run(*same, *changed, "steps=3", "save_steps=[3]")
+        assert other.losses[0] == pytest.approx(rest.losses[0], abs=TOLERANCE)
+        assert abs(other.losses[2] - rest.losses[2]) > 10 * TOLERANCE
+
+
+@IN_PROCESS
+def test_moments_of_other_parameters_are_refused(job: Job, tmp_path: Path, local_ray: None) -> None:
+    whole = job.run("stop_after=3")
+    other = Job(tmp_path / "other", make_base(tmp_path / "qwen", "qwen2.5"), job.data)
+    with pytest.raises(RunDirectoryError, match="moments of the optimizer are of another model"):
+        other.run(f"optimizer_from={whole[0]}")
+
+
 def test_a_diverging_run_is_told_as_what_it_is(job: Job, local_ray: None) -> None:
     with pytest.raises(NumericalError, match=r"diverged(?s:.*)learning_rate"):
         job.run("learning_rate=1e38", "warmup_steps=0", "gradient_clip=1e30")
@@ -257,6 +290,9 @@ def test_more_workers_than_the_cluster_holds_are_refused(job: Job, local_ray: No
         (["max_length=12", "too_long=error"], CalibrationError, "at most 12"),
         (["data.path=/none.jsonl"], CalibrationError, r"/none\.jsonl"),
         (["model=/none"], NotACheckpointError, "/none"),
+        (["optimizer_from=/none"], ConfigError, "no optimizer.pt in /none"),
+        (["optimizer_from=/x", "lora.rank=2"], ConfigError, "a new adapter has no moments"),
+        (["optimizer_from=/x", "runtime.zero_stage=3"], ConfigError, "runtime.zero_stage: 3"),
     ],
 )
 def test_wrong_inputs_start_nothing(

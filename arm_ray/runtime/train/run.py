@@ -39,6 +39,7 @@ from arm_ray.runtime.train.workers import Workers, check_host, fit, local_slots,
 from arm_ray.training.config import GrpoConfig, SftConfig, TrainingConfig, parse_training_config
 from arm_ray.training.records import (
     LOG_NAME,
+    OPTIMIZER_NAME,
     TrainingFinished,
     TrainingStarted,
     is_complete,
@@ -197,9 +198,20 @@ def _absolute(config: Any) -> Any:
     """The configuration with paths that hold in every process.
 
     Raises:
-        ConfigError: The output of a submitted job is relative.
+        ConfigError: The output of a submitted job is relative, or there is no optimizer to take.
     """
     changes: dict[str, Any] = {"output": outliving(config.output).absolute()}
+    if config.optimizer_from is not None:
+        source = config.optimizer_from.expanduser().absolute()
+        if not (source / OPTIMIZER_NAME).is_file():
+            raise ConfigError(
+                "there are no moments of an optimizer to begin with",
+                where="optimizer_from",
+                got=f"no {OPTIMIZER_NAME} in {source}",
+                expected="a checkpoint that was saved with save_optimizer: true",
+                hint="name such a checkpoint, or remove the key",
+            )
+        changes["optimizer_from"] = source
     path, colon, function = getattr(config, "reward", "").rpartition(":")
     if colon:
         changes["reward"] = f"{Path(path).expanduser().absolute()}:{function}"
