@@ -129,6 +129,12 @@ class RuntimeConfig(Section):
     """auto: cuda where the cluster has GPUs."""
     balance: Literal["auto", "bytes", "work"] = "auto"
     """What the shards' layers are balanced by; auto: bytes on GPUs, work on CPUs."""
+    partition: Literal["auto", "contiguous", "looped"] = "auto"
+    """Which layer groups a shard has: `contiguous`, a row of them; `looped`, with P shards every
+    P-th, so that hidden states reach all shards after P groups; auto: what a simulation of the
+    merge takes to be the faster one."""
+    groups_per_turn: PositiveInt = 1
+    """Where layer groups are dealt round, how many a shard is given at a time."""
     residency: Literal["device", "host", "disk"] = "device"
     """Where the weights of a shard's layers live: `device`, host memory, or memory-mapped files."""
     transport: Literal["auto", "direct", "object_store"] = "auto"
@@ -170,6 +176,10 @@ class RuntimeConfig(Section):
     elastic: bool = True
     """Whether shards are placed anew, between two iterations, once nodes have joined the cluster,
     and on fewer places than `layer_shards` once nodes have left."""
+
+    def most_shards(self, num_groups: int) -> int:
+        """How many shards so many layer groups are enough for."""
+        return -(-num_groups // self.groups_per_turn) if self.partition == "looped" else num_groups
 
     @property
     def scratch_path(self) -> Path:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import ConfigError
-from arm_ray.model.partition import choose_balance, partition_layers
+from arm_ray.model.layout import ModelLayout
+from arm_ray.model.partition import (
+    Partition,
+    Residency,
+    choose_balance,
+    chunks_of,
+    partition_layers,
+)
 from arm_ray.planning.devices import GB, Device, find_device
 from arm_ray.planning.memory import ActorMemory, actor_memory
 from arm_ray.planning.timing import Placement
 from arm_ray.planning.workload import Workload
 
-Residency = Literal["device", "host", "disk"]
 RESIDENCIES: tuple[Residency, ...] = ("device", "host", "disk")
 # GPUs of a node where nothing says how many.
 _USUAL_NODE = 8
+# Runs of layers that are written out.
+_SHOWN_RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -134,21 +141,45 @@ def fits(
 
 
 def place(
-    workload: Workload, runtime: RuntimeConfig, cluster: Cluster, shards: int, nodes: int
+    workload: Workload,
+    runtime: RuntimeConfig,
+    cluster: Cluster,
+    shards: int,
+    nodes: int,
+    partition: Partition | None = None,
 ) -> Placement:
-    """So many shards on at most so many nodes."""
+    """So many shards on at most so many nodes.
+
+    Args:
+        workload: The merge.
+        runtime: How it is partitioned.
+        cluster: For the device.
+        shards: How many.
+        nodes: At most.
+        partition: In place of `runtime.partition`; where that is auto, None is contiguous.
+
+    Raises:
+        ValueError: As `partition_layers`.
+    """
     balance = choose_balance(runtime.balance, on_gpu=cluster.device.is_gpu)
-    ranges = partition_layers(
-        workload.layout, shards, balance, needs_forward=workload.needs_forward
+    if partition is None:
+        partition = "contiguous" if runtime.partition == "auto" else runtime.partition
+    shares = partition_layers(
+        workload.layout,
+        shards,
+        balance,
+        needs_forward=workload.needs_forward,
+        partition=partition,
+        turn=runtime.groups_per_turn,
     )
-    return Placement(ranges, min(nodes, shards))
+    return Placement(shares, min(nodes, shards))
 
 
 def _fewest_gpus(
     workload: Workload, runtime: RuntimeConfig, cluster: Cluster, _cpu_shards: int
 ) -> Fit:
     capacity = cluster.memory_per_shard(runtime)
-    groups = len(workload.layout.groups)
+    groups = runtime.most_shards(len(workload.layout.groups))
 
     def need(shards: int) -> tuple[int, list[ActorMemory]]:
         placement = place(workload, runtime, cluster, shards, 1)
@@ -180,7 +211,7 @@ def _fewest_gpus(
 def _fewest_nodes(
     workload: Workload, runtime: RuntimeConfig, cluster: Cluster, cpu_shards: int
 ) -> Fit:
-    shards = max(1, min(cpu_shards, len(workload.layout.groups)))
+    shards = max(1, min(cpu_shards, runtime.most_shards(len(workload.layout.groups))))
     memory = shard_memory(workload, runtime, cluster, place(workload, runtime, cluster, shards, 1))
     largest = max(m.host.total for m in memory)
     host = 0
@@ -217,14 +248,28 @@ def problems_of(
     worst = max(range(len(memory)), key=lambda i: memory[i].limiting.total)
     peak = memory[worst].limiting
     if peak.total > capacity:
-        members = [workload.layout.groups[g] for g in placement.shards[worst]]
+        runs = layer_runs(workload.layout, placement.shards[worst])
         term = max(peak.terms, key=lambda name: peak.terms[name])
         found.append(
-            f"shard {worst} (layers {members[0].first_layer} to {members[-1].end_layer - 1}) needs "
+            f"shard {worst} (layers {runs_text(runs)}) needs "
             f"{_gb(peak.total)} of GPU memory, but has {_gb(capacity)}; most of it: {term}, "
             f"{_gb(peak.terms[term])} ({peak.when})"
         )
     return tuple(found)
+
+
+def layer_runs(layout: ModelLayout, share: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The layers of a shard: of each run of them the first one, and one past its last."""
+    return tuple(
+        (layout.groups[run[0]].first_layer, layout.groups[run[-1]].end_layer)
+        for run in chunks_of(share, "device")
+    )
+
+
+def runs_text(runs: Sequence[tuple[int, int]]) -> str:
+    """`0-5`, or `0, 8, 16, …`."""
+    shown = [f"{a}-{b - 1}" if b > a + 1 or len(runs) == 1 else str(a) for a, b in runs]
+    return ", ".join(shown if len(shown) <= _SHOWN_RUNS else [*shown[:_SHOWN_RUNS], "…"])
 
 
 def remedies_of(cluster: Cluster, smallest: Sequence[Fit]) -> tuple[str, ...]:

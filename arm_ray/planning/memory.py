@@ -9,11 +9,12 @@ apart: the page cache holds it, and gives it back when memory is short.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from arm_ray.config import RuntimeConfig
 from arm_ray.model.layout import EMBEDDING, is_layer_tensor
+from arm_ray.model.partition import chunks_of
 from arm_ray.planning.devices import GB
 from arm_ray.planning.workload import (
     FLOAT32,
@@ -88,7 +89,7 @@ class ActorMemory:
 
 
 def actor_memory(
-    workload: Workload, groups: range, runtime: RuntimeConfig, *, on_gpu: bool
+    workload: Workload, groups: Sequence[int], runtime: RuntimeConfig, *, on_gpu: bool
 ) -> ActorMemory:
     """The most memory of one actor over the whole schedule.
 
@@ -132,7 +133,7 @@ class _Walk:
     """Goes through the instants of a schedule on one actor and remembers the largest."""
 
     def __init__(
-        self, workload: Workload, groups: range, runtime: RuntimeConfig, on_gpu: bool
+        self, workload: Workload, groups: Sequence[int], runtime: RuntimeConfig, on_gpu: bool
     ) -> None:
         self._workload, self._groups, self._on_gpu = workload, groups, on_gpu
         self._residency = runtime.residency
@@ -142,6 +143,7 @@ class _Walk:
         self._host, self._gpu, self._mapped = Peak(), Peak(), 0
         self._is_first = groups[0] == 0
         self._is_last = groups[-1] == len(workload.layout.groups) - 1
+        self._chunks = chunks_of(groups, runtime.residency)
         self._transfer = self._transfer_bytes()
 
     def result(self) -> ActorMemory:
@@ -149,11 +151,7 @@ class _Walk:
 
     def iteration(self, use: StateUse) -> None:
         """All instants of one iteration."""
-        if self._residency == "device":
-            chunks = [self._groups]
-        else:
-            chunks = [range(group, group + 1) for group in self._groups]
-        for chunk in chunks:
+        for chunk in self._chunks:
             means = {group: self._means(use.plan, group) for group in chunk}
             copies = {group: self._compute(use.plan, group) for group in chunk}
             self._note(
@@ -271,8 +269,9 @@ class _Walk:
 
         if self._residency == "disk":
             add(use.read, group)
-            if group + 1 in self._groups:
-                add(use.read, group + 1)  # read ahead
+            following = next((index for index in self._groups if index > group), None)
+            if following is not None:
+                add(use.read, following)  # read ahead
             return found
         now = set(now)
         for index in self._groups:
@@ -286,7 +285,8 @@ class _Walk:
 
     def _place_stored(self, states: Iterable[str], group: int) -> dict[tuple[str, str], int]:
         found: dict[tuple[str, str], int] = {}
-        for state in states:
+        # Terms in the same order always.
+        for state in sorted(states):
             is_given = state in self._workload.dtypes
             term = CHECKPOINTS if is_given else MERGED
             whole = _group_bytes(self._workload, state, group, False)
@@ -330,8 +330,11 @@ class _Walk:
         """
         workload = self._workload
         everything = workload.micro_batches * len(plan.inputs) * workload.hidden_bytes
-        waits = self._residency != "device" and len(self._groups) > 1
-        sides = (not self._is_first) + (not self._is_last)
+        before = [chunk.start - 1 in self._groups for chunk in self._chunks if chunk.start]
+        last = len(workload.layout.groups)
+        after = [chunk.stop in self._groups for chunk in self._chunks if chunk.stop < last]
+        waits = any(before)
+        sides = (not all(before)) + (not all(after))
         if self._object_store:
             sides = 0
         return everything * (waits + sides)

@@ -9,11 +9,12 @@ from typing import Any
 
 from arm_ray.checkpoints.adapter_export import adapter_bytes
 from arm_ray.config import MergeConfig, RuntimeConfig
-from arm_ray.model.partition import choose_num_shards
+from arm_ray.model.partition import Partition, choose_num_shards
 from arm_ray.planning.cluster import (
     Cluster,
     Fit,
     fits,
+    layer_runs,
     node_memory,
     place,
     problems_of,
@@ -38,6 +39,8 @@ from arm_ray.steps import most_trials
 _SCALING = (1, 2, 4, 8, 16, 32, 64)
 # The share of the disk and the efficiency depend on each other; this settles them.
 _DISK_ROUNDS = 3
+# Hidden states are sent more often where layers are dealt round: only for something in return.
+_GAIN = 0.95
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,11 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """One actor."""
+    """One actor; of each run of its layers the first one, and one past its last."""
 
     index: int
     node: int
-    first_layer: int
-    end_layer: int
+    layers: tuple[tuple[int, int], ...]
     parameters: int
     memory: ActorMemory
     busy_s: float
@@ -127,6 +129,7 @@ class Plan:
     """Everything that `arm-ray plan` prints.
 
     Attributes:
+        partition: `contiguous` or `looped`: which layers the shards have.
         check_s: Reading all checkpoints once before the first iteration.
         export_s: Writing the final model after the last.
         compare_s: Losses of the checkpoints, and the final ones, after the last.
@@ -137,6 +140,7 @@ class Plan:
     """
 
     model: ModelFacts
+    partition: str
     residency: str
     device: str
     memory_bytes: int
@@ -182,13 +186,15 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
     runtime = config.runtime
     smallest = fits(workload, runtime, cluster, _auto_shards(runtime))
     count = _num_shards(workload, runtime, cluster, smallest)
-    placement = place(workload, config.runtime, cluster, count, cluster.nodes)
+    partition = choose_partition(workload, config, cluster, count, cluster.nodes)
+    placement = place(workload, runtime, cluster, count, cluster.nodes, partition)
     memory = memory_of(workload, runtime, cluster, placement)
     timed = _Timed(workload, config, cluster, placement)
     simulation = timed.simulation
     problems = problems_of(workload, runtime, cluster, placement, memory)
     return Plan(
         model=_model_facts(workload, config),
+        partition=partition,
         residency=runtime.residency,
         device=cluster.device.name,
         memory_bytes=cluster.memory_per_shard(runtime),
@@ -199,7 +205,7 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
         ),
         iterations=timed.facts(),
         simulation=simulation,
-        scaling=_scaling(workload, config, cluster, placement),
+        scaling=_scaling(workload, config, cluster, placement, partition),
         check_s=timed.check_s,
         export_s=timed.export_s,
         compare_s=timed.final_compare_s,
@@ -209,6 +215,31 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
         remedies=remedies_of(cluster, smallest) if problems else (),
         assumptions=tuple(notes),
     )
+
+
+def choose_partition(
+    workload: Workload, config: MergeConfig, cluster: Cluster, shards: int, nodes: int
+) -> Partition:
+    """`runtime.partition`, where it is auto by a simulation of both.
+
+    Args:
+        workload: The merge.
+        config: Its configuration.
+        cluster: For the rates of the device.
+        shards: How many.
+        nodes: On how many nodes at most.
+    """
+    runtime = config.runtime
+    if runtime.partition != "auto":
+        return runtime.partition
+    turns = -(-len(workload.layout.groups) // runtime.groups_per_turn)
+    if shards == 1 or shards >= turns or not workload.needs_forward:
+        return "contiguous"
+    seconds: dict[Partition, float] = {}
+    for partition in ("contiguous", "looped"):
+        placement = place(workload, runtime, cluster, shards, nodes, partition)
+        seconds[partition] = _Timed(workload, config, cluster, placement).simulation.makespan_s
+    return "looped" if seconds["looped"] < _GAIN * seconds["contiguous"] else "contiguous"
 
 
 def _auto_shards(runtime: RuntimeConfig) -> int:
@@ -229,8 +260,8 @@ def _num_shards(
     else:
         # As many GPUs as it takes.
         fit = next(f for f in smallest if f.residency == runtime.residency)
-        places = fit.shards or groups
-    return choose_num_shards(runtime.layer_shards, places, groups)
+        places = fit.shards or runtime.most_shards(groups)
+    return choose_num_shards(runtime.layer_shards, places, runtime.most_shards(groups))
 
 
 class _Timed:
@@ -319,7 +350,7 @@ class _Timed:
             inputs=plan.inputs,
             read_bytes=sum(_state_bytes(workload, state) for state in from_disk),
             written_bytes=FLOAT32 * workload.parameters,
-            sent_bytes=calls * workload.hidden_bytes * (len(self._placement.shards) - 1),
+            sent_bytes=calls * workload.hidden_bytes * self._placement.num_sends,
             forward_flops=work.forward_flops,
             capture_flops=work.capture_flops,
             rotation_flops=work.rotation_flops,
@@ -360,15 +391,21 @@ class _Timed:
 
 
 def _scaling(
-    workload: Workload, config: MergeConfig, cluster: Cluster, chosen: Placement
+    workload: Workload,
+    config: MergeConfig,
+    cluster: Cluster,
+    chosen: Placement,
+    partition: Partition,
 ) -> tuple[ScalePoint, ...]:
     """Other numbers of actors, with as many on a node as in the plan. Memory is not looked at."""
     groups = len(workload.layout.groups)
+    if partition == "looped":
+        groups = -(-groups // config.runtime.groups_per_turn)
     counts = sorted({*(n for n in _SCALING if n <= groups), len(chosen.shards)})
     points = []
     for count in counts:
         nodes = -(-count // chosen.per_node)
-        placement = place(workload, config.runtime, cluster, count, nodes)
+        placement = place(workload, config.runtime, cluster, count, nodes, partition)
         simulation = _Timed(workload, config, cluster, placement).simulation
         points.append(ScalePoint(count, simulation.makespan_s, simulation.efficiency))
     return tuple(points)
@@ -416,8 +453,7 @@ def _shard_facts(
     return ShardFacts(
         index=index,
         node=placement.node_of(index),
-        first_layer=members[0].first_layer,
-        end_layer=members[-1].end_layer,
+        layers=layer_runs(workload.layout, placement.shards[index]),
         parameters=sum(group.num_bytes for group in members) // FLOAT32,
         memory=memory,
         busy_s=run.busy_s[index],

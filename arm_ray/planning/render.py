@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from arm_ray.planning.cluster import runs_text
 from arm_ray.planning.memory import Peak
 from arm_ray.planning.plan import Plan
 
@@ -42,7 +44,8 @@ def _head(plan: Plan) -> list[str]:
         f"Model          {model.family}, {_count(model.parameters)} parameters in {model.tensors} "
         f"tensors; {model.rotated_tensors} are rotated "
         f"({_count(model.rotated_parameters) if model.rotated_tensors else 0})",
-        f"Layers         {model.layers} in {model.layer_groups} group(s) on {shards} shard(s)",
+        f"Layers         {model.layers} in {model.layer_groups} group(s) on {shards} shard(s), "
+        f"{plan.partition}",
         f"Checkpoints    base {_size(model.base_bytes)}, {len(model.candidate_bytes)} candidate(s) "
         f"{_size(sum(model.candidate_bytes))}; a merged state {_size(model.state_bytes)} (float32)",
         forward if model.samples else "Calibration    none: the operator needs no activations",
@@ -118,7 +121,7 @@ def _shards(plan: Plan) -> Table:
         table.add_row(
             str(shard.index),
             str(shard.node),
-            f"{shard.first_layer}-{shard.end_layer - 1}",
+            runs_text(shard.layers),
             _count(shard.parameters),
             _size(gpu.total) if gpu else "-",
             _size(shard.memory.host.total),
@@ -183,10 +186,14 @@ def _verdict(plan: Plan) -> list[str]:
     return [
         *lines,
         "It does not fit:",
-        *(f"  - {text}" for text in plan.problems),
+        *map(_bullet, plan.problems),
         "What would:",
-        *(f"  - {text}" for text in plan.remedies),
+        *map(_bullet, plan.remedies),
     ]
+
+
+def _bullet(text: str) -> str:
+    return textwrap.fill(f"  - {text}", _WIDTH, subsequent_indent="    ")
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:

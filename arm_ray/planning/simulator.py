@@ -2,18 +2,19 @@
 
 The order of calls is that of `merge.dispatch.Dispatcher.submit`. An actor takes its calls in the
 order they were submitted: iteration after iteration; of an iteration, chunk after chunk of its
-layers; of a chunk, the forward calls of all micro-batches and states, and then the merges. The
-first chunk's forward waits for the hidden states of the shard before. An iteration is submitted
-once at most `lookahead` earlier ones are unfinished. So every start depends on earlier ends alone,
-and one pass in that order gives all times; no event queue is needed.
+layers; of a chunk, the forward calls of all micro-batches and states, and then the merges. A
+chunk's forward waits for the hidden states of the chunk before, which is perhaps another shard's.
+An iteration is submitted once at most `lookahead` earlier ones are unfinished. So every start
+depends on earlier ends alone, and one pass in that order gives all times; no event queue is needed.
 
-Between neighbours there is one link, which sends one hidden state at a time while both actors
-compute. Times are in seconds.
+From a shard to the one that it sends to there is one link, which sends one hidden state at a time
+while both actors compute. Times are in seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -31,7 +32,7 @@ class ShardTimes:
 
     Attributes:
         chunks: In the order of the layers.
-        send_s: Seconds to send one hidden state to the next shard.
+        send_s: Seconds to send one hidden state to the shard that has the next layers.
     """
 
     chunks: tuple[ChunkTimes, ...]
@@ -48,11 +49,18 @@ class IterationTimes:
 
     Attributes:
         calls: Forward calls for each chunk: micro-batches times input states.
-        shards: In the order of the layers.
+        shards: All of them.
+        order: Of each chunk in the order of the layers, whose it is; empty: shard after shard.
     """
 
     calls: int
     shards: tuple[ShardTimes, ...]
+    order: tuple[int, ...] = ()
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """`order`, written out."""
+        return self.order or tuple(p for p, shard in enumerate(self.shards) for _ in shard.chunks)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,8 @@ def simulate(iterations: Sequence[IterationTimes], lookahead: int) -> Simulation
         lookahead: `runtime.lookahead`.
 
     Raises:
-        ValueError: There is no iteration or no shard, or their numbers differ.
+        ValueError: There is no iteration or no shard, their numbers differ, or the order does not
+            have all chunks of all shards.
     """
     counts = {len(iteration.shards) for iteration in iterations}
     if len(counts) != 1 or counts == {0}:
@@ -99,14 +108,18 @@ def simulate(iterations: Sequence[IterationTimes], lookahead: int) -> Simulation
         submitted = finished[t - lookahead - 1] if t > lookahead else 0.0
         arrivals = [submitted] * iteration.calls
         end = submitted
-        for p, shard in enumerate(iteration.shards):
-            ends, starts, free[p] = _run_shard(shard, arrivals, max(free[p], submitted))
-            if p:
+        before: int | None = None
+        for p, chunk in _chunks(iteration):
+            if before is not None and before != p:
+                send_s = iteration.shards[before].send_s
+                arrivals, link_free[before] = _send(arrivals, send_s, link_free[before])
+            starts, ends, free[p] = _run(chunk, arrivals, max(free[p], submitted))
+            if before is not None and before != p:
                 queues[p] += zip(arrivals, starts, strict=True)
-            arrivals, link_free[p] = _send(ends, shard.send_s, link_free[p])
+            arrivals, before = ends, p
             end = max(end, free[p])
         finished.append(end)
-    for p in range(1, actors):
+    for p in range(actors):
         most_waiting[p] = _most_at_once(queues[p])
     busy = [sum(i.shards[p].busy_s(i.calls) for i in iterations) for p in range(actors)]
     makespan = finished[-1]
@@ -117,22 +130,27 @@ def simulate(iterations: Sequence[IterationTimes], lookahead: int) -> Simulation
     )
 
 
-def _run_shard(
-    shard: ShardTimes, arrivals: Sequence[float], now: float
+def _chunks(iteration: IterationTimes) -> Iterator[tuple[int, ChunkTimes]]:
+    """All chunks in the order of the layers, each with the number of its shard."""
+    owners = iteration.owners
+    if Counter(owners) != {p: len(shard.chunks) for p, shard in enumerate(iteration.shards)}:
+        raise ValueError(f"order: got {owners}, expected every chunk of every shard once")
+    chunks = [iter(shard.chunks) for shard in iteration.shards]
+    for p in owners:
+        yield p, next(chunks[p])
+
+
+def _run(
+    chunk: ChunkTimes, arrivals: Sequence[float], now: float
 ) -> tuple[list[float], list[float], float]:
-    """Ends of the last chunk's calls, starts of the first chunk's, and when the actor is free."""
-    starts: list[float] = []
-    ends: list[float] = []
-    for position, chunk in enumerate(shard.chunks):
-        ends = []
-        for arrival in arrivals:
-            if position == 0:
-                now = max(now, arrival)
-                starts.append(now)
-            now += chunk.forward_s
-            ends.append(now)
-        now += chunk.merge_s
-    return ends, starts, now
+    """Starts and ends of a chunk's calls, and when the actor is free again."""
+    starts, ends = [], []
+    for arrival in arrivals:
+        now = max(now, arrival)
+        starts.append(now)
+        now += chunk.forward_s
+        ends.append(now)
+    return starts, ends, now + chunk.merge_s
 
 
 def _send(ends: Sequence[float], send_s: float, free: float) -> tuple[list[float], float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -83,6 +84,31 @@ def open_workload(
             continue
         checkpoints[label] = _open(found, label, kind, masters, base)
         check_layout(layout, checkpoints[label], label)
+    return workload_of(config, layout, checkpoints, tokens_per_sample, units, notes), notes
+
+
+def workload_of(
+    config: MergeConfig,
+    layout: ModelLayout,
+    checkpoints: Mapping[str, Checkpoint],
+    tokens_per_sample: int | None = None,
+    units: Units | None = None,
+    notes: list[str] | None = None,
+) -> Workload:
+    """The workload of checkpoints that are open.
+
+    Args:
+        config: The configuration.
+        layout: The model.
+        checkpoints: State name (`base`, `candidate-1`, …) -> checkpoint.
+        tokens_per_sample: As for `open_workload`.
+        units: The same.
+        notes: Where what was assumed is added, one sentence each.
+
+    Raises:
+        ConfigError: `tokens_per_sample` is below 1.
+    """
+    notes = [] if notes is None else notes
     dtypes = {
         label: {name: DTYPES[c.tensors[name].code] for name in layout.shapes}
         for label, c in checkpoints.items()
@@ -94,11 +120,11 @@ def open_workload(
             f"{config.method.operator}: time is that of a plain sum; what the operator computes, "
             f"and its rounds over the model, are not in it"
         )
-    workload = Workload(
+    return Workload(
         layout,
         dtypes,
         dtypes[BASE] if storage == "auto" else dict.fromkeys(layout.shapes, _dtype(storage)),
-        _compute_dtype(config, base_dtype(layout, base), units, notes),
+        _compute_dtype(config, base_dtype(layout, checkpoints[BASE]), units, notes),
         config.schedule,
         samples,
         tokens,
@@ -107,7 +133,6 @@ def open_workload(
         _compared_samples(config, notes),
         frozenset(label for label, c in checkpoints.items() if not c.is_laid_out),
     )
-    return workload, notes
 
 
 def _compute_dtype(

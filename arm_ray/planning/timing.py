@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from arm_ray.config import RuntimeConfig
 from arm_ray.model.layout import EMBEDDING, is_layer_tensor
+from arm_ray.model.partition import call_order, chunks_of, receivers
 from arm_ray.planning.devices import Device
 from arm_ray.planning.simulator import ChunkTimes, IterationTimes, ShardTimes
 from arm_ray.planning.workload import (
@@ -27,12 +28,18 @@ class Placement:
     """Shards on nodes.
 
     Attributes:
-        shards: The layer groups of each shard, in order.
+        shards: The layer groups of each shard.
         nodes: How many nodes; neighbours fill one after the other.
     """
 
-    shards: Sequence[range]
+    shards: Sequence[Sequence[int]]
     nodes: int
+
+    @property
+    def num_sends(self) -> int:
+        """How often the hidden states of a micro-batch are sent."""
+        # On the device, chunks are what lies between two sends.
+        return len(call_order(self.shards, "device")) - 1
 
     @property
     def per_node(self) -> int:
@@ -92,6 +99,8 @@ class Clock:
         self._disk_read = share * device.disk_read / disk_users
         self._disk_write = share * device.disk_write / disk_users
         self._moves = device.is_gpu and self._residency != "device"
+        order = call_order(placement.shards, self._residency)
+        self._order, self._sends = tuple(shard for shard, _ in order), receivers(order)
         self._known: dict[tuple[object, ...], GroupSeconds] = {}
 
     def iterations(self, uses: Sequence[StateUse]) -> list[IterationTimes]:
@@ -125,8 +134,7 @@ class Clock:
                 moved += workload.compute_dtype.itemsize * layers
                 # Each input's rows are read and cast, added, and written.
                 made += tried * layers * FLOAT32 * (2.0 * len(workload.dtypes) + 3.0)
-            is_last = index == len(self._placement.shards) - 1
-            if is_last:
+            if groups[-1] == len(workload.layout.groups) - 1:
                 # All tokens of a sample count at most.
                 flops += head * samples * workload.tokens
             each = subjects * max(
@@ -134,8 +142,11 @@ class Clock:
             )
             once = made / self._memory
             per_call = (each + once) / calls if calls else 0.0
-            shards.append(ShardTimes((ChunkTimes(per_call, 0.0),), self._send(index)))
-        return IterationTimes(calls, tuple(shards))
+            # A trip through all chunks takes as long as the shards' parts of it together.
+            count = len(chunks_of(groups, self._residency))
+            chunk = ChunkTimes(per_call / count, 0.0)
+            shards.append(ShardTimes((chunk,) * count, self._send(index)))
+        return IterationTimes(calls, tuple(shards), self._order)
 
     def linear_pass(
         self, uses: Sequence[StateUse], written: int, model_bytes: int
@@ -176,13 +187,12 @@ class Clock:
         calls = self._workload.micro_batches * len(use.plan.inputs)
         shards = []
         for index, groups in enumerate(self._placement.shards):
-            parts = [self.group(use, group) for group in groups]
-            if self._residency == "device":
-                chunks = [self._chunk(parts, calls)]
-            else:
-                chunks = [self._chunk([part], calls) for part in parts]
+            chunks = [
+                self._chunk([self.group(use, group) for group in chunk], calls)
+                for chunk in chunks_of(groups, self._residency)
+            ]
             shards.append(ShardTimes(tuple(chunks), self._send(index)))
-        return IterationTimes(calls, tuple(shards))
+        return IterationTimes(calls, tuple(shards), self._order)
 
     def _chunk(self, parts: Sequence[GroupSeconds], calls: int) -> ChunkTimes:
         forward = sum(calls * part.forward_call + part.forward_once for part in parts)
@@ -193,11 +203,11 @@ class Clock:
         return ChunkTimes(forward / calls, merge) if calls else ChunkTimes(0.0, forward + merge)
 
     def _send(self, shard: int) -> float:
-        """Seconds to send a micro-batch's hidden states to the next shard."""
-        if shard == len(self._placement.shards) - 1:
-            return 0.0
+        """Seconds to send a micro-batch's hidden states to the shard with the next layers."""
         placement, device = self._placement, self._device
-        is_near = placement.node_of(shard) == placement.node_of(shard + 1)
+        if shard not in self._sends:
+            return 0.0
+        is_near = placement.node_of(shard) == placement.node_of(self._sends[shard])
         rate = device.link_bandwidth if is_near else device.network_bandwidth
         return self._workload.hidden_bytes / (device.bandwidth_efficiency * rate)
 

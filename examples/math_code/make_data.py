@@ -86,8 +86,8 @@ def main() -> None:
     parser.add_argument("--mbpp", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "data")
     arguments = parser.parse_args()
-    gsm8k = [_read(arguments.gsm8k / f"{name}.jsonl") for name in ("train", "test")]
-    for name, rows in files(*gsm8k, _read(arguments.mbpp)).items():
+    seen, unseen = (_read(arguments.gsm8k / f"{name}.jsonl") for name in ("train", "test"))
+    for name, rows in files(seen, unseen, _read(arguments.mbpp)).items():
         path = arguments.output / f"{name}.jsonl"
         texts = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         path.write_text("".join(texts), encoding="utf-8")

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 
 from arm_ray.errors import ConfigError
-from arm_ray.model.partition import balanced_partition, choose_num_shards
+from arm_ray.model.partition import (
+    balanced_partition,
+    call_order,
+    choose_num_shards,
+    chunks_of,
+    looped_partition,
+    receivers,
+)
 
 PROPERTY = settings(deadline=None, max_examples=200, derandomize=True)
 
@@ -63,6 +70,42 @@ def test_equal_groups_are_shared_evenly() -> None:
 def test_a_number_of_shards_that_cannot_be_is_refused(count: int, num_shards: int) -> None:
     with pytest.raises(ValueError, match=f"got {num_shards}, expected 1 to {count}"):
         balanced_partition([1] * count, num_shards)
+
+
+def test_groups_are_dealt_round() -> None:
+    assert looped_partition(7, 3, 1) == [(0, 3, 6), (1, 4), (2, 5)]
+    assert looped_partition(7, 3, 2) == [(0, 1, 6), (2, 3), (4, 5)]
+    assert looped_partition(3, 3, 1) == [(0,), (1,), (2,)]
+    with pytest.raises(ValueError, match="got 3 for 4 groups by 2"):
+        looped_partition(4, 3, 2)
+
+
+@PROPERTY
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4))
+def test_each_dealt_group_has_one_shard(num_groups: int, num_shards: int, turn: int) -> None:
+    if num_shards > -(-num_groups // turn):
+        return
+    shares = looped_partition(num_groups, num_shards, turn)
+    assert sorted(group for share in shares for group in share) == list(range(num_groups))
+    # Shards differ by one turn at most.
+    sizes = [len(share) for share in shares]
+    assert min(sizes) > 0
+    assert max(sizes) - min(sizes) <= turn
+    for residency in ("device", "host"):
+        order = call_order(shares, residency)
+        assert [group for _, chunk in order for group in chunk] == list(range(num_groups))
+        assert all(set(chunk) <= set(shares[shard]) for shard, chunk in order)
+        # Each shard sends to one other, round and round.
+        expected = {p: (p + 1) % num_shards for p in range(num_shards)}
+        assert receivers(order).items() <= expected.items()
+
+
+def test_what_runs_at_once() -> None:
+    assert chunks_of((0, 1, 4, 5, 6, 9), "device") == [range(2), range(4, 7), range(9, 10)]
+    assert chunks_of(range(2, 5), "device") == [range(2, 5)]
+    assert chunks_of((0, 1, 4), "disk") == [range(1), range(1, 2), range(4, 5)]
+    assert receivers(call_order([(0, 1), (2, 3)], "disk")) == {0: 1}
+    assert receivers(call_order([(0, 1)], "disk")) == {}
 
 
 def test_how_many_shards_there_are() -> None:

@@ -324,11 +324,15 @@ def test_chunks_merge_before_the_next_chunk_and_only_the_last_one_sends() -> Non
 def in_event_order(times: list[IterationTimes], lookahead: int) -> float:
     """The same by brute force: repeat until nothing changes, from the rules alone."""
     ends: dict[tuple[int, int, int, int], float] = {}
+    orders = []
+    for iteration in times:
+        owners = iteration.order or [p for p, s in enumerate(iteration.shards) for _ in s.chunks]
+        # Whose chunk it is, and which of that shard's.
+        orders.append([(p, owners[:n].count(p)) for n, p in enumerate(owners)])
     keys = [
         (t, p, c, i)
         for t, iteration in enumerate(times)
-        for p, shard in enumerate(iteration.shards)
-        for c in range(len(shard.chunks))
+        for p, c in orders[t]
         for i in range(iteration.calls + 1)  # the last one is the merges
     ]
     for _ in range(len(keys)):
@@ -340,9 +344,9 @@ def in_event_order(times: list[IterationTimes], lookahead: int) -> float:
             if t > lookahead:
                 gone = [e for k, e in ends.items() if k[0] == t - lookahead - 1]
                 ready = max(ready, *gone) if gone else ready
-            if c == 0 and p > 0 and i < calls:
-                previous = times[t].shards[p - 1]
-                ready = max(ready, ends.get((t, p - 1, len(previous.chunks) - 1, i), 0.0))
+            position = orders[t].index((p, c))
+            if position and i < calls:
+                ready = max(ready, ends.get((t, *orders[t][position - 1], i), 0.0))
             chunk = shard.chunks[c]
             end = ready + (chunk.forward_s if i < calls else chunk.merge_s)
             changed |= ends.get((t, p, c, i)) != end
@@ -360,8 +364,11 @@ def test_random_pipelines_equal_brute_force(seed: int) -> None:
         return ShardTimes(tuple(ChunkTimes(*map(float, rng.random(2))) for _ in range(chunks)))
 
     layout = rng.integers(1, 4, size=int(rng.integers(1, 5)))
+    owners = [p for p, count in enumerate(layout) for _ in range(count)]
+    # Of half of them the layers are dealt out.
+    order = tuple(map(int, rng.permutation(owners))) if seed % 2 else ()
     times = [
-        IterationTimes(int(rng.integers(1, 5)), tuple(shard(int(c)) for c in layout))
+        IterationTimes(int(rng.integers(1, 5)), tuple(shard(int(c)) for c in layout), order)
         for _ in range(int(rng.integers(1, 6)))
     ]
     for lookahead in (0, 1, 2, 9):
@@ -375,6 +382,21 @@ def test_what_cannot_be_simulated() -> None:
         simulate([], 0)
     with pytest.raises(ValueError, match="expected the same in each"):
         simulate([*equal_stages(2, 1, 1, 1, 1), *equal_stages(3, 1, 1, 1, 1)], 0)
+    shard = ShardTimes((ChunkTimes(1.0, 1.0),))
+    with pytest.raises(ValueError, match="expected every chunk of every shard once"):
+        simulate([IterationTimes(1, (shard, shard), (0, 0))], 0)
+
+
+def test_dealt_layers_start_all_shards_after_one_turn() -> None:
+    # Two shards of three groups each, four calls of 1 s, merges of 2 s.
+    three = ShardTimes((ChunkTimes(1.0, 2.0),) * 3)
+    row = simulate([IterationTimes(4, (three, three))], 0)
+    dealt = simulate([IterationTimes(4, (three, three), (0, 1, 0, 1, 0, 1))], 0)
+    # The second one waits for 14 s until the first one has merged two groups and runs its third.
+    assert row.makespan_s == 3 * 6 - 6 + 1 + 3 * 6
+    # It waits for one call, and then both are busy.
+    assert dealt.makespan_s == 1 + 3 * 6
+    assert dealt.busy_s == row.busy_s == (18.0, 18.0)
 
 
 # --- memory -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ray import ObjectRef
 
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.errors import ShardLostError
+from arm_ray.model.partition import call_order, receivers
 from arm_ray.runtime.cluster.actors import Handle, in_place_of
 from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.merge.job import MergeJob
@@ -60,13 +61,18 @@ class Dispatcher:
 
     def __init__(self, job: MergeJob, gang: ShardGang, specs: Sequence[ShardSpec]) -> None:
         self._job, self._gang, self._specs = job, gang, specs
-        self.losses = LossPasses(gang, specs)
+        order = call_order([spec.groups for spec in specs], specs[0].residency)
+        self._order = [(gang.actors[p], specs[p], chunk) for p, chunk in order]
+        # Shards whose hidden states go to another node.
+        sent = receivers(order).items() if gang.nodes else ()
+        self._crossings = [p for p, q in sent if gang.nodes[p] != gang.nodes[q]]
+        self.losses = LossPasses(gang, specs, self._order)
 
     @property
     def _by_group(self) -> Iterator[tuple[Handle[LayerShard], int]]:
         """Each layer group's shard and number, in the order of the layers."""
-        for shard, spec in zip(self._gang.actors, self._specs, strict=True):
-            for group in spec.groups:
+        for shard, _, chunk in self._order:
+            for group in chunk:
                 yield shard, group
 
     def check_weights(self) -> int:
@@ -191,7 +197,7 @@ class Dispatcher:
 
     def network_bytes(self, usage: Sequence[ShardUsage]) -> int:
         """Hidden states of what shards sent that went to another node; bytes."""
-        return sum(usage[i].sent_bytes for i in self._gang.crossings)
+        return sum(usage[i].sent_bytes for i in self._crossings)
 
     def peak_bytes(self) -> tuple[int, ...]:
         """Largest resident memory of each shard so far; empty where one is lost by now."""
@@ -215,36 +221,34 @@ class Dispatcher:
         micro = [ray.put(batch) for batch in draw.batches]
         hidden: dict[tuple[int, str], ObjectRef[Any]] = {}
         run_states = forward_states(self._job.method, plan)
-        for shard, spec in zip(self._gang.actors, self._specs, strict=True):
-            is_last_shard = spec is self._specs[-1]
-            for chunk in spec.chunks:
-                if chunk[0] >= end:
-                    yield shard, chunk, []
-                    continue
-                sends = chunk == spec.chunks[-1] and not is_last_shard and chunk[-1] + 1 < end
-                direct = sends and self._gang.transport != "object_store"
-                options = {"tensor_transport": self._gang.transport} if direct else {}
-                ends: list[ObjectRef[Any]] = []
-                for index, batch in enumerate(micro):
-                    for state in run_states:
-                        # Later chunks of a shard find the hidden states where the first left them.
-                        before = hidden.pop((index, state), None)
-                        ref = shard.call_with(
-                            options,
-                            LayerShard.forward,
-                            plan,
-                            chunk,
-                            draw.num_samples,
-                            state,
-                            index,
-                            in_place_of(batch),
-                            in_place_of(before),
-                        )
-                        if sends:
-                            hidden[index, state] = ref
-                        else:
-                            ends.append(ref)
-                yield shard, chunk, ends
+        for shard, spec, chunk in self._order:
+            if chunk.start >= end:
+                yield shard, chunk, []
+                continue
+            sends = spec.sends_after(chunk) and chunk.stop < end
+            direct = sends and self._gang.transport != "object_store"
+            options = {"tensor_transport": self._gang.transport} if direct else {}
+            ends: list[ObjectRef[Any]] = []
+            for index, batch in enumerate(micro):
+                for state in run_states:
+                    # What this shard's own layers have made is where they left it.
+                    before = hidden.pop((index, state), None)
+                    ref = shard.call_with(
+                        options,
+                        LayerShard.forward,
+                        plan,
+                        chunk,
+                        draw.num_samples,
+                        state,
+                        index,
+                        in_place_of(batch),
+                        in_place_of(before),
+                    )
+                    if sends:
+                        hidden[index, state] = ref
+                    else:
+                        ends.append(ref)
+            yield shard, chunk, ends
 
 
 class PartialMerges:

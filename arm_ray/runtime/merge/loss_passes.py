@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from ray import ObjectRef
 
 from arm_ray.evaluation.losses import SampleLosses
-from arm_ray.runtime.cluster.actors import in_place_of
+from arm_ray.runtime.cluster.actors import Handle, in_place_of
 from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.merge.samples import NO_SAMPLES, Draw
 from arm_ray.runtime.shards.captures import forward_states
-from arm_ray.runtime.shards.layer_shard import call_losses
+from arm_ray.runtime.shards.layer_shard import LayerShard, call_losses
 from arm_ray.runtime.shards.losses import ShardLosses, Trial, head_of
 from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.runtime.shards.spec import ShardSpec
@@ -32,10 +32,16 @@ class LossPasses:
     Args:
         gang: The shards, placed.
         specs: What each of them was given, in the same order.
+        order: The chunks of layers with whose they are, in the order of the layers.
     """
 
-    def __init__(self, gang: ShardGang, specs: Sequence[ShardSpec]) -> None:
-        self._gang, self._specs = gang, specs
+    def __init__(
+        self,
+        gang: ShardGang,
+        specs: Sequence[ShardSpec],
+        order: Sequence[tuple[Handle[LayerShard], ShardSpec, range]],
+    ) -> None:
+        self._gang, self._specs, self._order = gang, specs, order
 
     def run(
         self,
@@ -65,48 +71,42 @@ class LossPasses:
         # (state, micro-batch) -> what the layers so far have made of it.
         hidden: dict[tuple[str, int], ObjectRef[Any]] = {}
         waits: list[ObjectRef[Any]] = []
-        for shard, spec in zip(self._gang.actors, self._specs, strict=True):
-            is_last_shard = spec is self._specs[-1]
-            for chunk in spec.chunks:
-                if trials:
-                    waits.append(
-                        call_losses(shard, {}, ShardLosses.make, plan, chunk, trials, columns)
+        for shard, spec, chunk in self._order:
+            if trials:
+                waits.append(call_losses(shard, {}, ShardLosses.make, plan, chunk, trials, columns))
+            sends = spec.sends_after(chunk)
+            direct = sends and self._gang.transport != "object_store"
+            options = {"tensor_transport": self._gang.transport} if direct else {}
+            for subject, name in zip(subjects, names, strict=True):
+                makes_embedding = chunk[0] == 0 and isinstance(subject, Trial)
+                if makes_embedding:
+                    # One at a time: of a large vocabulary it is larger than many layers.
+                    assert isinstance(subject, Trial)
+                    made = call_losses(
+                        shard, {}, ShardLosses.make_embedding, plan, subject, columns
                     )
-                ends = chunk == spec.chunks[-1]
-                direct = ends and not is_last_shard and self._gang.transport != "object_store"
-                options = {"tensor_transport": self._gang.transport} if direct else {}
-                for subject, name in zip(subjects, names, strict=True):
-                    makes_embedding = chunk[0] == 0 and isinstance(subject, Trial)
-                    if makes_embedding:
-                        # One at a time: of a large vocabulary it is larger than many layers.
-                        assert isinstance(subject, Trial)
-                        made = call_losses(
-                            shard, {}, ShardLosses.make_embedding, plan, subject, columns
-                        )
-                        waits.append(made)
-                    for index, batch in enumerate(micro):
-                        before = hidden.pop((name, index), None)
-                        ref = call_losses(
-                            shard,
-                            options,
-                            ShardLosses.run,
-                            chunk,
-                            name,
-                            index,
-                            in_place_of(batch),
-                            in_place_of(before),
-                        )
-                        if ends:
-                            hidden[name, index] = ref
-                        else:
-                            waits.append(ref)
-                    if makes_embedding:
-                        waits.append(call_losses(shard, {}, ShardLosses.release_embedding, name))
-                waits.append(
-                    call_losses(
-                        shard, {}, ShardLosses.release, chunk, [t.name for t in trials], others
+                    waits.append(made)
+                for index, batch in enumerate(micro):
+                    before = hidden.pop((name, index), None)
+                    ref = call_losses(
+                        shard,
+                        options,
+                        ShardLosses.run,
+                        chunk,
+                        name,
+                        index,
+                        in_place_of(batch),
+                        in_place_of(before),
                     )
-                )
+                    if sends or chunk.stop == len(spec.layout.groups):
+                        hidden[name, index] = ref
+                    else:
+                        waits.append(ref)
+                if makes_embedding:
+                    waits.append(call_losses(shard, {}, ShardLosses.release_embedding, name))
+            waits.append(
+                call_losses(shard, {}, ShardLosses.release, chunk, [t.name for t in trials], others)
+            )
         losses = self._of_head(plan, subjects, names, samples, columns, hidden)
         get_results(waits)
         return [SampleLosses.of(found) for found in get_results(losses)]

@@ -8,9 +8,11 @@ from pathlib import Path
 from arm_ray.config import MergeConfig
 from arm_ray.errors import PlacementError
 from arm_ray.merging.method import Method
-from arm_ray.model.partition import choose_balance, partition_layers
+from arm_ray.model.partition import Partition, choose_balance, partition_layers
+from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.memory import actor_memory
-from arm_ray.planning.sources import open_workload
+from arm_ray.planning.plan import choose_partition
+from arm_ray.planning.sources import workload_of
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.shards.placement import Placement
 from arm_ray.runtime.shards.spec import ShardSpec
@@ -28,11 +30,13 @@ def shard_specs(
         run: The run directory.
         placement: Number of shards, and their device.
     """
-    ranges = partition_layers(
+    shares = partition_layers(
         inputs.layout,
         placement.num_shards,
         choose_balance(config.runtime.balance, on_gpu=placement.device == "cuda"),
         needs_forward=method.needs_forward,
+        partition=_partition(config, inputs, placement),
+        turn=config.runtime.groups_per_turn,
     )
     rate = config.runtime.disk_mb_per_s
     return [
@@ -48,14 +52,25 @@ def shard_specs(
             config.runtime.threads,
             config.runtime.residency,
             second_moments=inputs.second_moments,
-            disk_bytes_per_s=None if rate is None else rate * 1e6 / len(ranges),
+            disk_bytes_per_s=None if rate is None else rate * 1e6 / len(shares),
             scratch=config.runtime.scratch,
             niceness=config.runtime.niceness,
             # There is one shard for all cores.
             workers=os.cpu_count() if placement.is_here else None,
         )
-        for groups in ranges
+        for groups in shares
     ]
+
+
+def _partition(config: MergeConfig, inputs: MergeInputs, placement: Placement) -> Partition:
+    """`runtime.partition`, where it is auto as `arm-ray plan` would choose it."""
+    asked = config.runtime.partition
+    if asked != "auto" or placement.num_shards == 1:
+        return "contiguous" if asked == "auto" else asked
+    gpus = placement.num_shards if placement.device == "cuda" else None
+    workload = workload_of(config, inputs.layout, inputs.checkpoints)
+    cluster = make_cluster(config.runtime, gpus=gpus)
+    return choose_partition(workload, config, cluster, placement.num_shards, 1)
 
 
 def check_memory(
@@ -69,7 +84,7 @@ def check_memory(
     limit = config.runtime.memory_gb
     if limit is None:
         return
-    workload, _ = open_workload(config)
+    workload = workload_of(config, inputs.layout, inputs.checkpoints)
     for index, spec in enumerate(shard_specs(config, method, inputs, Path(), placement)):
         is_gpu = placement.device == "cuda"
         peak = actor_memory(workload, spec.groups, config.runtime, on_gpu=is_gpu).host

@@ -133,11 +133,11 @@ class LayerShard:
             micro_index: Which micro-batch it is.
             micro_batch: Its token ids and lengths.
             hidden: `[batch, tokens, hidden]` from the shard before; None for the model's first
-                chunk, which embeds the token ids, and for a shard's later chunks, which go on
-                with what the chunk before left here.
+                chunk, which embeds the token ids, and where the layers before are this shard's
+                too: it goes on with what they left here.
 
         Returns:
-            The hidden states, from the last chunk of a shard that is not the last; else None. A
+            The hidden states, where the layers that follow are another shard's; else None. A
             tensor for a direct transport, an array (`pack_tensor`) for the object store.
         """
         started = time.monotonic()
@@ -173,10 +173,9 @@ class LayerShard:
         if chunk[-1] == len(self._spec.layout.groups) - 1:
             self._captures.collect_tail(micro, current, self._runner(chunk[-1]))
         self._meter.count(forward_seconds=time.monotonic() - started)
-        if chunk[-1] != self._spec.groups[-1]:
-            self._hidden[key] = current
-            return None
-        if chunk[-1] == len(self._spec.layout.groups) - 1:
+        if not self._spec.sends_after(chunk):
+            if chunk.stop in self._spec.groups:
+                self._hidden[key] = current
             return None
         self._meter.count_sent(plan.iteration, current.nbytes)
         return pack_tensor(current) if self._spec.transport == "object_store" else current
@@ -339,12 +338,11 @@ class LayerShard:
 
     def _nothing(self, chunk: range) -> Tensor | None:
         """What `forward` returns of an abandoned iteration: of the right kind, but empty."""
-        sends = chunk[-1] == self._spec.groups[-1] != len(self._spec.layout.groups) - 1
-        return torch.zeros(0) if sends else None
+        return torch.zeros(0) if self._spec.sends_after(chunk) else None
 
     def _read_ahead(self, plan: IterationPlan, chunk: range) -> None:
-        following = chunk[-1] + 1
-        if following in self._spec.groups:
+        following = next((group for group in self._spec.groups if group >= chunk.stop), None)
+        if following is not None:
             self._store.read_ahead([*plan.inputs, plan.previous, BASE], following)
 
 

@@ -144,8 +144,9 @@ class ShardLosses:
             hidden: As for `LayerShard.forward`.
 
         Returns:
-            The hidden states, from the last chunk of a shard; of the model's last chunk, the
-            normalised ones `[labels, hidden]` before the tokens that count; else None.
+            The hidden states, where the layers that follow are another shard's; of the model's
+            last chunk, the normalised ones `[labels, hidden]` before the tokens that count; else
+            None.
         """
         torch.set_num_threads(self._spec.threads)
         device, key = self._store.device, (state, micro_index)
@@ -166,7 +167,7 @@ class ShardLosses:
             norm = self._store.in_compute_dtype(state, chunk[-1], FINAL_NORM)
             normed = self._runner(chunk[-1]).final_norm(norm, current)
             return pack_tensor(normed[:, :-1][_counts(micro_batch).to(device)])
-        if chunk[-1] != self._spec.groups[-1]:
+        if not self._spec.sends_after(chunk):
             self._hidden[key] = current
             return None
         return pack_tensor(current) if self._spec.transport == "object_store" else current

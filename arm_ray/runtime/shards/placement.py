@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import ray
@@ -73,11 +72,6 @@ class ShardGang:
     transport: Transport
     nodes: list[str]
 
-    @property
-    def crossings(self) -> list[int]:
-        """Shards whose hidden states go to another node."""
-        return [i for i, pair in enumerate(pairwise(self.nodes)) if pair[0] != pair[1]]
-
 
 def check_object_store(gang: ShardGang, message_bytes: int) -> None:
     """Refuse object stores that cannot hold the hidden states of a micro-batch twice.
@@ -124,7 +118,7 @@ def plan_placement(
     Args:
         cluster: What there is.
         runtime: The settings.
-        num_groups: Most shards that there can be.
+        num_groups: Layer groups of the model.
         reserved: What others of this run have taken of the cluster.
         takes_fewer: Whether there may be fewer shards than asked for, where there is no more room.
 
@@ -168,7 +162,8 @@ def plan_placement(
         slots = min(slots, there / amount)
     if runtime.placement_strategy == "STRICT_SPREAD":
         slots = min(slots, len(cluster.nodes))
-    count = choose_num_shards(runtime.layer_shards, int(slots), num_groups)
+    most = runtime.most_shards(num_groups)
+    count = choose_num_shards(runtime.layer_shards, int(slots), most)
     if takes_fewer:
         count = max(1, min(count, int(slots)))
     return Placement(count, device, share)

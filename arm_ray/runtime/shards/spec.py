@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from arm_ray.config import ScheduleConfig
 from arm_ray.merging.method import Method
 from arm_ray.merging.similarity import SimilaritySums
 from arm_ray.model.layout import ModelLayout
+from arm_ray.model.partition import chunks_of
 from arm_ray.runtime.shards.transport import Transport
 from arm_ray.runtime.shards.weights import Residency
 from arm_ray.schedule import BASE, INITIAL
@@ -24,7 +25,7 @@ class ShardSpec:
 
     Attributes:
         layout: The model.
-        groups: Indices of the shard's layer groups, consecutive.
+        groups: Indices of the shard's layer groups, ascending.
         checkpoints: State name (`base`, `candidate-1`, …) -> checkpoint.
         run: The run directory.
         schedule: To know which states are read again.
@@ -44,7 +45,7 @@ class ShardSpec:
     """
 
     layout: ModelLayout
-    groups: range
+    groups: Sequence[int]
     checkpoints: Mapping[str, Checkpoint]
     run: Path
     schedule: ScheduleConfig
@@ -67,13 +68,12 @@ class ShardSpec:
 
     @property
     def chunks(self) -> list[range]:
-        """Groups that run one after another on a micro-batch before the next micro-batch comes.
+        """Groups that run one after another on a micro-batch; see `chunks_of`."""
+        return chunks_of(self.groups, self.residency)
 
-        All of them where all are on the device; else one, which is released before the next.
-        """
-        if self.residency == "device":
-            return [self.groups]
-        return [range(group, group + 1) for group in self.groups]
+    def sends_after(self, chunk: range) -> bool:
+        """Whether the layers that follow a chunk are another shard's."""
+        return chunk.stop < len(self.layout.groups) and chunk.stop not in self.groups
 
 
 @dataclass(frozen=True)

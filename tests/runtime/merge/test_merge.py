@@ -200,7 +200,16 @@ VARIANTS = {
     "far ahead": ["runtime.lookahead=4", "runtime.layer_shards=3"],
     "object store": ["runtime.transport=object_store", "runtime.layer_shards=3"],
     "groups of two": ["runtime.layers_per_group=2", "runtime.layer_shards=2"],
-}
+    "dealt round": ["runtime.partition=looped", "runtime.layer_shards=2"],
+    "dealt, on disk": [
+        "runtime.partition=looped", "runtime.layer_shards=3", "runtime.residency=disk",
+        "runtime.transport=object_store",
+    ],
+    "dealt by two": [
+        "runtime.partition=looped", "runtime.groups_per_turn=2", "runtime.layer_shards=2",
+        "runtime.residency=host",
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -221,7 +230,8 @@ def test_actors_give_the_bits_of_shards_in_this_process(
     case: MergeCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case.make("qwen2.5", num_layers=4, dtype=torch.bfloat16)
-    shards = ("runtime.layer_shards=3", "runtime.transport=direct")
+    # Dealt round, so that the first shard is also sent what it goes on with.
+    shards = ("runtime.layer_shards=3", "runtime.transport=direct", "runtime.partition=looped")
     run(case.config(*shards, output="actors"))
     events = read_events(case.root / "actors" / "events.jsonl")
     assert [e for e in events if e["event"] == "warning" and "transport" in e["message"]] == []

@@ -134,6 +134,7 @@ def test_the_bits_are_the_same_however_it_is_run(
     ways = {
         "shards": ["runtime.layer_shards=3"],
         "disk": ["runtime.layer_shards=2", "runtime.residency=disk", "keep_states=last"],
+        "dealt round": ["runtime.layer_shards=2", "runtime.partition=looped"],
         "host": ["runtime.residency=host"],
     }
     for name, more in ways.items():
