@@ -26,7 +26,9 @@ GB = 1e9
 
 
 def config(model: str, *overrides: str) -> MergeConfig:
-    """An example plan's configuration."""
+    """An example plan's configuration; a row of layers for each shard where nothing is said."""
+    if not any(text.startswith("runtime.partition=") for text in overrides):
+        overrides = ("runtime.partition=contiguous", *overrides)
     return load_merge_config(f"examples/plans/{model}.yaml", overrides)
 
 

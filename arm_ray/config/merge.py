@@ -131,8 +131,8 @@ class RuntimeConfig(Section):
     """What the shards' layers are balanced by; auto: bytes on GPUs, work on CPUs."""
     partition: Literal["auto", "contiguous", "looped"] = "auto"
     """Which layer groups a shard has: `contiguous`, a row of them; `looped`, with P shards every
-    P-th, so that hidden states reach all shards after P groups; auto: what a simulation of the
-    merge takes to be the faster one."""
+    P-th, so that hidden states reach all shards after P groups; auto: contiguous on the device,
+    else what a simulation of the merge takes to be the faster one."""
     groups_per_turn: PositiveInt = 1
     """Where layer groups are dealt round, how many a shard is given at a time."""
     residency: Literal["device", "host", "disk"] = "device"

@@ -222,6 +222,9 @@ def choose_partition(
 ) -> Partition:
     """`runtime.partition`, where it is auto by a simulation of both.
 
+    On the device, where a shard sends its first hidden states after one call however its layers
+    lie, they are contiguous.
+
     Args:
         workload: The merge.
         config: Its configuration.
@@ -233,13 +236,27 @@ def choose_partition(
     if runtime.partition != "auto":
         return runtime.partition
     turns = -(-len(workload.layout.groups) // runtime.groups_per_turn)
-    if shards == 1 or shards >= turns or not workload.needs_forward:
+    is_waiting = workload.needs_forward and runtime.residency != "device"
+    if shards == 1 or shards >= turns or not is_waiting:
         return "contiguous"
-    seconds: dict[Partition, float] = {}
-    for partition in ("contiguous", "looped"):
-        placement = place(workload, runtime, cluster, shards, nodes, partition)
-        seconds[partition] = _Timed(workload, config, cluster, placement).simulation.makespan_s
-    return "looped" if seconds["looped"] < _GAIN * seconds["contiguous"] else "contiguous"
+    row = place(workload, runtime, cluster, shards, nodes, "contiguous")
+    dealt = place(workload, runtime, cluster, shards, nodes, "looped")
+    seconds = [
+        _Timed(workload, config, cluster, placement).simulation.makespan_s
+        for placement in (row, dealt)
+    ]
+    is_faster = seconds[1] < _GAIN * seconds[0]
+    fits_too = _fits(workload, config, cluster, dealt) or not _fits(workload, config, cluster, row)
+    return "looped" if is_faster and fits_too else "contiguous"
+
+
+def _fits(workload: Workload, config: MergeConfig, cluster: Cluster, placement: Placement) -> bool:
+    """Whether shards fit into the cluster, and into what they are given."""
+    memory = memory_of(workload, config.runtime, cluster, placement)
+    limit = config.runtime.memory_gb
+    if limit is not None and any(need.host.total > limit * 1e9 for need in memory):
+        return False
+    return not problems_of(workload, config.runtime, cluster, placement, memory)
 
 
 def _auto_shards(runtime: RuntimeConfig) -> int:

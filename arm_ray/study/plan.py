@@ -216,7 +216,7 @@ class Study:
             mine = [cell for cell in cells if cell.seed == seed]
             run = self._open_run(name, seed, mine)
             if run is None:
-                return
+                continue
             for cell in mine:
                 try:
                     self._open_cell(cell, run)
@@ -294,6 +294,13 @@ class Study:
                     )
                 else:
                     paths[number] = run.checkpoints[part.step]
+            known_runs = [(run.series, run.seed) for run in self.runs]
+            if (part.series, seed) not in known_runs and not self._problems:
+                text = "" if seed is None else f" of seed {seed}"
+                self._problems.append(
+                    f"{where}: {part.series} has no cell{text} that is not excluded, so it is not "
+                    "trained"
+                )
         return paths
 
     def _add_model(self, model: ScoredModel) -> None:
@@ -415,10 +422,11 @@ def _with_moments(start: Merge) -> str:
         ConfigError: It is not trained here, or without saving its optimizer.
     """
     training = start.run.training
-    if training is None or not training.save_optimizer:
+    is_whole = training is not None and training.lora is None and training.runtime.zero_stage != 3
+    if training is None or not is_whole or not training.save_optimizer:
         raise ConfigError(
-            f"moments: kept needs the optimizer of {start.run.series}'s checkpoints; give it a "
-            "train with save_optimizer: true"
+            f"moments: kept needs the optimizer of {start.run.series}'s checkpoints: a series with "
+            "a train of all weights, without ZeRO-3, and with save_optimizer: true"
         )
     return start.config.candidates[-1]
 

@@ -323,8 +323,8 @@ def take_moments(optimizer: Any, checkpoint: Path) -> None:
             where=path,
             got=f"moments of {len(found)} parameters",
             expected=f"moments of {len(shapes)} parameters, each of its parameter's shape",
-            hint="name a checkpoint of a run that trained the same parameters with the same "
-            "weight_decay, or remove optimizer_from",
+            hint="name a checkpoint of a run that trained the same parameters, or remove "
+            "optimizer_from",
         )
     optimizer.load_state_dict({**content, "state": moments})
 

@@ -18,6 +18,7 @@ from arm_ray.errors import ConfigError, NumericalError
 from arm_ray.evaluation.records import read_records
 from arm_ray.events import read_events
 from arm_ray.runtime.merge.run import merge
+from arm_ray.runtime.study import run as study_run
 from arm_ray.runtime.study.run import StudyOutcome, render_study, run_study
 from arm_ray.study.config import StudyConfig
 from tests.builders.merge_case import MergeCase
@@ -317,3 +318,39 @@ def test_what_is_not_there_is_told_before_anything_starts(case: MergeCase) -> No
     with pytest.raises(ConfigError, match="1 checkpoints are not there"):
         run(given)
     assert not (case.root / "out").exists()
+
+
+@IN_PROCESS
+def test_runs_of_one_base_are_merged_with_each_other(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.make("smollm2", sizes=SERVED)
+    given = content(case)
+    given["series"]["own"] = {"train": training(case)}
+    own = {"series": "own", "step": 4}
+    given["series"]["mixed"] = {"checkpoints": {1: own, 2: {"series": "given", "step": 20}}}
+    other = case.root / "other.jsonl"
+    shutil.copy(case.root / "calibration.jsonl", other)
+    given["series"]["mixed"]["merge"] = {"calibration.path": str(other)}
+    given["axes"]["candidates"] = {"given": [[10, 20]], "own": [[4]], "mixed": [[1, 2]]}
+    kept_apart: list[str] = []
+    real = study_run.train_stage
+
+    def train_stage(config: Any, files: Any, *others: Any) -> Any:
+        kept_apart.extend(files.values())
+        return real(config, files, *others)
+
+    monkeypatch.setattr(study_run, "train_stage", train_stage)
+    done = run(given)
+    assert not done.failed
+    # What a merge of the run's checkpoints with others reads is no data to train on.
+    assert str(other) in kept_apart
+    rows = [row for row in rows_of(given) if row["series"] == "mixed"]
+    assert [row["candidates"] for row in rows if row["kind"] == "merged"] == ["1+2", "1+2"]
+    [last] = {row["last_candidate"] for row in rows if row["kind"] == "merged"}
+    models = {row["model"]: row["checkpoint"] for row in rows_of(given) if row["series"] == "given"}
+    assert models[last] == 20
+    for row in rows:
+        if row["kind"] == "merged":
+            merged = next(m for m in done.study.merges.values() if m.name == row["model"])
+            assert Path(merged.config.candidates[0]).parent.name.startswith("own")

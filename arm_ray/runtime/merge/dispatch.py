@@ -243,6 +243,7 @@ class Dispatcher:
                         index,
                         in_place_of(batch),
                         in_place_of(before),
+                        chunk.stop == end < self._job.num_groups,
                     )
                     if sends:
                         hidden[index, state] = ref

@@ -63,7 +63,7 @@ def shard_specs(
 
 
 def _partition(config: MergeConfig, inputs: MergeInputs, placement: Placement) -> Partition:
-    """`runtime.partition`, where it is auto as `arm-ray plan` would choose it."""
+    """`runtime.partition`, where it is auto as `arm-ray plan` would choose it for one node."""
     asked = config.runtime.partition
     if asked != "auto" or placement.num_shards == 1:
         return "contiguous" if asked == "auto" else asked

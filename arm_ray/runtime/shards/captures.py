@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arm_ray.errors import NumericalError
+from arm_ray.errors import NumericalError, ShardLostError
 from arm_ray.merging.method import Method
 from arm_ray.model.group import GroupOutput, GroupRunner, MaskedMeans, Wanted, output_shifts
 from arm_ray.model.layout import EMBEDDING, FINAL_NORM, LM_HEAD, ModelLayout, layer_number
@@ -67,6 +68,8 @@ class _Iteration:
     """Of one iteration: values by sample, in rows of `[different samples, …]`."""
 
     lengths: Tensor
+    # (state, layer group) -> samples that have come by.
+    arrived: Counter[tuple[str, int]] = field(default_factory=Counter)
     means: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     # (contributor, place) -> information; (place, micro-batch) -> the reference's labels.
@@ -92,9 +95,10 @@ class Captures:
         self._iterations: dict[int, _Iteration] = {}
         self._averages = MaskedMeans()
 
-    def collect(self, micro: MicroPass, output: GroupOutput) -> None:
+    def collect(self, micro: MicroPass, group: int, output: GroupOutput) -> None:
         """Take over what one layer group gave."""
         found = self._of(micro)
+        found.arrived[micro.state, group] += len(micro.positions)
         for name, mean in output.means.items():
             _put(found.means, (micro.state, name), micro, mean)
         for name, magnitude in output.magnitudes.items():
@@ -205,6 +209,25 @@ class Captures:
         for (state, _), values in (found.information if found else {}).items():
             largest[state] = max(largest.get(state, 0.0), float(values.max()))
         return largest
+
+    def check(self, plan: IterationPlan, group: int) -> None:
+        """Refuse to merge a layer group that not all samples of all states have come to.
+
+        A call to merge is queued behind the forward calls, whatever becomes of these.
+
+        Raises:
+            ShardLostError: A shard that sends hidden states here was lost before it sent them all.
+        """
+        found = self._iterations.get(plan.iteration)
+        for state in forward_states(self._method, plan):
+            arrived = 0 if found is None else found.arrived[state, group]
+            if found is None or arrived < len(found.lengths):
+                raise ShardLostError(
+                    "not all hidden states arrived",
+                    where=f"iteration {plan.iteration}, layer group {group}, {state}",
+                    got=f"{arrived} samples",
+                    hint="run the same command again to go on after the last complete iteration",
+                )
 
     def drop(self, plan: IterationPlan, names: tuple[str, ...]) -> None:
         """Let go of a merged group's activations."""

@@ -122,6 +122,7 @@ class LayerShard:
         micro_index: int,
         micro_batch: MicroBatch,
         hidden: Tensor | NDArray[np.generic] | None,
+        is_end: bool = False,
     ) -> Tensor | NDArray[np.generic] | None:
         """Run one micro-batch of one input state through a chunk of the shard's layer groups.
 
@@ -135,10 +136,11 @@ class LayerShard:
             hidden: `[batch, tokens, hidden]` from the shard before; None for the model's first
                 chunk, which embeds the token ids, and where the layers before are this shard's
                 too: it goes on with what they left here.
+            is_end: Whether no layers are run after these, though there are some.
 
         Returns:
-            The hidden states, where the layers that follow are another shard's; else None. A
-            tensor for a direct transport, an array (`pack_tensor`) for the object store.
+            The hidden states, where the layers that follow are another shard's and are run; else
+            None. A tensor for a direct transport, an array (`pack_tensor`) for the object store.
         """
         started = time.monotonic()
         # OpenMP keeps this setting for each thread, and Ray may call from another one.
@@ -147,7 +149,7 @@ class LayerShard:
             # The shard before was told first that this iteration is abandoned.
             self.abandon(min(self._last_wanted, plan.iteration - 1))
         if plan.iteration > self._last_wanted:
-            return self._nothing(chunk)
+            return None if is_end else self._nothing(chunk)
         self._read_ahead(plan, chunk)
         key = (plan.iteration, state, micro_index)
         if chunk[0] == 0:
@@ -168,13 +170,13 @@ class LayerShard:
         for index in chunk:
             weights = self._store.layers(state, index)
             output = self._runner(index).forward(weights, current, lengths, wanted)
-            self._captures.collect(micro, output)
+            self._captures.collect(micro, index, output)
             current = output.hidden
         if chunk[-1] == len(self._spec.layout.groups) - 1:
             self._captures.collect_tail(micro, current, self._runner(chunk[-1]))
         self._meter.count(forward_seconds=time.monotonic() - started)
-        if not self._spec.sends_after(chunk):
-            if chunk.stop in self._spec.groups:
+        if is_end or not self._spec.sends_after(chunk):
+            if not is_end and chunk.stop in self._spec.groups:
                 self._hidden[key] = current
             return None
         self._meter.count_sent(plan.iteration, current.nbytes)
@@ -204,6 +206,7 @@ class LayerShard:
             # Nothing may appear in the state's directory once the driver has removed it.
             self._flushes.wait()
             return None
+        self._captures.check(plan, group)
         merged = self._merging.merge(plan, group, columns, facts)
         if group == self._spec.groups[-1]:
             self._flushes.finish()
@@ -223,6 +226,9 @@ class LayerShard:
 
     def adopt(self, plan: IterationPlan, group: int, report: GroupReport) -> GroupReport:
         """Take over a layer group that is merged and written already, by a shard that is gone."""
+        if group == self._spec.groups[-1]:
+            # The groups before it are this shard's work, and perhaps still being written.
+            self._flushes.finish()
         self._release(plan, group)
         return report
 
@@ -266,6 +272,8 @@ class LayerShard:
             facts: What is known of the whole model.
         """
         torch.set_num_threads(self._spec.threads)
+        if columns is not None:
+            self._captures.check(plan, group)
         found = self._merging.measure(plan, group, columns, number, facts)
         self._store.release_unless_resident(group)
         return found
@@ -338,7 +346,7 @@ class LayerShard:
 
     def _nothing(self, chunk: range) -> Tensor | None:
         """What `forward` returns of an abandoned iteration: of the right kind, but empty."""
-        return torch.zeros(0) if self._spec.sends_after(chunk) else None
+        return torch.zeros(0, device=self._device) if self._spec.sends_after(chunk) else None
 
     def _read_ahead(self, plan: IterationPlan, chunk: range) -> None:
         following = next((group for group in self._spec.groups if group >= chunk.stop), None)

@@ -220,8 +220,10 @@ class _Work:
             return f"the model that {run} begins with, {run.start}, is not there"
         started = time.monotonic()
         files = task_files(self._study.config.evaluation)
+        checkpoints = set(run.checkpoints.values())
         for merge in self._study.merges.values():
-            if merge.run == run and merge.config.calibration is not None:
+            is_used = not checkpoints.isdisjoint(merge.config.candidates)
+            if is_used and merge.config.calibration is not None:
                 files[f"the calibration of {merge.name}"] = merge.config.calibration.path
         self._reporter.say(f"\n== training {run}")
         problem: str | None = None

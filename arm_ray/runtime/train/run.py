@@ -203,7 +203,8 @@ def _absolute(config: Any) -> Any:
     changes: dict[str, Any] = {"output": outliving(config.output).absolute()}
     if config.optimizer_from is not None:
         source = config.optimizer_from.expanduser().absolute()
-        if not (source / OPTIMIZER_NAME).is_file():
+        begins = not any(map(is_complete, changes["output"].glob("checkpoint-*")))
+        if begins and not (source / OPTIMIZER_NAME).is_file():
             raise ConfigError(
                 "there are no moments of an optimizer to begin with",
                 where="optimizer_from",
