@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,10 @@ class Run:
     training: TrainingConfig | None
     start: str | None
     level: int
+
+    def has_any(self, paths: Iterable[str]) -> bool:
+        """Whether one of these is a checkpoint of the run."""
+        return not set(self.checkpoints.values()).isdisjoint(paths)
 
     def __str__(self) -> str:
         return self.series if self.seed is None else f"{self.series}, seed {self.seed}"

@@ -173,8 +173,14 @@ class _Work:
         for merge in self._study.merges.values():
             if merge.run.level != level or not self._is_left(merge):
                 continue
-            if str(merge.run) in broken:
-                self._fail(merge, broken[str(merge.run)])
+            # It may be of checkpoints of several runs.
+            lost = [
+                broken[str(run)]
+                for run in runs
+                if str(run) in broken and run.has_any(merge.config.candidates)
+            ]
+            if lost:
+                self._fail(merge, lost[0])
             else:
                 merges.append(merge)
         batches = iter(merges)
@@ -220,10 +226,8 @@ class _Work:
             return f"the model that {run} begins with, {run.start}, is not there"
         started = time.monotonic()
         files = task_files(self._study.config.evaluation)
-        checkpoints = set(run.checkpoints.values())
         for merge in self._study.merges.values():
-            is_used = not checkpoints.isdisjoint(merge.config.candidates)
-            if is_used and merge.config.calibration is not None:
+            if run.has_any(merge.config.candidates) and merge.config.calibration is not None:
                 files[f"the calibration of {merge.name}"] = merge.config.calibration.path
         self._reporter.say(f"\n== training {run}")
         problem: str | None = None
