@@ -87,9 +87,12 @@ def test_what_decides_trained_weights() -> None:
     every, deciding = set(config.model_dump()), set(config.identity())
     assert every - deciding == {
         "output", "log_every", "stop_after", "preset", "micro_batch_size", "save_total_limit",
-        "tracking",
+        "tracking", "optimizer_from",
     }  # fmt: skip
     assert set(config.identity()["runtime"]) == {"zero_stage"}
+    # Where it is given it decides.
+    begun = config.model_copy(update={"optimizer_from": Path("/run/checkpoint-2")})
+    assert begun.identity()["optimizer_from"] == "/run/checkpoint-2"
 
 
 def test_what_decides_a_stream_of_arrivals() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from arm_ray.checkpoints.adapter_export import adapter_bytes
 from arm_ray.config import MergeConfig, RuntimeConfig
 from arm_ray.model.partition import Partition, choose_num_shards
 from arm_ray.planning.cluster import (
@@ -21,26 +20,24 @@ from arm_ray.planning.cluster import (
     remedies_of,
 )
 from arm_ray.planning.cluster import shard_memory as memory_of
+from arm_ray.planning.estimate import (
+    Estimate,
+    IterationFacts,
+    choose_partition,
+    model_bytes,
+    state_bytes,
+)
 from arm_ray.planning.memory import ActorMemory
-from arm_ray.planning.simulator import IterationTimes, Simulation, simulate
+from arm_ray.planning.simulator import Simulation
 from arm_ray.planning.sources import open_workload
-from arm_ray.planning.timing import Clock, Placement
+from arm_ray.planning.timing import Placement
 from arm_ray.planning.workload import (
     FLOAT32,
-    GroupWork,
-    StateUse,
     Workload,
-    group_work,
-    state_uses,
 )
 from arm_ray.schedule import states_needed_after
-from arm_ray.steps import most_trials
 
 _SCALING = (1, 2, 4, 8, 16, 32, 64)
-# The share of the disk and the efficiency depend on each other; this settles them.
-_DISK_ROUNDS = 3
-# Hidden states are sent more often where layers are dealt round: only for something in return.
-_GAIN = 0.95
 
 
 @dataclass(frozen=True)
@@ -75,33 +72,6 @@ class ShardFacts:
     memory: ActorMemory
     busy_s: float
     utilisation: float
-
-
-@dataclass(frozen=True)
-class IterationFacts:
-    """One iteration (or the one pass of a merge without forward passes); bytes and operations.
-
-    `seconds` is the time from the end of the iteration before to its own, without `step_s`, in
-    which the step is chosen, and `compare_s`, for the loss of the state; `forward_s` and `merge_s`
-    are summed over the shards.
-    """
-
-    iteration: int
-    regime: str
-    inputs: tuple[str, ...]
-    read_bytes: int
-    written_bytes: int
-    sent_bytes: int
-    forward_flops: float
-    capture_flops: float
-    rotation_flops: float
-    merge_flops: float
-    forward_s: float
-    merge_s: float
-    write_s: float
-    seconds: float
-    step_s: float = 0.0
-    compare_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -189,7 +159,7 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
     partition = choose_partition(workload, config, cluster, count, cluster.nodes)
     placement = place(workload, runtime, cluster, count, cluster.nodes, partition)
     memory = memory_of(workload, runtime, cluster, placement)
-    timed = _Timed(workload, config, cluster, placement)
+    timed = Estimate(workload, config, cluster, placement)
     simulation = timed.simulation
     problems = problems_of(workload, runtime, cluster, placement, memory)
     return Plan(
@@ -217,48 +187,6 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
     )
 
 
-def choose_partition(
-    workload: Workload, config: MergeConfig, cluster: Cluster, shards: int, nodes: int
-) -> Partition:
-    """`runtime.partition`, where it is auto by a simulation of both.
-
-    On the device, where a shard sends its first hidden states after one call however its layers
-    lie, they are contiguous.
-
-    Args:
-        workload: The merge.
-        config: Its configuration.
-        cluster: For the rates of the device.
-        shards: How many.
-        nodes: On how many nodes at most.
-    """
-    runtime = config.runtime
-    if runtime.partition != "auto":
-        return runtime.partition
-    turns = -(-len(workload.layout.groups) // runtime.groups_per_turn)
-    is_waiting = workload.needs_forward and runtime.residency != "device"
-    if shards == 1 or shards >= turns or not is_waiting:
-        return "contiguous"
-    row = place(workload, runtime, cluster, shards, nodes, "contiguous")
-    dealt = place(workload, runtime, cluster, shards, nodes, "looped")
-    seconds = [
-        _Timed(workload, config, cluster, placement).simulation.makespan_s
-        for placement in (row, dealt)
-    ]
-    is_faster = seconds[1] < _GAIN * seconds[0]
-    fits_too = _fits(workload, config, cluster, dealt) or not _fits(workload, config, cluster, row)
-    return "looped" if is_faster and fits_too else "contiguous"
-
-
-def _fits(workload: Workload, config: MergeConfig, cluster: Cluster, placement: Placement) -> bool:
-    """Whether shards fit into the cluster, and into what they are given."""
-    memory = memory_of(workload, config.runtime, cluster, placement)
-    limit = config.runtime.memory_gb
-    if limit is not None and any(need.host.total > limit * 1e9 for need in memory):
-        return False
-    return not problems_of(workload, config.runtime, cluster, placement, memory)
-
-
 def _auto_shards(runtime: RuntimeConfig) -> int:
     """Shards on this machine's CPU slots, as `plan_placement` counts them."""
     if runtime.layer_shards != "auto":
@@ -281,132 +209,6 @@ def _num_shards(
     return choose_num_shards(runtime.layer_shards, places, runtime.most_shards(groups))
 
 
-class _Timed:
-    """Times and sums of one placement."""
-
-    def __init__(
-        self, workload: Workload, config: MergeConfig, cluster: Cluster, placement: Placement
-    ) -> None:
-        self._workload, self._config, self._placement = workload, config, placement
-        self._uses = state_uses(workload)
-        device = cluster.device
-        # Shards that wait for others leave the node's disk to those that work.
-        users = float(placement.per_node)
-        for _ in range(_DISK_ROUNDS):
-            self._clock = Clock(workload, config.runtime, device, placement, users)
-            self.simulation = simulate(self._times(), config.runtime.lookahead)
-            users = max(1.0, placement.per_node * self.simulation.efficiency)
-        share = device.bandwidth_efficiency * placement.nodes
-        given = sum(_state_bytes(workload, state) for state in workload.dtypes)
-        state = FLOAT32 * workload.parameters
-        exported = state / device.disk_read + _model_bytes(workload, config) / device.disk_write
-        self.check_s = given / device.disk_read / share if workload.needs_forward else 0.0
-        self.export_s = exported / share if workload.needs_forward else 0.0
-
-    def facts(self) -> tuple[IterationFacts, ...]:
-        """One row for each iteration, or one for the only pass."""
-        if not self._workload.needs_forward:
-            return (self._linear_facts(),)
-        ends = (0.0, *self.simulation.finished_s)
-        return tuple(
-            self._iteration_facts(use, ends[i + 1] - ends[i]) for i, use in enumerate(self._uses)
-        )
-
-    def _step_s(self, use: StateUse) -> float:
-        """Seconds of the rounds in which an iteration's step is chosen, one after the other."""
-        samples = self._workload.step_samples
-        if not samples:
-            return 0.0
-        rounds, check = most_trials(self._config.schedule, len(use.plan.contributors))
-        known = int(use.plan.previous != use.plan.reference)
-        sizes = [(rounds[0], rounds[0] - 1), *((n, n) for n in rounds[1:])]
-        seconds = sum(self._losses_s(samples, subjects, tried) for subjects, tried in sizes)
-        return seconds + self._losses_s(self._workload.check_samples, check + known, check - 1)
-
-    @property
-    def compare_s(self) -> float:
-        """Seconds of the loss of one state on the samples that models are compared on."""
-        return self._losses_s(self._workload.compared_samples[0], 1, 0)
-
-    @property
-    def final_compare_s(self) -> float:
-        """Seconds of the checkpoints' losses, and of the final ones."""
-        checkpoints = len(self._workload.dtypes)
-        compared, final = self._workload.compared_samples
-        return self._losses_s(compared, checkpoints, 0) + self._losses_s(final, checkpoints + 1, 0)
-
-    def _losses_s(self, samples: int, subjects: int, tried: int) -> float:
-        if not samples:
-            return 0.0
-        return simulate([self._clock.losses(samples, subjects, tried)], 0).makespan_s
-
-    def _times(self) -> list[IterationTimes]:
-        if self._workload.needs_forward:
-            return self._clock.iterations(self._uses)
-        model = _model_bytes(self._workload, self._config)
-        return [self._clock.linear_pass(self._uses, self._written(), model)]
-
-    def _written(self) -> int:
-        """States that a linear pass writes."""
-        if self._config.keep_states == "all":
-            return len(self._uses)
-        # An adapter is made from the last state, also where none is kept.
-        makes_adapter = self._config.output_format == "adapter"
-        return int(self._config.keep_states == "last" or makes_adapter)
-
-    def _iteration_facts(self, use: StateUse, seconds: float) -> IterationFacts:
-        workload, plan = self._workload, use.plan
-        groups = range(len(workload.layout.groups))
-        work = sum((group_work(workload, g, len(plan.inputs)) for g in groups), GroupWork())
-        parts = [self._clock.group(use, g) for g in groups]
-        calls = workload.micro_batches * len(plan.inputs)
-        from_disk = use.read if self._config.runtime.residency == "disk" else use.loaded
-        return IterationFacts(
-            iteration=plan.iteration,
-            regime=plan.regime,
-            inputs=plan.inputs,
-            read_bytes=sum(_state_bytes(workload, state) for state in from_disk),
-            written_bytes=FLOAT32 * workload.parameters,
-            sent_bytes=calls * workload.hidden_bytes * self._placement.num_sends,
-            forward_flops=work.forward_flops,
-            capture_flops=work.capture_flops,
-            rotation_flops=work.rotation_flops,
-            merge_flops=work.merge_flops,
-            forward_s=sum(calls * p.forward_call + p.forward_once for p in parts),
-            merge_s=sum(p.rotation + p.elementwise for p in parts),
-            write_s=sum(p.write for p in parts),
-            seconds=seconds,
-            step_s=self._step_s(use),
-            compare_s=self.compare_s,
-        )
-
-    def _linear_facts(self) -> IterationFacts:
-        workload = self._workload
-        groups = range(len(workload.layout.groups))
-        flops = sum(
-            group_work(workload, g, len(use.plan.inputs)).merge_flops
-            for use in self._uses
-            for g in groups
-        )
-        state = FLOAT32 * workload.parameters
-        return IterationFacts(
-            iteration=len(self._uses),
-            regime="all in one pass",
-            inputs=tuple(workload.dtypes),
-            read_bytes=sum(_state_bytes(workload, name) for name in workload.dtypes),
-            written_bytes=self._written() * state + _model_bytes(workload, self._config),
-            sent_bytes=0,
-            forward_flops=0.0,
-            capture_flops=0.0,
-            rotation_flops=0.0,
-            merge_flops=flops,
-            forward_s=0.0,
-            merge_s=sum(self.simulation.busy_s),
-            write_s=0.0,
-            seconds=self.simulation.makespan_s,
-        )
-
-
 def _scaling(
     workload: Workload,
     config: MergeConfig,
@@ -423,27 +225,14 @@ def _scaling(
     for count in counts:
         nodes = -(-count // chosen.per_node)
         placement = place(workload, config.runtime, cluster, count, nodes, partition)
-        simulation = _Timed(workload, config, cluster, placement).simulation
+        simulation = Estimate(workload, config, cluster, placement).simulation
         points.append(ScalePoint(count, simulation.makespan_s, simulation.efficiency))
     return tuple(points)
 
 
-def _state_bytes(workload: Workload, state: str) -> int:
-    return sum(workload.group_bytes(state, g) for g in range(len(workload.layout.groups)))
-
-
-def _model_bytes(workload: Workload, config: MergeConfig) -> int:
-    """Of the final model; of an adapter, the most that it takes."""
-    if config.output_format == "adapter":
-        layout = workload.layout
-        return adapter_bytes(layout.shapes, layout.rotated, config.adapter_rank)
-    dtypes = workload.storage_dtypes
-    return sum(workload.elements(n) * dtypes[n].itemsize for n in workload.layout.shapes)
-
-
 def _model_facts(workload: Workload, config: MergeConfig) -> ModelFacts:
     layout = workload.layout
-    given = [_state_bytes(workload, state) for state in workload.dtypes]
+    given = [state_bytes(workload, state) for state in workload.dtypes]
     return ModelFacts(
         family=str(layout.config.model_type),
         parameters=workload.parameters,
@@ -455,7 +244,7 @@ def _model_facts(workload: Workload, config: MergeConfig) -> ModelFacts:
         base_bytes=given[0],
         candidate_bytes=tuple(given[1:]),
         state_bytes=FLOAT32 * workload.parameters,
-        model_bytes=_model_bytes(workload, config),
+        model_bytes=model_bytes(workload, config),
         compute_dtype=str(workload.compute_dtype).removeprefix("torch."),
         samples=workload.samples,
         tokens_per_sample=workload.tokens,
@@ -490,6 +279,6 @@ def _disk_facts(config: MergeConfig, workload: Workload) -> DiskFacts:
         )
         # The best state so far stays, where models are compared.
         most = min(total, max(needed) + 1 + config.compares_losses)
-    state, model = FLOAT32 * workload.parameters, _model_bytes(workload, config)
+    state, model = FLOAT32 * workload.parameters, model_bytes(workload, config)
     kept = {"all": total, "last": 1, "none": 0}[config.keep_states]
     return DiskFacts(most, kept, state, model, most * state + model)

@@ -28,11 +28,10 @@ from arm_ray.errors import ArmRayError, ConfigError
 from arm_ray.identity import identity
 from arm_ray.merging.method import open_method
 from arm_ray.schedule import merge_sizes
-from arm_ray.study.config import SeriesConfig, StepOf, StudyConfig
+from arm_ray.study.config import StudyConfig
 from arm_ray.study.grid import (
     CALIBRATION_SEED,
     SEED,
-    SERIES,
     Cell,
     Grid,
     matches,
@@ -40,6 +39,13 @@ from arm_ray.study.grid import (
     with_dotted,
 )
 from arm_ray.study.parts import Merge, Run, ScoredModel, saved_steps
+from arm_ray.study.series import (
+    check_series,
+    given_checkpoints,
+    in_order,
+    needed_by,
+    with_moments,
+)
 from arm_ray.study.shown import check_shown
 from arm_ray.training.config import GrpoConfig, SftConfig, TrainingConfig, parse_training_config
 
@@ -84,8 +90,8 @@ class Study:
         # What is wrong -> the cells that it is wrong with.
         self._failures: dict[str, list[Cell]] = {}
         self._problems += own_key_problems(config.merge, "merge")
-        for name, series in config.series.items():
-            self._check_series(name, series)
+        for name in config.series:
+            check_series(self._grid, name)
         if isinstance(config.checkpoints, dict):
             for name in config.checkpoints:
                 if name not in config.series:
@@ -93,7 +99,7 @@ class Study:
                         f"checkpoints: there is no series {name!r}", name, config.series
                     )
         if not self._problems:
-            for name in self._in_order():
+            for name in in_order(self._grid):
                 self._open_series(name)
             for text, found in self._failures.items():
                 more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
@@ -145,71 +151,6 @@ class Study:
         """The run whose checkpoints a cell merges. Its merge may be another run's as well."""
         return next(r for r in self.runs if (r.series, r.seed) == (cell.series, cell.seed))
 
-    def _check_series(self, name: str, series: SeriesConfig) -> None:
-        where = f"series.{name}"
-        if (series.train is None) == (series.checkpoints is None):
-            self._problems.append(f"{where}: give exactly one of train and checkpoints")
-        if series.start_from is not None:
-            if series.train is None:
-                self._problems.append(f"{where}.start_from: is for a series with train")
-            if series.base is not None:
-                self._problems.append(f"{where}.start_from: takes the place of base; remove one")
-            if SERIES not in series.start_from:
-                self._problems.append(f"{where}.start_from: names no series")
-            self._grid.check(series.start_from, f"{where}.start_from")
-        elif series.moments == "kept":
-            self._problems.append(f"{where}.moments: kept is for a series with start_from")
-        elif series.base is None and self.config.base is None:
-            self._problems.append(f"{where}.base: required, as the study has no base")
-        self._problems += own_key_problems(series.merge, f"{where}.merge")
-        taken = [
-            "model",
-            "output",
-            "stop_after",
-            "optimizer_from",
-            *([SEED] if SEED in self.axes else []),
-        ]
-        self._problems += [
-            f"{where}.train.{key}: is set by the study; remove it here"
-            for key in taken
-            if key in (series.train or {})
-        ]
-        seeds = self.axes.get(SEED, []) if name in self.axes[SERIES] else []
-        given = (series.checkpoints or {}).values()
-        paths = [path for path in given if isinstance(path, str)]
-        if len(seeds) > 1 and any("{seed}" not in path for path in paths):
-            self._problems.append(
-                f"{where}.checkpoints: are the same for all of axes.seed; put {{seed}} into each "
-                "path"
-            )
-        for other in (part.series for part in given if isinstance(part, StepOf)):
-            if other not in self.axes[SERIES]:
-                self._grid.note(
-                    f"{where}.checkpoints: there is no series {other!r}", other, self.axes[SERIES]
-                )
-
-    def _in_order(self) -> list[str]:
-        """The series, each after those that it begins with or takes checkpoints of."""
-        waiting = [str(name) for name in self.axes[SERIES]]
-        done: list[str] = []
-        while waiting:
-            ready = [name for name in waiting if self._before(name) <= {*done}]
-            if not ready:
-                self._problems.append(
-                    f"series: {', '.join(waiting)} need each other, by start_from or checkpoints, "
-                    "or a series that is no label of axes.series"
-                )
-                return []
-            done += ready
-            waiting = [name for name in waiting if name not in ready]
-        return done
-
-    def _before(self, name: str) -> set[str]:
-        series = self.config.series[name]
-        given = (series.checkpoints or {}).values()
-        found = {part.series for part in given if isinstance(part, StepOf)}
-        return found | ({str(series.start_from[SERIES])} if series.start_from else set())
-
     def _open_series(self, name: str) -> None:
         cells = list(self._grid.cells(name))
         for seed in dict.fromkeys(cell.seed for cell in cells):
@@ -242,7 +183,7 @@ class Study:
             self._problems.append(f"series.{name}.train: {_text(error)}")
             return None
         if training is None:
-            paths = self._given(name, series, seed, base)
+            paths = given_checkpoints(self._grid, name, seed, base, self.runs)
             if len(paths) < len(series.checkpoints or {}):
                 return None
             saved, label = sorted(paths), _slug(name if seed is None else f"{name}-seed{seed}")
@@ -256,7 +197,7 @@ class Study:
                 + ", ".join(map(str, saved))
             )
             return None
-        others = [run.level for run in self.runs if run.series in self._before(name)]
+        others = [run.level for run in self.runs if run.series in needed_by(series)]
         level = max(others, default=0) if start is None else start.run.level + 1
         names = {step: self._names.setdefault(paths[step], f"{label}-{step}") for step in steps}
         run = Run(name, seed, base, base_model, root, paths, names, training,
@@ -267,41 +208,6 @@ class Study:
         for step in steps:
             self._add_model(ScoredModel(names[step], paths[step], base, run))
         return run
-
-    def _given(
-        self, name: str, series: SeriesConfig, seed: int | None, base: str
-    ) -> dict[int, str]:
-        """Step -> path of a series that is not trained."""
-        paths = {}
-        for number, part in (series.checkpoints or {}).items():
-            if isinstance(part, str):
-                paths[number] = part.replace("{seed}", str(seed))
-                continue
-            where = f"series.{name}.checkpoints.{number}"
-            for run in self.runs:
-                if (run.series, run.seed) != (part.series, seed):
-                    continue
-                if run.base != base:
-                    self._problems.append(
-                        f"{where}: {part.series} begins with {run.base}, and {name} with {base}; "
-                        "expected the same base"
-                    )
-                elif part.step not in run.checkpoints:
-                    known = ", ".join(map(str, run.checkpoints))
-                    self._problems.append(
-                        f"{where}: no merge of {part.series} uses step {part.step}; add it to "
-                        f"checkpoints.{part.series}, or take one of {known}"
-                    )
-                else:
-                    paths[number] = run.checkpoints[part.step]
-            known_runs = [(run.series, run.seed) for run in self.runs]
-            if (part.series, seed) not in known_runs and not self._problems:
-                text = "" if seed is None else f" of seed {seed}"
-                self._problems.append(
-                    f"{where}: {part.series} has no cell{text} that is not excluded, so it is not "
-                    "trained"
-                )
-        return paths
 
     def _add_model(self, model: ScoredModel) -> None:
         known = self.models.setdefault(model.name, model)
@@ -341,7 +247,7 @@ class Study:
         if seed is not None:
             content[SEED] = seed
         if start is not None and series.moments == "kept":
-            content["optimizer_from"] = _with_moments(start)
+            content["optimizer_from"] = with_moments(start)
         model = SftConfig if series.job == "sft" else GrpoConfig
         parsed: TrainingConfig = parse_training_config(model, content, source="train")
         if parsed.save_total_limit is not None:
@@ -413,22 +319,6 @@ class Study:
         if known is None:
             known = self._names[digest] = f"{_slug(label)[:_LONGEST_LABEL]}-{digest}"
         return known
-
-
-def _with_moments(start: Merge) -> str:
-    """The checkpoint whose optimizer a series takes over that begins with a merge.
-
-    Raises:
-        ConfigError: It is not trained here, or without saving its optimizer.
-    """
-    training = start.run.training
-    is_whole = training is not None and training.lora is None and training.runtime.zero_stage != 3
-    if training is None or not is_whole or not training.save_optimizer:
-        raise ConfigError(
-            f"moments: kept needs the optimizer of {start.run.series}'s checkpoints: a series with "
-            "a train of all weights, without ZeRO-3, and with save_optimizer: true"
-        )
-    return start.config.candidates[-1]
 
 
 def _key(cell: Cell) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from arm_ray.errors import PlacementError
 from arm_ray.merging.method import Method
 from arm_ray.model.partition import Partition, choose_balance, partition_layers
 from arm_ray.planning.cluster import make_cluster
+from arm_ray.planning.estimate import choose_partition
 from arm_ray.planning.memory import actor_memory
-from arm_ray.planning.plan import choose_partition
 from arm_ray.planning.sources import workload_of
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.shards.placement import Placement
