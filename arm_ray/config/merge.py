@@ -177,9 +177,10 @@ class RuntimeConfig(Section):
     """Whether shards are placed anew, between two iterations, once nodes have joined the cluster,
     and on fewer places than `layer_shards` once nodes have left."""
 
-    def most_shards(self, num_groups: int) -> int:
-        """How many shards so many layer groups are enough for."""
-        return -(-num_groups // self.groups_per_turn) if self.partition == "looped" else num_groups
+    def most_shards(self, num_groups: int, partition: str | None = None) -> int:
+        """How many shards so many layer groups are enough for; None: with `partition` as it is."""
+        turn = self.groups_per_turn if (partition or self.partition) == "looped" else 1
+        return -(-num_groups // turn)
 
     @property
     def scratch_path(self) -> Path:

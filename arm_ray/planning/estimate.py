@@ -72,7 +72,7 @@ def choose_partition(
     runtime = config.runtime
     if runtime.partition != "auto":
         return runtime.partition
-    turns = -(-len(workload.layout.groups) // runtime.groups_per_turn)
+    turns = runtime.most_shards(len(workload.layout.groups), "looped")
     is_waiting = workload.needs_forward and runtime.residency != "device"
     if shards == 1 or shards >= turns or not is_waiting:
         return "contiguous"

@@ -217,9 +217,7 @@ def _scaling(
     partition: Partition,
 ) -> tuple[ScalePoint, ...]:
     """Other numbers of actors, with as many on a node as in the plan. Memory is not looked at."""
-    groups = len(workload.layout.groups)
-    if partition == "looped":
-        groups = -(-groups // config.runtime.groups_per_turn)
+    groups = config.runtime.most_shards(len(workload.layout.groups), partition)
     counts = sorted({*(n for n in _SCALING if n <= groups), len(chosen.shards)})
     points = []
     for count in counts:

@@ -13,9 +13,8 @@ from arm_ray.config import ScheduleConfig
 from arm_ray.merging.method import Method
 from arm_ray.merging.similarity import SimilaritySums
 from arm_ray.model.layout import ModelLayout
-from arm_ray.model.partition import chunks_of
+from arm_ray.model.partition import Residency, chunks_of
 from arm_ray.runtime.shards.transport import Transport
-from arm_ray.runtime.shards.weights import Residency
 from arm_ray.schedule import BASE, INITIAL
 
 

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,9 @@ from arm_ray.checkpoints.validation import check_second_moments
 from arm_ray.errors import about
 from arm_ray.merging.alignment import aligned
 from arm_ray.model.layout import EMBEDDING, ModelLayout, is_layer_tensor
+from arm_ray.model.partition import Residency
 from arm_ray.runtime.shards.meter import RateLimit
 from arm_ray.schedule import iteration_of
-
-Residency = Literal["device", "host", "disk"]
 
 
 class WeightStore:
