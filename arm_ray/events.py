@@ -51,7 +51,7 @@ class Warned(Event):
 
 @dataclass(frozen=True)
 class IterationFinished(Event):
-    """A state is complete and on disk.
+    """A state is complete: in memory, or on its way to the disk too (`bytes_written`).
 
     `weight_cosine` is cos(W_t, W_(t-1)); `task_vector_cosine` is
     cos(W_t - W_base, W_(t-1) - W_base), null where one of them is zero. `busy_seconds` are each
@@ -167,6 +167,16 @@ class ModelScored(Event):
     samples: int = 0
     tokens: int = 0
     fetched_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class StateWritten(Event):
+    """A merged state is on disk; `seconds` are those that the slowest shard took to write it."""
+
+    name: ClassVar[str] = "state_written"
+    iteration: int
+    num_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)

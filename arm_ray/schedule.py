@@ -176,6 +176,12 @@ def states_read_after(schedule: ScheduleConfig, num_candidates: int, iteration: 
     return read
 
 
+def states_run_after(schedule: ScheduleConfig, num_candidates: int, iteration: int) -> set[str]:
+    """Names of all states that later iterations merge; they read others to compare with them."""
+    later = range(iteration + 1, schedule.max_iterations + 1)
+    return {s for t in later for s in plan_iteration(schedule, num_candidates, t).inputs}
+
+
 def states_needed_after(schedule: ScheduleConfig, num_candidates: int, iteration: int) -> set[str]:
     """Merged states that must survive `iteration` for the run to go on or to end there."""
     made = {state_name(t) for t in range(1, iteration + 1)}

@@ -174,7 +174,7 @@ def merge_in_this_process(base: Path, candidate: Path, run: Path, residency: str
     micro = micro_batches(different, max_tokens=settings.micro_batch_tokens, max_samples=64)
     plan = plan_iteration(config.schedule, 1, 1)
     now = tell("open", now)
-    shard.on_files("check_weights")
+    shard.on("files", "check_weights")
     now = tell("check weights", now)
     # In the order in which the driver submits it.
     for chunk in spec.chunks:
@@ -188,7 +188,7 @@ def merge_in_this_process(base: Path, candidate: Path, run: Path, residency: str
     model.mkdir()
     sizes = int(settings.max_weight_file_gb * 1e9)
     for file in states.plan_export(layout.shapes, inputs.storage_dtypes, sizes):
-        shard.on_files("export", model, file, 1)
+        shard.on("files", "export", model, file, 1)
     tell("final model", now)
     io = parse_io(Path("/proc/self/io").read_text(encoding="utf-8"))
     print(json.dumps({"io": io, "forward": shard.take_usage(0).forward_seconds}), flush=True)

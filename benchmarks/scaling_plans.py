@@ -12,10 +12,12 @@ from functools import cache
 
 from arm_ray.config import MergeConfig, load_merge_config
 from arm_ray.planning.cluster import make_cluster, place
+from arm_ray.planning.estimate import choose_partition
 from arm_ray.planning.memory import Peak
 from arm_ray.planning.plan import Plan, ShardFacts, make_plan
 from arm_ray.planning.simulator import Simulation, simulate
 from arm_ray.planning.sources import open_workload
+from arm_ray.planning.state_life import state_life
 from arm_ray.planning.timing import Clock
 from arm_ray.planning.workload import group_work, state_uses
 
@@ -26,9 +28,7 @@ GB = 1e9
 
 
 def config(model: str, *overrides: str) -> MergeConfig:
-    """An example plan's configuration; a row of layers for each shard where nothing is said."""
-    if not any(text.startswith("runtime.partition=") for text in overrides):
-        overrides = ("runtime.partition=contiguous", *overrides)
+    """An example plan's configuration."""
     return load_merge_config(f"examples/plans/{model}.yaml", overrides)
 
 
@@ -57,8 +57,12 @@ def bubbles(model: str, shards: int, *overrides: str) -> Simulation:
     cluster = make_cluster(found.runtime, gpus=shards, device="h100-80gb")
     device = replace(cluster.device, disk_read=1e30, disk_write=1e30)
     workload, _ = open_workload(found)
-    placement = place(workload, found.runtime, cluster, shards, -(-shards // 8))
-    times = Clock(workload, found.runtime, device, placement, 1.0).iterations(state_uses(workload))
+    nodes = -(-shards // 8)
+    partition = choose_partition(workload, found, cluster, shards, nodes)
+    placement = place(workload, found.runtime, cluster, shards, nodes, partition)
+    clock = Clock(workload, found.runtime, device, placement, 1.0)
+    life = state_life(found, workload.num_candidates, None)
+    times = clock.iterations(state_uses(workload), life)
     return simulate(times, found.runtime.lookahead)
 
 
@@ -273,13 +277,13 @@ def pipeline() -> None:
 def disk() -> None:
     """Room for states, and the bandwidth that writing them takes."""
     for model in LARGE:
-        for keep in ("all", "last"):
+        for keep in ("all", "last", "none"):
             d = plan(model, 8, f"keep_states={keep}").disk
             row(model, keep, d.most_states, d.kept_states, d.needed_bytes / 1e12)
         for gpus in GPUS:
             s = bubbles(model, gpus)
             t = s.finished_s
-            written = plan(model, 8).iterations[0].written_bytes
+            written = plan(model, 8, "keep_states=all").iterations[0].written_bytes
             row(
                 model,
                 gpus,

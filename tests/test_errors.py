@@ -67,5 +67,5 @@ def test_a_candidate_with_nan_is_the_subject(case: MergeCase) -> None:
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     save(model, Path(config.candidates[1]))
     with pytest.raises(CorruptCheckpointError) as caught:
-        DirectShard(config).shard.on_files("check_weights")
+        DirectShard(config).shard.on("files", "check_weights")
     assert caught.value.subject == "candidate-2"

@@ -22,7 +22,7 @@ from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.output.run_directory import RunDirectory, SpaceNeeds, open_run
 from arm_ray.runtime.shards import placement
-from arm_ray.runtime.shards.write_behind import WriteBehind
+from arm_ray.runtime.shards.pieces import WriteBehind
 from tests.builders.checkpoints import assert_same_bits, load_all
 from tests.builders.merge_case import MergeCase
 from tests.builders.shards import DirectShard

@@ -125,6 +125,11 @@ def read_manifest(directory: Path) -> StateManifest | None:
         return None
 
 
+def is_published(run: Path, iteration: int) -> bool:
+    """Whether a state is complete, here or in parts on the nodes."""
+    return (state_directory(run, iteration) / MANIFEST_NAME).is_file()
+
+
 def state_directories(run: Path) -> dict[int, Path]:
     """Iteration -> directory, of all states of a run, complete or not; other names are not ours."""
     root = run / "states"

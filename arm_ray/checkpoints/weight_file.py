@@ -193,7 +193,7 @@ class WeightFileWriter:
     @property
     def num_bytes(self) -> int:
         """Size of the whole file."""
-        return len(_encode_header(self._specs)) + sum(spec.num_bytes for spec in self._specs)
+        return weight_file_bytes(self._specs)
 
     def __enter__(self) -> WeightFileWriter:
         file = self._context.__enter__()
@@ -215,6 +215,11 @@ class WeightFileWriter:
             self._context.__exit__(ValueError, incomplete, None)
             raise incomplete
         self._context.__exit__(kind, error, trace)
+
+
+def weight_file_bytes(specs: Sequence[TensorSpec]) -> int:
+    """Size of a weight file of these tensors."""
+    return len(_encode_header(specs)) + sum(spec.num_bytes for spec in specs)
 
 
 def write_weight_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> int:
@@ -259,7 +264,7 @@ class SharedWeightFile:
     def create(self) -> int:
         """Make the file: its header, and room for the data; returns its size in bytes."""
         header = _encode_header(self.specs)
-        size = len(header) + sum(spec.num_bytes for spec in self.specs)
+        size = weight_file_bytes(self.specs)
         with self.path.open("wb") as file:
             file.write(header)
             file.truncate(size)
@@ -289,6 +294,10 @@ class SharedWriter:
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor in the file."""
+        return self._places[name][1].dtype
 
     def write(self, name: str, first_row: int, rows: Tensor) -> int:
         """Write some rows of a tensor, cast to the dtype of the file; returns bytes."""

@@ -5,7 +5,6 @@ from arm_ray.config.merge import (
     CalibrationConfig,
     MergeConfig,
     PrecisionConfig,
-    RuntimeConfig,
     ScheduleConfig,
     config_difference,
     load_merge_config,
@@ -13,6 +12,7 @@ from arm_ray.config.merge import (
     state_settings,
 )
 from arm_ray.config.reading import overridden, read_yaml, to_yaml, validate
+from arm_ray.config.runtime import RuntimeConfig
 from arm_ray.config.sections import (
     DataConfig,
     DTypeOrAuto,

@@ -196,3 +196,7 @@ class EvaluationSettings:
     def task_settings(self) -> tuple[TaskSettings, ...]:
         """The tasks, in full."""
         return tuple(TaskSettings(t) if isinstance(t, str) else t for t in self.tasks)
+
+    def is_due(self, iteration: int, last: int) -> bool:
+        """Whether the state of an iteration is scored, given the last one of the schedule."""
+        return iteration % self.every == 0 or iteration == last

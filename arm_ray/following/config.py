@@ -101,6 +101,9 @@ class SharingConfig(Section):
     use_gpus: bool = False
     """Whether merges and engines may take GPUs that Ray holds for free. A trainer that was not
     started by this Ray has GPUs that Ray knows nothing of."""
+    keep_shards: bool = True
+    """Whether layer shards, with the base's weights in host memory, stay between merges, so that
+    the next one begins at once. They hold their CPUs, and a GPU's context, meanwhile."""
     when_full: Literal["wait", "cpu", "labelled", "skip"] = "wait"
     """What to do where the engines cannot be placed within their time: wait on, use CPUs, use the
     nodes with `resources`, or publish without scores."""

@@ -181,10 +181,17 @@ def _fewest_gpus(
     capacity = cluster.memory_per_shard(runtime)
     groups = runtime.most_shards(len(workload.layout.groups))
 
+    kinds: list[Partition | None] = [None]
+    if runtime.partition == "auto" and runtime.residency == "device" and workload.needs_forward:
+        kinds = ["contiguous", "looped"]
+
     def need(shards: int) -> tuple[int, list[ActorMemory]]:
-        placement = place(workload, runtime, cluster, shards, 1)
-        memory = shard_memory(workload, runtime, cluster, placement)
-        return max(m.limiting.total for m in memory), memory
+        found = []
+        for partition in kinds:
+            placement = place(workload, runtime, cluster, shards, 1, partition)
+            memory = shard_memory(workload, runtime, cluster, placement)
+            found.append((max(m.limiting.total for m in memory), memory))
+        return min(found, key=lambda each: each[0])
 
     # The first and the last shard hold the hidden states of one neighbour, those between of two:
     # only from three shards on do more shards mean less memory for each.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arm_ray.checkpoints.adapter_export import adapter_bytes
 from arm_ray.config import MergeConfig
@@ -10,6 +10,13 @@ from arm_ray.model.partition import Partition
 from arm_ray.planning.cluster import Cluster, place, problems_of
 from arm_ray.planning.cluster import shard_memory as memory_of
 from arm_ray.planning.simulator import IterationTimes, simulate
+from arm_ray.planning.state_life import (
+    StateLife,
+    best_interval,
+    linear_life,
+    state_life,
+    wants_last,
+)
 from arm_ray.planning.timing import Clock, Placement
 from arm_ray.planning.workload import (
     FLOAT32,
@@ -19,6 +26,7 @@ from arm_ray.planning.workload import (
     group_work,
     state_uses,
 )
+from arm_ray.schedule import iterations_needed_after
 from arm_ray.steps import most_trials
 
 # The share of the disk and the efficiency depend on each other; this settles them.
@@ -60,7 +68,8 @@ def choose_partition(
     """`runtime.partition`, where it is auto by a simulation of both.
 
     On the device, where a shard sends its first hidden states after one call however its layers
-    lie, they are contiguous.
+    lie, they are contiguous, unless only the other one fits: layers that are dealt round need
+    copies in the compute dtype of one group at a time.
 
     Args:
         workload: The merge.
@@ -73,18 +82,20 @@ def choose_partition(
     if runtime.partition != "auto":
         return runtime.partition
     turns = runtime.most_shards(len(workload.layout.groups), "looped")
-    is_waiting = workload.needs_forward and runtime.residency != "device"
-    if shards == 1 or shards >= turns or not is_waiting:
+    if shards == 1 or shards >= turns or not workload.needs_forward:
         return "contiguous"
     row = place(workload, runtime, cluster, shards, nodes, "contiguous")
     dealt = place(workload, runtime, cluster, shards, nodes, "looped")
+    fits_row, fits_dealt = (_fits(workload, config, cluster, each) for each in (row, dealt))
+    if runtime.residency == "device":
+        return "looped" if fits_dealt and not fits_row else "contiguous"
+    life = state_life(config, workload.num_candidates, None)
     seconds = [
-        Estimate(workload, config, cluster, placement).simulation.makespan_s
+        Estimate(workload, config, cluster, placement, life).simulation.makespan_s
         for placement in (row, dealt)
     ]
     is_faster = seconds[1] < _GAIN * seconds[0]
-    fits_too = _fits(workload, config, cluster, dealt) or not _fits(workload, config, cluster, row)
-    return "looped" if is_faster and fits_too else "contiguous"
+    return "looped" if is_faster and (fits_dealt or not fits_row) else "contiguous"
 
 
 def _fits(workload: Workload, config: MergeConfig, cluster: Cluster, placement: Placement) -> bool:
@@ -96,13 +107,58 @@ def _fits(workload: Workload, config: MergeConfig, cluster: Cluster, placement: 
     return not problems_of(workload, config.runtime, cluster, placement, memory)
 
 
+def life_of(
+    workload: Workload,
+    config: MergeConfig,
+    cluster: Cluster,
+    placement: Placement,
+    last: int | None = None,
+) -> StateLife:
+    """What becomes of a merge's states, with `runtime.recovery_every` by an estimate if it is auto.
+
+    Args:
+        workload: The merge.
+        config: Its configuration.
+        cluster: For the rates of the device.
+        placement: The shards.
+        last: The iteration that the merge is halted after; None: it is not.
+    """
+    asked, schedule, count = config.runtime.recovery_every, config.schedule, workload.num_candidates
+    if not workload.needs_forward:
+        return linear_life(config, last)
+    never = state_life(config, count, None, last)
+    timed = Estimate(workload, config, cluster, placement, never)
+    seconds = sum(row.seconds + row.step_s + row.compare_s for row in timed.facts())
+    iteration_s = seconds / schedule.max_iterations
+    every = None if isinstance(asked, str) else asked
+    if asked == "auto" and len(never.written) < never.last:
+        needed = iterations_needed_after(schedule, count, schedule.max_iterations - 1)
+        write_s = len(needed) * FLOAT32 * workload.parameters / timed.disk_write
+        every = best_interval(iteration_s, write_s)
+    return replace(state_life(config, count, every, last), iteration_s=iteration_s)
+
+
 class Estimate:
-    """Times and sums of one placement."""
+    """Times and sums of one placement.
+
+    Args:
+        workload: The merge.
+        config: Its configuration.
+        cluster: For the rates of the device.
+        placement: The shards.
+        life: Which states are written.
+    """
 
     def __init__(
-        self, workload: Workload, config: MergeConfig, cluster: Cluster, placement: Placement
+        self,
+        workload: Workload,
+        config: MergeConfig,
+        cluster: Cluster,
+        placement: Placement,
+        life: StateLife,
     ) -> None:
         self._workload, self._config, self._placement = workload, config, placement
+        self._life = life
         self._uses = state_uses(workload)
         device = cluster.device
         # Shards that wait for others leave the node's disk to those that work.
@@ -112,11 +168,20 @@ class Estimate:
             self.simulation = simulate(self._times(), config.runtime.lookahead)
             users = max(1.0, placement.per_node * self.simulation.efficiency)
         share = device.bandwidth_efficiency * placement.nodes
+        self.disk_write = share * device.disk_write
         given = sum(state_bytes(workload, state) for state in workload.dtypes)
-        state = FLOAT32 * workload.parameters
-        exported = state / device.disk_read + model_bytes(workload, config) / device.disk_write
         self.check_s = given / device.disk_read / share if workload.needs_forward else 0.0
-        self.export_s = exported / share if workload.needs_forward else 0.0
+        self.export_s = self._export_s(share * device.disk_read)
+
+    def _export_s(self, disk_read: float) -> float:
+        """Seconds to write the model, and the last state where only its end makes it wanted."""
+        workload, config = self._workload, self._config
+        if not workload.needs_forward:
+            return 0.0
+        state, life = FLOAT32 * workload.parameters, self._life
+        late = state if wants_last(config) and life.last not in life.written else 0
+        seconds = (model_bytes(workload, config) + late) / self.disk_write
+        return seconds + (state / disk_read if config.runtime.residency == "disk" else 0.0)
 
     def facts(self) -> tuple[IterationFacts, ...]:
         """One row for each iteration, or one for the only pass."""
@@ -157,17 +222,9 @@ class Estimate:
 
     def _times(self) -> list[IterationTimes]:
         if self._workload.needs_forward:
-            return self._clock.iterations(self._uses)
+            return self._clock.iterations(self._uses, self._life)
         model = model_bytes(self._workload, self._config)
-        return [self._clock.linear_pass(self._uses, self._written(), model)]
-
-    def _written(self) -> int:
-        """States that a linear pass writes."""
-        if self._config.keep_states == "all":
-            return len(self._uses)
-        # An adapter is made from the last state, also where none is kept.
-        makes_adapter = self._config.output_format == "adapter"
-        return int(self._config.keep_states == "last" or makes_adapter)
+        return [self._clock.linear_pass(self._uses, len(self._life.written), model)]
 
     def _iteration_facts(self, use: StateUse, seconds: float) -> IterationFacts:
         workload, plan = self._workload, use.plan
@@ -175,13 +232,14 @@ class Estimate:
         work = sum((group_work(workload, g, len(plan.inputs)) for g in groups), GroupWork())
         parts = [self._clock.group(use, g) for g in groups]
         calls = workload.micro_batches * len(plan.inputs)
+        is_written = plan.iteration in self._life.written
         from_disk = use.read if self._config.runtime.residency == "disk" else use.loaded
         return IterationFacts(
             iteration=plan.iteration,
             regime=plan.regime,
             inputs=plan.inputs,
             read_bytes=sum(state_bytes(workload, state) for state in from_disk),
-            written_bytes=FLOAT32 * workload.parameters,
+            written_bytes=FLOAT32 * workload.parameters * is_written,
             sent_bytes=calls * workload.hidden_bytes * self._placement.num_sends,
             forward_flops=work.forward_flops,
             capture_flops=work.capture_flops,
@@ -189,7 +247,7 @@ class Estimate:
             merge_flops=work.merge_flops,
             forward_s=sum(calls * p.forward_call + p.forward_once for p in parts),
             merge_s=sum(p.rotation + p.elementwise for p in parts),
-            write_s=sum(p.write for p in parts),
+            write_s=sum(p.write for p in parts) * is_written,
             seconds=seconds,
             step_s=self._step_s(use),
             compare_s=self.compare_s,
@@ -209,7 +267,7 @@ class Estimate:
             regime="all in one pass",
             inputs=tuple(workload.dtypes),
             read_bytes=sum(state_bytes(workload, name) for name in workload.dtypes),
-            written_bytes=self._written() * state + model_bytes(workload, self._config),
+            written_bytes=len(self._life.written) * state + model_bytes(workload, self._config),
             sent_bytes=0,
             forward_flops=0.0,
             capture_flops=0.0,

@@ -126,6 +126,8 @@ def _signature(workload: Workload, use: StateUse) -> tuple[object, ...]:
         kinds(use.held),
         kinds(use.read),
         kinds(use.kept),
+        kinds(use.aside & use.read),
+        kinds(use.aside_after & use.kept),
     )
 
 
@@ -263,8 +265,8 @@ class _Walk:
         """Stored weights while `group` is worked on: by (place, term)."""
         found: dict[tuple[str, str], int] = {}
 
-        def add(states: Iterable[str], index: int) -> None:
-            for key, size in self._place_stored(states, index).items():
+        def add(states: Iterable[str], index: int, aside: frozenset[str] = use.aside) -> None:
+            for key, size in self._place_stored(states, index, aside).items():
                 found[key] = found.get(key, 0) + size
 
         if self._residency == "disk":
@@ -276,14 +278,16 @@ class _Walk:
         now = set(now)
         for index in self._groups:
             if index < group:
-                add(use.kept, index)
+                add(use.kept, index, use.aside_after)
             elif self._residency == "device" or index == group:
                 add(now, index)
             else:
                 add(use.held, index)
         return found
 
-    def _place_stored(self, states: Iterable[str], group: int) -> dict[tuple[str, str], int]:
+    def _place_stored(
+        self, states: Iterable[str], group: int, aside: frozenset[str] = frozenset()
+    ) -> dict[tuple[str, str], int]:
         found: dict[tuple[str, str], int] = {}
         # Terms in the same order always.
         for state in sorted(states):
@@ -295,7 +299,7 @@ class _Walk:
                 layers = _group_bytes(self._workload, state, group, not is_formed)
                 sizes = {"host": layers, "mapped": whole - layers}
             elif self._residency == "device" and self._on_gpu:
-                sizes = {"gpu": whole}
+                sizes = {"host" if state in aside else "gpu": whole}
             elif self._residency == "device" and is_given and not is_formed:
                 sizes = {"mapped": whole}
             else:

@@ -24,18 +24,19 @@ from arm_ray.planning.estimate import (
     Estimate,
     IterationFacts,
     choose_partition,
+    life_of,
     model_bytes,
     state_bytes,
 )
 from arm_ray.planning.memory import ActorMemory
 from arm_ray.planning.simulator import Simulation
 from arm_ray.planning.sources import open_workload
+from arm_ray.planning.state_life import StateLife, states_to_come
 from arm_ray.planning.timing import Placement
 from arm_ray.planning.workload import (
     FLOAT32,
     Workload,
 )
-from arm_ray.schedule import states_needed_after
 
 _SCALING = (1, 2, 4, 8, 16, 32, 64)
 
@@ -103,6 +104,8 @@ class Plan:
         check_s: Reading all checkpoints once before the first iteration.
         export_s: Writing the final model after the last.
         compare_s: Losses of the checkpoints, and the final ones, after the last.
+        recovery: Iterations after which a merge that is killed goes on.
+        loss: What it loses, in words; empty without forward passes.
         host_bytes_per_node: The most that the shards of one node need on the host.
         problems: Why it does not fit; empty where it does.
         remedies: What would fit.
@@ -124,6 +127,8 @@ class Plan:
     export_s: float
     compare_s: float
     disk: DiskFacts
+    recovery: tuple[int, ...]
+    loss: str
     smallest: tuple[Fit, ...]
     problems: tuple[str, ...]
     remedies: tuple[str, ...]
@@ -159,7 +164,8 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
     partition = choose_partition(workload, config, cluster, count, cluster.nodes)
     placement = place(workload, runtime, cluster, count, cluster.nodes, partition)
     memory = memory_of(workload, runtime, cluster, placement)
-    timed = Estimate(workload, config, cluster, placement)
+    life = life_of(workload, config, cluster, placement)
+    timed = Estimate(workload, config, cluster, placement, life)
     simulation = timed.simulation
     problems = problems_of(workload, runtime, cluster, placement, memory)
     return Plan(
@@ -175,11 +181,13 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
         ),
         iterations=timed.facts(),
         simulation=simulation,
-        scaling=_scaling(workload, config, cluster, placement, partition),
+        scaling=_scaling(workload, config, cluster, placement, partition, life),
         check_s=timed.check_s,
         export_s=timed.export_s,
         compare_s=timed.final_compare_s,
-        disk=_disk_facts(config, workload),
+        disk=_disk_facts(config, workload, life),
+        recovery=life.recovery,
+        loss=life.loss_text if workload.needs_forward else "",
         smallest=smallest,
         problems=problems,
         remedies=remedies_of(cluster, smallest) if problems else (),
@@ -215,6 +223,7 @@ def _scaling(
     cluster: Cluster,
     chosen: Placement,
     partition: Partition,
+    life: StateLife,
 ) -> tuple[ScalePoint, ...]:
     """Other numbers of actors, with as many on a node as in the plan. Memory is not looked at."""
     groups = config.runtime.most_shards(len(workload.layout.groups), partition)
@@ -223,7 +232,7 @@ def _scaling(
     for count in counts:
         nodes = -(-count // chosen.per_node)
         placement = place(workload, config.runtime, cluster, count, nodes, partition)
-        simulation = Estimate(workload, config, cluster, placement).simulation
+        simulation = Estimate(workload, config, cluster, placement, life).simulation
         points.append(ScalePoint(count, simulation.makespan_s, simulation.efficiency))
     return tuple(points)
 
@@ -265,18 +274,9 @@ def _shard_facts(
     )
 
 
-def _disk_facts(config: MergeConfig, workload: Workload) -> DiskFacts:
-    """As `RunDirectory.check_disk_space` counts it for a new run."""
-    schedule = config.schedule
-    total = schedule.max_iterations
-    most = total
-    if config.keep_states != "all":
-        needed = (
-            len(states_needed_after(schedule, workload.num_candidates, t))
-            for t in range(1, total + 1)
-        )
-        # The best state so far stays, where models are compared.
-        most = min(total, max(needed) + 1 + config.compares_losses)
+def _disk_facts(config: MergeConfig, workload: Workload, life: StateLife) -> DiskFacts:
+    """As `RunDirectory.check_disk_space` counts it for a new run, with recovery points."""
+    most = states_to_come(config, workload.num_candidates, life, 0)
     state, model = FLOAT32 * workload.parameters, model_bytes(workload, config)
-    kept = {"all": total, "last": 1, "none": 0}[config.keep_states]
+    kept = {"all": life.last, "last": 1, "none": 0}[config.keep_states]
     return DiskFacts(most, kept, state, model, most * state + model)

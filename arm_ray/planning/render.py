@@ -172,6 +172,7 @@ def _verdict(plan: Plan) -> list[str]:
         f"{_duration(plan.check_s)} + iterations {_duration(plan.simulation.makespan_s)} "
         f"(efficiency {100 * plan.simulation.efficiency:.0f} %) + writing the model "
         f"{_duration(plan.export_s)}{_losses(plan)}.",
+        *([f"{plan.loss[0].upper()}{plan.loss[1:]}."] if plan.loss else []),
         "Rates and efficiencies are assumptions (docs/planning.md), not measurements.",
         *(f"Assumed: {text}." for text in plan.assumptions),
         "",

@@ -7,6 +7,10 @@ chunk's forward waits for the hidden states of the chunk before, which is perhap
 An iteration is submitted once at most `lookahead` earlier ones are unfinished. So every start
 depends on earlier ends alone, and one pass in that order gives all times; no event queue is needed.
 
+What is written of a merged state is written beside the work, one chunk after another; a merge that
+takes the place of an older state waits until that is on disk, and until it is known that the merge
+does not end with it (`MadeStates.release`).
+
 From a shard to the one that it sends to there is one link, which sends one hidden state at a time
 while both actors compute. Times are in seconds.
 """
@@ -20,10 +24,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChunkTimes:
-    """Layers that run together: seconds of one forward call, and of all merges after these."""
+    """Layers that run together.
+
+    Attributes:
+        forward_s: Seconds of one forward call.
+        merge_s: Of all merges after these.
+        write_s: Of writing what was merged, beside all other work.
+    """
 
     forward_s: float
     merge_s: float
+    write_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,15 @@ class IterationTimes:
         calls: Forward calls for each chunk: micro-batches times input states.
         shards: All of them.
         order: Of each chunk in the order of the layers, whose it is; empty: shard after shard.
+        replaces: Earlier iterations, counted from 0, whose states this one's merges let go of.
+        may_end_early: Whether the merge may end with one of these, which only its own end tells.
     """
 
     calls: int
     shards: tuple[ShardTimes, ...]
     order: tuple[int, ...] = ()
+    replaces: tuple[int, ...] = ()
+    may_end_early: bool = False
 
     @property
     def owners(self) -> tuple[int, ...]:
@@ -68,7 +83,7 @@ class Simulation:
     """What came out.
 
     Attributes:
-        makespan_s: From the first call to the end of the last merge.
+        makespan_s: From the first call to the end of the last merge, and of all writing.
         finished_s: When each iteration was finished on all shards.
         busy_s: Seconds each actor worked.
         utilisation: `busy_s / makespan_s` of each actor.
@@ -103,17 +118,26 @@ def simulate(iterations: Sequence[IterationTimes], lookahead: int) -> Simulation
     link_free = [0.0] * actors
     most_waiting = [0] * actors
     queues: list[list[tuple[float, float]]] = [[] for _ in range(actors)]
+    disk_free = [0.0] * actors
+    on_disk: dict[tuple[int, int], float] = {}
     finished: list[float] = []
     for t, iteration in enumerate(iterations):
         submitted = finished[t - lookahead - 1] if t > lookahead else 0.0
         arrivals = [submitted] * iteration.calls
         end = submitted
         before: int | None = None
-        for p, chunk in _chunks(iteration):
+        for position, (p, chunk) in enumerate(_chunks(iteration)):
             if before is not None and before != p:
                 send_s = iteration.shards[before].send_s
                 arrivals, link_free[before] = _send(arrivals, send_s, link_free[before])
             starts, ends, free[p] = _run(chunk, arrivals, max(free[p], submitted))
+            freed = [on_disk.get((earlier, position), 0.0) for earlier in iteration.replaces]
+            if iteration.may_end_early:
+                freed += [finished[earlier] for earlier in iteration.replaces]
+            free[p] = max([free[p] + chunk.merge_s, *freed])
+            if chunk.write_s:
+                disk_free[p] = max(free[p], disk_free[p]) + chunk.write_s
+                on_disk[t, position] = disk_free[p]
             if before is not None and before != p:
                 queues[p] += zip(arrivals, starts, strict=True)
             arrivals, before = ends, p
@@ -122,7 +146,7 @@ def simulate(iterations: Sequence[IterationTimes], lookahead: int) -> Simulation
     for p in range(actors):
         most_waiting[p] = _most_at_once(queues[p])
     busy = [sum(i.shards[p].busy_s(i.calls) for i in iterations) for p in range(actors)]
-    makespan = finished[-1]
+    makespan = max(finished[-1], *disk_free)
     used = [b / makespan if makespan else 1.0 for b in busy]
     efficiency = sum(used) / actors
     return Simulation(
@@ -143,14 +167,14 @@ def _chunks(iteration: IterationTimes) -> Iterator[tuple[int, ChunkTimes]]:
 def _run(
     chunk: ChunkTimes, arrivals: Sequence[float], now: float
 ) -> tuple[list[float], list[float], float]:
-    """Starts and ends of a chunk's calls, and when the actor is free again."""
+    """Starts and ends of a chunk's calls, and when the last of them is over."""
     starts, ends = [], []
     for arrival in arrivals:
         now = max(now, arrival)
         starts.append(now)
         now += chunk.forward_s
         ends.append(now)
-    return starts, ends, now + chunk.merge_s
+    return starts, ends, now
 
 
 def _send(ends: Sequence[float], send_s: float, free: float) -> tuple[list[float], float]:

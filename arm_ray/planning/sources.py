@@ -132,6 +132,7 @@ def workload_of(
         *_step_samples(config),
         _compared_samples(config, notes),
         frozenset(label for label, c in checkpoints.items() if not c.is_laid_out),
+        config.compares_losses and config.runtime.residency != "disk",
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arm_ray.config import RuntimeConfig
 from arm_ray.model.layout import EMBEDDING, is_layer_tensor
 from arm_ray.model.partition import call_order, chunks_of, receivers
 from arm_ray.planning.devices import Device
 from arm_ray.planning.simulator import ChunkTimes, IterationTimes, ShardTimes
+from arm_ray.planning.state_life import StateLife
 from arm_ray.planning.workload import (
     COMPARE_BLOCK,
     COMPARE_BLOCK_GPU,
@@ -60,7 +61,7 @@ class GroupSeconds:
         forward_once: Whatever happens once in an iteration: moving weights, casting, reading.
         rotation: Of the merge: factorisations and products.
         elementwise: Of the merge: differences, sums, the comparison of states.
-        write: Of the merge: to the host and to the disk.
+        write: To the disk: of the merge, or beside it where merged states live in memory.
         read_ahead: Reading that goes on beside everything else.
     """
 
@@ -103,9 +104,23 @@ class Clock:
         self._order, self._sends = tuple(shard for shard, _ in order), receivers(order)
         self._known: dict[tuple[object, ...], GroupSeconds] = {}
 
-    def iterations(self, uses: Sequence[StateUse]) -> list[IterationTimes]:
-        """What the simulator takes, for each iteration."""
-        return [self._iteration(use) for use in uses]
+    def iterations(self, uses: Sequence[StateUse], life: StateLife) -> list[IterationTimes]:
+        """What the simulator takes, for each iteration.
+
+        Args:
+            uses: The iterations.
+            life: Which states are written.
+        """
+        made = [use.plan.output for use in uses]
+        found = []
+        for use in uses:
+            times = self._iteration(use, is_written=use.plan.iteration in life.written)
+            if self._residency != "disk":
+                gone = use.held - use.kept
+                replaces = tuple(i for i, name in enumerate(made) if name in gone)
+                times = replace(times, replaces=replaces, may_end_early=life.may_end_early)
+            found.append(times)
+        return found
 
     def losses(self, samples: int, subjects: int, tried: int) -> IterationTimes:
         """The passes of some states whose losses are taken at once.
@@ -178,29 +193,36 @@ class Clock:
             group,
             *(s if s in self._workload.dtypes else "merged" for s in use.plan.inputs),
             frozenset(use.read if self._residency == "disk" else use.loaded),
+            use.aside & use.read,
+            use.aside_after & use.kept,
         )
         if key not in self._known:
             self._known[key] = self._group(use, group)
         return self._known[key]
 
-    def _iteration(self, use: StateUse) -> IterationTimes:
+    def _iteration(self, use: StateUse, *, is_written: bool) -> IterationTimes:
         calls = self._workload.micro_batches * len(use.plan.inputs)
         shards = []
         for index, groups in enumerate(self._placement.shards):
             chunks = [
-                self._chunk([self.group(use, group) for group in chunk], calls)
+                self._chunk([self.group(use, group) for group in chunk], calls, is_written)
                 for chunk in chunks_of(groups, self._residency)
             ]
             shards.append(ShardTimes(tuple(chunks), self._send(index)))
         return IterationTimes(calls, tuple(shards), self._order)
 
-    def _chunk(self, parts: Sequence[GroupSeconds], calls: int) -> ChunkTimes:
+    def _chunk(self, parts: Sequence[GroupSeconds], calls: int, is_written: bool) -> ChunkTimes:
         forward = sum(calls * part.forward_call + part.forward_once for part in parts)
-        merge = sum(part.rotation + part.elementwise + part.write for part in parts)
+        merge = sum(part.rotation + part.elementwise for part in parts)
+        write = sum(part.write for part in parts) if is_written else 0.0
+        if self._residency == "disk":
+            merge, write = merge + write, 0.0
         # Reading ahead costs what it takes longer than the work beside it.
         forward += max(0.0, sum(part.read_ahead for part in parts) - forward - merge)
         # Without activations, what happens once comes before the merge.
-        return ChunkTimes(forward / calls, merge) if calls else ChunkTimes(0.0, forward + merge)
+        if not calls:
+            return ChunkTimes(0.0, forward + merge, write)
+        return ChunkTimes(forward / calls, merge, write)
 
     def _send(self, shard: int) -> float:
         """Seconds to send a micro-batch's hidden states to the shard with the next layers."""
@@ -239,12 +261,19 @@ class Clock:
         elementwise += blocks * COMPARE_OPERATIONS * device.launch_s
         new_bytes = FLOAT32 * elements
         write = new_bytes / self._disk_write
-        if device.is_gpu:
+        if device.is_gpu and self._residency == "host":
+            # Where the new state lives, written or not.
+            elementwise += new_bytes / self._host
+        elif device.is_gpu:
             write += new_bytes / self._host
         if self._moves:
             # Each state's rows are moved as they are stored, and cast there.
             moved = sum(workload.group_bytes(state, group) for state in use.read)
             elementwise += moved / self._host
+        elif device.is_gpu and self._residency == "device":
+            # What is only compared with lies on the host; it goes there once.
+            moves = [*(use.aside & use.read), *((use.aside_after - use.aside) & use.kept)]
+            elementwise += sum(workload.group_bytes(s, group) for s in moves) / self._host
         ahead = self._residency == "disk"
         states = use.read if ahead else use.loaded
         read = sum(workload.group_bytes(s, group) for s in states) / self._disk_read

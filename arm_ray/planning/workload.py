@@ -15,7 +15,14 @@ import torch
 
 from arm_ray.config import ScheduleConfig
 from arm_ray.model.layout import LayerGroup, ModelLayout, is_layer_tensor
-from arm_ray.schedule import BASE, IterationPlan, plan_iteration, states_read_after
+from arm_ray.schedule import (
+    BASE,
+    IterationPlan,
+    plan_iteration,
+    state_name,
+    states_read_after,
+    states_run_after,
+)
 
 FLOAT32 = 4
 FLOAT64 = 8
@@ -61,6 +68,7 @@ class Workload:
             final losses.
         formed: Of the base and the candidates, those whose tensors are put together in memory when
             they are read, and not mapped.
+        keeps_best: Whether the best merged state so far stays, also where no iteration reads it.
     """
 
     layout: ModelLayout
@@ -75,6 +83,7 @@ class Workload:
     check_samples: int = 0
     compared_samples: tuple[int, int] = (0, 0)
     formed: frozenset[str] = frozenset()
+    keeps_best: bool = False
 
     @property
     def num_candidates(self) -> int:
@@ -147,13 +156,17 @@ class StateUse:
         plan: The iteration.
         held: States that earlier iterations have left in memory, where residency keeps any.
         read: All states that it reads: its inputs, and those that the result is compared with.
-        kept: States left in memory after it, its own among them while it is read again.
+        kept: States left in memory after it: its own, and those that are read again.
+        aside: Given states that neither this nor a later iteration runs, though they are read.
+        aside_after: The same of later iterations alone.
     """
 
     plan: IterationPlan
     held: frozenset[str]
     read: frozenset[str]
     kept: frozenset[str]
+    aside: frozenset[str] = frozenset()
+    aside_after: frozenset[str] = frozenset()
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -165,13 +178,19 @@ def state_uses(workload: Workload) -> list[StateUse]:
     """The use of states, iteration by iteration (`WeightStore` with residency device or host)."""
     uses: list[StateUse] = []
     held: frozenset[str] = frozenset()
+    aside: frozenset[str] = frozenset()
     for iteration in range(1, workload.schedule.max_iterations + 1):
         plan = workload.plan(iteration)
         read = frozenset({*plan.inputs, plan.previous, BASE})
         again = states_read_after(workload.schedule, workload.num_candidates, iteration)
-        kept = (held | read | {plan.output}) & again
-        uses.append(StateUse(plan, held, read, frozenset(kept)))
-        held = frozenset(kept)
+        kept = (held | read) & again | {plan.output}
+        if workload.keeps_best:
+            # Any of them may be the best, as long as it is one more than the others.
+            kept |= {state_name(1)}
+        runs = states_run_after(workload.schedule, workload.num_candidates, iteration)
+        aside_after = frozenset(name for name in workload.dtypes if name not in runs)
+        uses.append(StateUse(plan, held, read, frozenset(kept), aside, aside_after))
+        held, aside = frozenset(kept), aside_after
     return uses
 
 

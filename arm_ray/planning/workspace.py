@@ -45,31 +45,29 @@ def merge_workspace(
         threads: `runtime.threads`: as many pieces are merged side by side.
 
     Returns:
-        What of the new state is held already, and the workspace.
+        What of the new state is held already where it is merged, and the workspace.
     """
-    keeps = residency != "disk"
+    # In host memory a GPU's new state has no part of its own.
+    keeps = residency == "device" or (residency == "host" and not on_gpu)
     moves = on_gpu and residency != "device"
     names = workload.layout.groups[group].tensors
-    sizes: list[int] = []
     works: list[int] = []
-    joined = 0
+    # Before each piece: what is held of the tensors so far.
+    held: list[int] = []
+    kept = 0
     for name in names:
         pieces = _pieces(workload, name)
-        sizes += [FLOAT32 * elements for elements in pieces]
         works += [_piece_bytes(workload, plan, name, elements, moves) for elements in pieces]
+        # One piece becomes the tensor; more are put into their places in it.
+        held.append(kept)
+        kept += FLOAT32 * workload.elements(name) if keeps else 0
+        held += [kept] * (len(pieces) - 1)
         if len(pieces) > 1:
-            joined += FLOAT32 * workload.elements(name)
-    kept, most = 0, (0, 0)
-    for first, size in enumerate(sizes):
-        work = sum(works[first : first + threads])
-        # Results that wait to be written: the one before, and one more where several run at once.
-        waiting = 0 if keeps or first == 0 else sizes[first - 1]
-        if threads > 1:
-            waiting += max(sizes[max(0, first - 1) : first + 1])
-        most = max(most, (kept, work + waiting), key=sum)
-        kept += size if keeps else 0
-    # At the end, tensors that were merged in pieces are joined while the pieces are still there.
-    return max(most, (kept, joined if keeps else 0), key=sum)
+            held[-len(pieces)] = kept
+    most = (kept, 0)
+    for first, before in enumerate(held):
+        most = max(most, (before, sum(works[first : first + threads])), key=sum)
+    return most
 
 
 def _piece_bytes(

@@ -43,6 +43,7 @@ class MergeCase:
             "base": str(self.root / "base"),
             "candidates": [str(path) for path in self.candidates],
             "output": str(self.root / output),
+            "keep_states": "all",
             "calibration": {
                 "path": str(self.root / "calibration.jsonl"),
                 "batch_size": 8,

@@ -33,7 +33,7 @@ class DirectShard:
         sizes = merge_sizes(config.schedule, len(config.candidates))
         self.method = open_method(config.method, *sizes)
         [spec] = shard_specs(config, self.method, self.inputs, self.run, Placement(1, "cpu"))
-        self.spec = replace(spec, **changes)
+        self.spec = replace(spec, **{"is_here": True, **changes})
         self.shard = LayerShard(self.spec)
 
     def linear(self, iteration: int) -> Weights:
@@ -59,6 +59,7 @@ class DirectShard:
                 self.shard.forward(plan, chunk, SAMPLES, state, 0, micro, None)
             for group in chunk:
                 self.shard.merge(plan, group, np.arange(SAMPLES))
+        self.shard.on("states", "write", iteration)
         return self.state(iteration)
 
     def state(self, iteration: int) -> Weights:

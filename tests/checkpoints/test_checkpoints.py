@@ -802,14 +802,14 @@ def spoil(path: Path, name: str) -> None:
 
 def test_nan_in_a_candidate_is_found_by_the_shard_that_owns_it(case: MergeCase) -> None:
     case.make(dtype=torch.bfloat16)
-    assert layer_shard(case, range(3)).on_files("check_weights") > 0
+    assert layer_shard(case, range(3)).on("files", "check_weights") > 0
     spoil(case.candidates[1], Q_PROJ)
     for groups in (range(3), range(1, 2)):
         with pytest.raises(CorruptCheckpointError, match=f"the tensor {Q_PROJ} holds") as caught:
-            layer_shard(case, groups).on_files("check_weights")
+            layer_shard(case, groups).on("files", "check_weights")
         expected = f"candidate-2: {case.candidates[1] / SINGLE_NAME}"
         assert caught.value.where == expected
-    layer_shard(case, range(2, 3)).on_files("check_weights")
+    layer_shard(case, range(2, 3)).on("files", "check_weights")
 
 
 def test_the_inputs_say_which_checkpoint_is_meant(case: MergeCase) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -68,7 +69,9 @@ def placed_shards(
 ) -> Iterator[ShardGang]:
     """Stands for `arm_ray.runtime.shards.placement.placed_shards`."""
     home = str(ray.get_runtime_context().get_node_id())
-    actors: list[Handle[LayerShard]] = [LocalHandle(Actor(LayerShard(spec))) for spec in specs]
+    actors: list[Handle[LayerShard]] = [
+        LocalHandle(Actor(LayerShard(replace(spec, is_here=True)))) for spec in specs
+    ]
     yield ShardGang(actors, "object_store", [home for _ in specs])
 
 

@@ -220,7 +220,8 @@ def test_states_in_memory_follow_the_schedule(case: MergeCase) -> None:
     ]
     assert uses[1].held == {"base", "candidate-1", "candidate-2", "state-0001"}
     assert uses[2].held == {"base", "state-0001", "state-0002"}
-    assert uses[3].kept == frozenset()
+    # The model is made of the last one.
+    assert uses[3].kept == {"state-0004"}
     for use in uses[:-1]:
         needed = states_needed_after(workload.schedule, 2, use.plan.iteration)
         assert needed <= use.kept
@@ -234,7 +235,7 @@ def test_disk_is_what_the_run_directory_asks_for(case: MergeCase, keep: str) -> 
     inputs = open_inputs(config)
     assert plan.disk.state_bytes == states.total_bytes(inputs.layout.shapes, 4)
     assert plan.disk.model_bytes == plan.disk.state_bytes // 2
-    assert plan.disk.most_states == {"all": 4, "last": 3, "none": 3}[keep]
+    assert plan.disk.most_states == {"all": 4, "last": 1, "none": 0}[keep]
     assert plan.disk.kept_states == {"all": 4, "last": 1, "none": 0}[keep]
 
 
@@ -414,9 +415,11 @@ def test_residency_moves_the_stored_weights(tmp_path: Path) -> None:
         r: needs(large(tmp_path, "14b", f"runtime.residency={r}"))
         for r in ("device", "host", "disk")
     }
-    assert found["device"]["gpu"] > found["host"]["gpu"] >= found["disk"]["gpu"]
+    assert found["device"]["gpu"] > found["host"]["gpu"]
+    assert found["disk"]["gpu"] == pytest.approx(found["host"]["gpu"], rel=0.3)
     assert found["host"]["host"] > found["disk"]["host"] > 2 * GB
-    assert found["device"]["host"] < found["disk"]["host"]
+    # On the device all but the base, once it is only compared with.
+    assert found["device"]["host"] < found["host"]["host"]
 
 
 def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
@@ -453,8 +456,10 @@ def test_terms_of_a_device_shard_by_hand(tmp_path: Path) -> None:
     found = actor_memory(workload, groups, config.runtime, on_gpu=True)
     terms = found.limiting.terms
     assert found.limiting.when == "anchoring, merge"
-    # Base and two candidates in bf16 for both layers, the state before in float32.
-    assert terms[CHECKPOINTS] == 2 * 3 * 2 * layer
+    # Two candidates in bf16 for both layers, the state before in float32; the base, which is only
+    # compared with after the first iteration, is on the host.
+    assert terms[CHECKPOINTS] == 2 * 2 * 2 * layer
+    assert found.host.terms[CHECKPOINTS] == 2 * 2 * layer
     assert terms[MERGED] == 2 * 4 * layer
     # Only the merged state is not in the compute dtype.
     assert terms[COMPUTE] == 2 * 2 * layer
@@ -480,15 +485,16 @@ def test_merge_workspace_by_hand(tmp_path: Path) -> None:
     largest = 4 * 5120 * 13824
     factors = 13824 * 64 * (3 * 4 + 6 * 8)
     kept, work = merge_workspace(workload, plan, 10, "disk", True, 1)
-    # Three inputs on the device, four tensors of the merge, and the result before it.
-    assert (kept, work) == (0, 7 * largest + factors + largest)
+    # Three inputs on the device, and four tensors of the merge.
+    assert (kept, work) == (0, 7 * largest + factors)
     kept, work = merge_workspace(workload, plan, 10, "device", True, 1)
     # The merged state is used where it lies; results are kept.
     assert kept <= 4 * sum(workload.elements(n) for n in workload.layout.groups[10].tensors)
     assert work <= 6 * largest + factors
-    # The head is merged in pieces, which are joined at the end.
+    # The head is merged in pieces, which are put into their places in it.
     kept, work = merge_workspace(workload, plan, 47, "device", True, 1)
-    assert work == 4 * workload.elements("lm_head.weight")
+    assert kept == 4 * sum(workload.elements(n) for n in workload.layout.groups[47].tensors)
+    assert work < 0.1 * kept
     assert merge_workspace(workload, plan, 10, "disk", True, 2)[1] > 12 * largest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from arm_ray.following.events import ArrivalFailed
 from arm_ray.following.journal import Arrival, Journal, Outcome
 from arm_ray.runtime.attach.arrival_scoring import ArrivalScoring
 from arm_ray.runtime.attach.held import HeldCheckpoints
+from arm_ray.runtime.attach.kept_shards import KeptShards
 from arm_ray.runtime.attach.publication import ArrivalPublisher
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.merge.run import merge
@@ -56,6 +58,7 @@ class ArrivalProcessor:
         publisher: Publishes what is merged.
         reporter: Told what is done.
         scoring: Scores what is merged; None: nothing does, or not yet.
+        shards: The layer shards, where they stay between merges; None: each merge starts its own.
     """
 
     config: AttachConfig
@@ -64,6 +67,7 @@ class ArrivalProcessor:
     publisher: ArrivalPublisher
     reporter: Reporter
     scoring: ArrivalScoring | None = None
+    shards: KeptShards | None = None
     _is_on_cpu: bool = False
     _was_scored: bool = False
     _said_no_room: set[int] = field(default_factory=set)
@@ -144,8 +148,9 @@ class ArrivalProcessor:
             config,
             address=None,
             console=self.reporter.console,
-            reserved=_taken_by_others(),
+            reserved=_taken_by_others({} if self.shards is None else self.shards.taken),
             part_of=self.config.name,
+            place=None if self.shards is None else self.shards.placed,
         )
         began = recorded(run)
         if began is not None and recorded(self.config.work) is None:
@@ -278,7 +283,14 @@ def _merged_name(arrival: Arrival) -> str:
     return f"merged-{arrival.name}"
 
 
-def _taken_by_others() -> dict[str, float]:
-    """What of the cluster is not free: the trainer's, and that of our own evaluators."""
+def _taken_by_others(own: Mapping[str, float]) -> dict[str, float]:
+    """What of the cluster is not free: the trainer's, and that of our own evaluators.
+
+    Args:
+        own: What the shards hold that the next merge gets.
+    """
     free = ray.available_resources()
-    return {name: have - free.get(name, 0.0) for name, have in ray.cluster_resources().items()}
+    return {
+        name: max(0.0, have - free.get(name, 0.0) - own.get(name, 0.0))
+        for name, have in ray.cluster_resources().items()
+    }

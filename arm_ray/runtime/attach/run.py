@@ -21,6 +21,7 @@ from arm_ray.runtime.attach.arrival_scoring import ArrivalScoring
 from arm_ray.runtime.attach.checks import check_base, check_outlives_job, open_work
 from arm_ray.runtime.attach.follower import Follower
 from arm_ray.runtime.attach.held import HeldCheckpoints
+from arm_ray.runtime.attach.kept_shards import KeptShards
 from arm_ray.runtime.attach.processing import ArrivalProcessor
 from arm_ray.runtime.attach.publication import ArrivalPublisher
 from arm_ray.runtime.cluster.joining import ray_session
@@ -80,11 +81,14 @@ def attach(
             config, 1, "step-000000", ["checkpoint"] * config.merge.candidates, ()
         )
         slots = local_slots(sample.runtime, 1) + local_evaluator_slots(config.evaluation)
+        shards = KeptShards() if config.sharing.keep_shards else None
         with contextlib.ExitStack() as stack:
 
             def start() -> ArrivalScoring | None:
                 about = {"job": "attach", "output": str(config.work)}
                 stack.enter_context(ray_session(address, slots, about))
+                if shards is not None:
+                    stack.callback(shards.close)
                 parameters = config.model_dump(mode="json", exclude={"tracking"})
                 listening = telemetry(
                     reporter, config.tracking, work, config.name, parameters=parameters
@@ -107,7 +111,7 @@ def attach(
             journal = open_journal(work)
             held = HeldCheckpoints(config, journal, reporter)
             publisher = ArrivalPublisher(config, journal, held, criterion, reporter)
-            processor = ArrivalProcessor(config, journal, held, publisher, reporter)
+            processor = ArrivalProcessor(config, journal, held, publisher, reporter, shards=shards)
             return _Session(config, journal, processor, start, reporter).run()
 
 

@@ -24,6 +24,7 @@ from arm_ray.checkpoints import states
 from arm_ray.errors import ArmRayError, PlacementError, ShardLostError, TransportError
 from arm_ray.evaluation.selection import Selection
 from arm_ray.events import RunStarted
+from arm_ray.planning.state_life import StateLife
 from arm_ray.runtime.cluster.nodes import ClusterView, alive_nodes, view_of_cluster
 from arm_ray.runtime.merge.dispatch import Dispatcher, PartialMerges
 from arm_ray.runtime.merge.job import MergeJob
@@ -36,6 +37,7 @@ from arm_ray.runtime.merge.stepped import sweep_for
 from arm_ray.runtime.merge.sweeps import SweepParts
 from arm_ray.runtime.session.heartbeat import activity
 from arm_ray.runtime.shards.placement import (
+    Place,
     Placement,
     ShardGang,
     check_object_store,
@@ -82,6 +84,7 @@ class MergeController:
         placement: That set, as `scaling` has planned it.
         recovery: Decides whether it goes on after an error.
         scaling: Decides how many shards there are.
+        place: Places them; None: `placed_shards`.
     """
 
     def __init__(
@@ -91,7 +94,9 @@ class MergeController:
         placement: Placement,
         recovery: RecoveryPolicy,
         scaling: ScalingPolicy,
+        place: Place | None = None,
     ) -> None:
+        self._place = place
         self._job, self._run = job, job.run
         self._placement, self._recovery, self._scaling = placement, recovery, scaling
         self._known_nodes = cluster.nodes
@@ -127,9 +132,10 @@ class MergeController:
         """Place one set of shards and go on; None where more shards are to go on."""
         job, placement = self._job, self._placement
         runtime = job.config.runtime.model_copy(update={"transport": self._recovery.transport})
-        specs = shard_specs(job.config, job.method, job.inputs, self._run.path, placement)
+        last = job.last if job.stop_after is not None else None
+        specs = shard_specs(job.config, job.method, job.inputs, self._run.path, placement, last)
         self.stage = Stage.PLACING
-        place = placed_here if placement.is_here else placed_shards
+        place = placed_here if placement.is_here else self._place or placed_shards
         with (
             place(specs, runtime, placement, job.reporter, self._has_shrunk) as gang,
             storage_of(
@@ -139,10 +145,10 @@ class MergeController:
             self._shard_nodes |= set(gang.nodes)
             self._go_back(storage)
             dispatcher = Dispatcher(job, gang, specs)
-            publisher = Publisher(job, storage, self._promise)
+            publisher = Publisher(job, storage, self._promise, specs[0].life)
             self.stage = Stage.CHECKING
             self._check(gang, dispatcher)
-            self._announce()
+            self._announce(specs[0].life)
             self.stage = Stage.SWEEPING
             parts = SweepParts(
                 job,
@@ -155,6 +161,7 @@ class MergeController:
             )
             reason = sweep_for(parts).run()
             if reason == "regroup":
+                self._keep_for_next(publisher)
                 return None
             self.stage = Stage.PUBLISHING
             return self._publish(reason, dispatcher, publisher)
@@ -179,14 +186,29 @@ class MergeController:
             needed = iterations_needed_after(job.config.schedule, job.num_candidates, last)
             publisher.collect_states(sorted(needed))
             return Ending(reason, None, Selection(state_name(last)), dispatcher.peak_bytes())
+        if job.scoring is not None:
+            # It may not have been known to be the last one.
+            publisher.collect_states([last])
         selection = self._select(last, dispatcher)
         with activity("writing the model"):
             model = publisher.publish_model(selection)
         if job.scoring is not None:
             job.scoring.report(job.reporter.console, selection.name)
         chosen = set() if selection.iteration is None else {selection.iteration}
-        run.prune(job.num_candidates, last, chosen)
+        needed = iterations_needed_after(job.config.schedule, job.num_candidates, last)
+        run.prune(needed | chosen, last)
         return Ending(reason, model, selection, dispatcher.peak_bytes())
+
+    def _keep_for_next(self, publisher: Publisher) -> None:
+        """Write what the next set of shards reads of the states in this one's memory."""
+        last, job = self._run.last_iteration, self._job
+        needed = iterations_needed_after(job.config.schedule, job.num_candidates, last)
+        publisher.publish_written(wait=True)
+        publisher.write_states(needed | self._held(last))
+
+    def _held(self, last: int) -> set[int]:
+        """The iteration whose state is the best of those up to one, if that counts."""
+        return set() if self._promise is None else self._promise.held(last)
 
     def _select(self, last: int, dispatcher: Dispatcher) -> Selection:
         """The state, or checkpoint, that becomes the model."""
@@ -227,12 +249,12 @@ class MergeController:
     def _go_back(self, storage: StateStorage) -> None:
         """Go back to the last state from which this set can go on, and give it what it reads."""
         run, schedule, count = self._run, self._job.config.schedule, self._job.num_candidates
-        last = last_usable(schedule, count, run.last_iteration, storage.has_state)
+        last = last_usable(schedule, count, run.last_iteration, storage.has_state, self._held)
         if last < run.last_iteration:
             goes_on = f"going on after iteration {last}" if last else "beginning again"
             self._job.reporter.warn(
-                f"states that iterations after {run.last_iteration} read are gone with their "
-                f"node; {goes_on}"
+                f"states that iterations after {run.last_iteration} read are gone: they were in "
+                f"memory alone, or with their node; {goes_on}"
             )
         for iteration in [t for t in run.finished if t > last]:
             storage.discard(iteration)
@@ -242,10 +264,10 @@ class MergeController:
         for iteration in states.state_directories(run.path):
             if iteration > last and iteration not in begun:
                 storage.discard(iteration)
-        needed = sorted(iterations_needed_after(schedule, count, last))
-        storage.bring(needed, self._partial.keys)
+        needed = iterations_needed_after(schedule, count, last) | self._held(last)
+        storage.bring(sorted(needed), self._partial.keys)
 
-    def _announce(self) -> None:
+    def _announce(self, life: StateLife | None) -> None:
         """Say that iterations begin, and with what."""
         job, placement, layout = self._job, self._placement, self._job.inputs.layout
         dtype = str(job.inputs.compute_dtype).removeprefix("torch.")
@@ -273,3 +295,5 @@ class MergeController:
             "layers), "
             f"{placement.num_shards} layer shard(s) on {placement.device}, {dtype} forward pass"
         )
+        if life is not None and last + 1 < life.last:
+            job.reporter.say(life.loss_text)

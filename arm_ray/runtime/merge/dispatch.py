@@ -23,14 +23,11 @@ from arm_ray.runtime.merge.samples import NO_SAMPLES, Draw, draw_of
 from arm_ray.runtime.shards.captures import forward_states
 from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts, joined, run_rounds
 from arm_ray.runtime.shards.files import ShardFiles
-from arm_ray.runtime.shards.layer_shard import LayerShard, call_files
+from arm_ray.runtime.shards.layer_shard import CONTROL, LayerShard, call_files
 from arm_ray.runtime.shards.meter import ShardUsage
 from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.schedule import IterationPlan
-
-# Calls that must get through while work is queued.
-_CONTROL = {"concurrency_group": "control"}
 
 
 @dataclass(frozen=True)
@@ -183,14 +180,14 @@ class Dispatcher:
     def abandon(self, last: int) -> None:
         """Have nothing more done for iterations after `last`."""
         get_results(
-            [shard.call_with(_CONTROL, LayerShard.abandon, last) for shard in self._gang.actors]
+            [shard.call_with(CONTROL, LayerShard.abandon, last) for shard in self._gang.actors]
         )
 
     def take_usage(self, iteration: int) -> list[ShardUsage]:
         """What each shard has done since the last call; not behind what is submitted already."""
         return get_results(
             [
-                shard.call_with(_CONTROL, LayerShard.take_usage, iteration)
+                shard.call_with(CONTROL, LayerShard.take_usage, iteration)
                 for shard in self._gang.actors
             ]
         )

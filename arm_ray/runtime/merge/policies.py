@@ -145,19 +145,27 @@ class ScalingPolicy:
 
 
 def last_usable(
-    schedule: ScheduleConfig, num_candidates: int, last: int, has_state: Callable[[int], bool]
+    schedule: ScheduleConfig,
+    num_candidates: int,
+    last: int,
+    has_state: Callable[[int], bool],
+    held: Callable[[int], set[int]] = lambda _last: set(),
 ) -> int:
-    """The last iteration after which a merge can go on: all states that are read later are there.
+    """The last iteration after which a merge can go on: all states that it needs are there.
 
     Args:
         schedule: Of the merge.
         num_candidates: Of the merge.
         last: The last finished iteration.
         has_state: Whether the state of an iteration is there, as a whole.
+        held: What is needed besides what later iterations read, after an iteration.
 
     Returns:
         The iteration; 0: the merge begins again.
     """
-    while last and not all(map(has_state, iterations_needed_after(schedule, num_candidates, last))):
+    while last:
+        needed = iterations_needed_after(schedule, num_candidates, last) | held(last)
+        if all(map(has_state, needed)):
+            break
         last -= 1
     return last

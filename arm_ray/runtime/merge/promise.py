@@ -55,9 +55,14 @@ class Promise:
         """Take the loss of a state whose weights are there."""
         self._take([state_name(iteration)], run)
 
-    def held(self) -> set[int]:
-        """The iteration whose state is the best so far, which must stay."""
-        best = self._best([name for name in self._losses.known if iteration_of(name)])
+    def held(self, last: int | None = None) -> set[int]:
+        """The iteration whose state is the best so far, which must stay.
+
+        Args:
+            last: Of the states up to this iteration; None: of all.
+        """
+        known = {name: iteration_of(name) for name in self._losses.known}
+        best = self._best([n for n, t in known.items() if t and (last is None or t <= last)])
         found = iteration_of(best) if best else None
         return set() if found is None else {found}
 

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import ray
 import torch
+from ray import ObjectRef
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.peft import WEIGHTS_NAME
 from arm_ray.checkpoints.remote import local_copy
 from arm_ray.checkpoints.weight_file import SharedWeightFile, write_weight_file
 from arm_ray.evaluation.selection import Selection
-from arm_ray.events import ModelWritten
+from arm_ray.events import ModelWritten, StateWritten
+from arm_ray.planning.state_life import StateLife
 from arm_ray.report.model_card import write_model_card
+from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.cluster.node_files import COPIES
 from arm_ray.runtime.merge.adapter import ReadTensor, write_adapter
 from arm_ray.runtime.merge.job import MergeJob
+from arm_ray.runtime.merge.policies import last_usable
 from arm_ray.runtime.merge.promise import Promise
 from arm_ray.runtime.merge.state_storage import StateStorage
+from arm_ray.runtime.shards.made_states import Written
+from arm_ray.schedule import iterations_needed_after
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """A state that the shards are writing."""
+
+    manifest: states.StateManifest
+    refs: Sequence[ObjectRef[Written]]
 
 
 class Publisher:
@@ -30,14 +47,68 @@ class Publisher:
         job: The merge.
         storage: Where the states lie.
         promise: Compares states by their losses, and needs the best of them; None: nothing does.
+        life: Which states are written as they are made; None: the sweep says so.
     """
 
     def __init__(
-        self, job: MergeJob, storage: StateStorage, promise: Promise | None = None
+        self,
+        job: MergeJob,
+        storage: StateStorage,
+        promise: Promise | None = None,
+        life: StateLife | None = None,
     ) -> None:
-        self._job, self._storage, self._promise = job, storage, promise
+        self._job, self._storage, self._promise, self._life = job, storage, promise, life
         self._config, self._inputs, self._run = job.config, job.inputs, job.run
         self._is_exported = False
+        self._writing: deque[_Writing] = deque()
+
+    def made(self, manifest: states.StateManifest) -> None:
+        """Take note of a state that all shards have merged, some of which are written."""
+        if self._life is None or manifest.iteration in self._life.written:
+            refs = self._storage.writing(manifest.iteration)
+            self._writing.append(_Writing(manifest, refs))
+        self.publish_written()
+
+    def publish_written(self, *, wait: bool = False) -> None:
+        """Make states visible that are written by now.
+
+        Args:
+            wait: Until all are.
+
+        Raises:
+            OSError: The disk is full, and the state is needed.
+        """
+        while self._writing:
+            first = self._writing[0]
+            timeout = None if wait else 0
+            _, running = ray.wait(
+                list(first.refs), num_returns=len(first.refs), timeout=timeout, fetch_local=False
+            )
+            if running:
+                return
+            self._writing.popleft()
+            self._publish_as_written(first)
+
+    def _publish_as_written(self, state: _Writing) -> None:
+        iteration = state.manifest.iteration
+        try:
+            written = get_results(state.refs)
+        except OSError as error:
+            if self._life is None or iteration not in self._life.optional:
+                raise
+            self._storage.discard(iteration)
+            self._job.reporter.warn(
+                f"iteration {iteration} cannot be written for recovery: {error.strerror}; the "
+                "merge goes on without"
+            )
+            return
+        self.publish(state.manifest)
+        num_bytes = sum(part.num_bytes for part in written)
+        seconds = round(max(part.seconds for part in written), 3)
+        if num_bytes:
+            self._job.reporter.write(StateWritten(iteration, num_bytes, seconds))
+        if iteration in self._run.finished:
+            self._after(iteration)
 
     def publish(self, manifest: states.StateManifest) -> None:
         """Make a state that all shards have written visible: as a whole, or its manifest alone."""
@@ -57,8 +128,18 @@ class Publisher:
             return True  # each state is uploaded from there
         return self._job.scoring is not None and self._job.scoring.is_due(iteration)
 
-    def collect_states(self, iterations: Iterable[int]) -> None:
+    def write_states(self, iterations: Collection[int]) -> None:
+        """Have states on disk that are in the shards' memory."""
+        for iteration in sorted(iterations):
+            manifest = self._run.finished.get(iteration)
+            if manifest is not None and not states.is_published(self._run.path, iteration):
+                get_results(self._storage.write(iteration))
+                self.publish(manifest)
+
+    def collect_states(self, iterations: Collection[int]) -> None:
         """Have whole states in the run directory, so that others can go on from there."""
+        self.publish_written(wait=True)
+        self.write_states(iterations)
         for iteration in iterations:
             if not self._storage.is_shared and iteration in self._run.finished:
                 self._publish_whole(self._run.finished[iteration])
@@ -78,14 +159,40 @@ class Publisher:
     def finished(self, manifest: states.StateManifest) -> None:
         """Take note of a finished iteration: have it scored, and remove what nothing needs."""
         self._run.finished[manifest.iteration] = manifest
-        held: set[int] = set()
+        self._after(manifest.iteration)
+
+    def _after(self, iteration: int) -> None:
+        """Have a state scored if it is on disk, and remove others that nothing needs."""
+        held = {state.manifest.iteration for state in self._writing}
         if self._job.scoring is not None:
-            self._job.scoring.state_finished(manifest.iteration)
+            self._job.scoring.state_finished(iteration)
             held |= self._job.scoring.held()
         if self._promise is not None:
             held |= self._promise.held()
-        self._run.prune(self._job.num_candidates, manifest.iteration, held)
+        last, schedule, count = (
+            self._run.last_iteration,
+            self._config.schedule,
+            self._job.num_candidates,
+        )
+        on_disk = last_usable(schedule, count, last, self._is_published)
+        points = self._life.recovery if self._life is not None else ()
+        for point in (on_disk, *(p for p in points if p > on_disk)):
+            held |= iterations_needed_after(schedule, count, point)
+        self._run.prune(held, last)
         self._storage.forget_pruned()
+
+    def _is_published(self, iteration: int) -> bool:
+        return states.is_published(self._run.path, iteration)
+
+    def goes_on(self, iteration: int) -> None:
+        """Have the shards let go of states, once the merge goes on after an iteration."""
+        if self._life is None:
+            return
+        held = set[int]() if self._promise is None else self._promise.held(iteration)
+        if iteration in self._life.recovery:
+            # A merge that goes on from here may end with it.
+            self.write_states(held - {state.manifest.iteration for state in self._writing})
+        self._storage.settle(iteration, held)
 
     def create_model_files(self) -> list[SharedWeightFile]:
         """The final model's weight files, made, so that the shards of a linear merge fill them."""
@@ -119,6 +226,7 @@ class Publisher:
         started = time.monotonic()
         run, partial, iteration = self._run, self._run.partial_model, selection.iteration
         is_adapter = self._config.output_format == "adapter"
+        self.publish_written(wait=True)
         if iteration is not None and (self._config.keep_states == "last" or is_adapter):
             self.collect_states([iteration])
         rank = None
@@ -159,8 +267,8 @@ class Publisher:
     def _export(self, selection: Selection) -> int:
         """Complete the final model in its unfinished directory; returns bytes of weights.
 
-        Each weight file is written by one of the shards from the state, unless a linear merge has
-        written it already, or the model is a checkpoint.
+        The shards write it, each its own tensors, unless a linear merge has written it already, or
+        the model is a checkpoint.
         """
         partial, files = self._run.partial_model, self._model_files()
         if selection.iteration is None:

@@ -19,6 +19,7 @@ from arm_ray.errors import ArmRayError, is_disk_full
 from arm_ray.evaluation.tasks import Task
 from arm_ray.events import RunFailed, RunFinished, read_events
 from arm_ray.merging.method import Method, open_method
+from arm_ray.planning.state_life import linear_life, state_life
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.cluster.joining import is_up_or_named, outliving, ray_session
 from arm_ray.runtime.cluster.nodes import THIS_PROCESS, view_of_cluster
@@ -41,7 +42,7 @@ from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.progress import cosine_text, duration, print_summary
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
-from arm_ray.runtime.shards.placement import Placement, local_slots
+from arm_ray.runtime.shards.placement import Place, Placement, local_slots
 from arm_ray.schedule import merge_sizes
 from arm_ray.storage.urls import is_url
 
@@ -74,6 +75,7 @@ def merge(
     console: Console | None = None,
     reserved: Mapping[str, float] | None = None,
     part_of: str | None = None,
+    place: Place | None = None,
 ) -> MergeOutcome:
     """Merge checkpoints as configured, or go on with the run in `config.output`.
 
@@ -85,6 +87,7 @@ def merge(
         console: Where progress and the summary go; None: standard error.
         reserved: Resources of the cluster that others have taken, besides its own evaluators.
         part_of: Name of the run whose trackers tell of this merge; None: it has its own.
+        place: Places the layer shards; None: each merge starts its own.
 
     Raises:
         ArmRayError: Any of its kinds. What is complete on disk stays and can be gone on with.
@@ -111,7 +114,7 @@ def merge(
             return MergeOutcome(run.path, run.model, run.last_iteration, "complete")
         reporter = reporter.with_events(run.events)
         here = needs_no_ray(config, method, address)
-        needs = _space_needs(config, inputs)
+        needs = _space_needs(config, method, inputs, stop_after)
         run.check_disk_space(needs)
         with (
             heartbeat(reporter.console),
@@ -136,7 +139,7 @@ def merge(
         ):
             taken = _sum_of(reserved or {}, {} if here else reserved_resources(config))
             ending = _merge(
-                config, method, inputs, run, tasks, stop_after, reporter, taken, is_here=here
+                config, method, inputs, run, tasks, stop_after, reporter, taken, place, is_here=here
             )
             seconds = time.monotonic() - started
             reporter.write(
@@ -181,6 +184,7 @@ def _merge(
     stop_after: int | None,
     reporter: Reporter,
     reserved: Mapping[str, float],
+    place: Place | None,
     *,
     is_here: bool,
 ) -> Ending:
@@ -197,7 +201,7 @@ def _merge(
     with scored as scoring:
         job = MergeJob(config, method, inputs, run, stream, compared, scoring, reporter, stop_after)
         recovery = RecoveryPolicy(config.runtime.max_recoveries, config.runtime.transport)
-        return MergeController(job, cluster, placement, recovery, scaling).run()
+        return MergeController(job, cluster, placement, recovery, scaling, place).run()
 
 
 def _with_compute_dtype(
@@ -228,14 +232,20 @@ def _sum_of(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, 
     return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in {*left, *right}}
 
 
-def _space_needs(config: MergeConfig, inputs: MergeInputs) -> SpaceNeeds:
-    layout, dtypes = inputs.layout, inputs.storage_dtypes
+def _space_needs(
+    config: MergeConfig, method: Method, inputs: MergeInputs, stop_after: int | None
+) -> SpaceNeeds:
+    layout, dtypes, count = inputs.layout, inputs.storage_dtypes, len(config.candidates)
+    life = linear_life(config, stop_after)
+    if method.needs_forward:
+        # Where there is no room for them, the merge goes on without recovery points.
+        life = state_life(config, count, None, stop_after)
     if config.output_format == "adapter":
         model_bytes = adapter_bytes(layout.shapes, layout.rotated, config.adapter_rank)
     else:
         exported = states.plan_export(layout.shapes, dtypes, 2**62)
         model_bytes = sum(file.num_bytes for file in exported)
-    return SpaceNeeds(states.total_bytes(layout.shapes, 4), model_bytes, len(config.candidates))
+    return SpaceNeeds(states.total_bytes(layout.shapes, 4), model_bytes, count, life)
 
 
 @contextlib.contextmanager

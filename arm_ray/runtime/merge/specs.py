@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from arm_ray.config import MergeConfig
 from arm_ray.errors import PlacementError
 from arm_ray.merging.method import Method
 from arm_ray.model.partition import Partition, choose_balance, partition_layers
-from arm_ray.planning.cluster import make_cluster
-from arm_ray.planning.estimate import choose_partition
+from arm_ray.planning.cluster import Cluster, make_cluster
+from arm_ray.planning.estimate import choose_partition, life_of
 from arm_ray.planning.memory import actor_memory
 from arm_ray.planning.sources import workload_of
+from arm_ray.planning.state_life import StateLife
+from arm_ray.planning.timing import Placement as Timed
+from arm_ray.planning.workload import Workload
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.shards.placement import Placement
 from arm_ray.runtime.shards.spec import ShardSpec
 
 
 def shard_specs(
-    config: MergeConfig, method: Method, inputs: MergeInputs, run: Path, placement: Placement
+    config: MergeConfig,
+    method: Method,
+    inputs: MergeInputs,
+    run: Path,
+    placement: Placement,
+    last: int | None = None,
 ) -> list[ShardSpec]:
     """What each layer shard of a merge is given, in the order of the layers.
 
@@ -29,15 +40,18 @@ def shard_specs(
         inputs: The checked checkpoints.
         run: The run directory.
         placement: Number of shards, and their device.
+        last: The iteration that the merge is halted after; None: it is not.
     """
+    planned = _Planned(config, inputs, placement)
     shares = partition_layers(
         inputs.layout,
         placement.num_shards,
         choose_balance(config.runtime.balance, on_gpu=placement.device == "cuda"),
         needs_forward=method.needs_forward,
-        partition=_partition(config, inputs, placement),
+        partition=planned.partition,
         turn=config.runtime.groups_per_turn,
     )
+    life = planned.life(shares, last) if method.needs_forward else None
     rate = config.runtime.disk_mb_per_s
     return [
         ShardSpec(
@@ -55,22 +69,44 @@ def shard_specs(
             disk_bytes_per_s=None if rate is None else rate * 1e6 / len(shares),
             scratch=config.runtime.scratch,
             niceness=config.runtime.niceness,
+            life=life,
             # There is one shard for all cores.
             workers=os.cpu_count() if placement.is_here else None,
+            is_here=placement.is_here,
         )
         for groups in shares
     ]
 
 
-def _partition(config: MergeConfig, inputs: MergeInputs, placement: Placement) -> Partition:
-    """`runtime.partition`, where it is auto as `arm-ray plan` would choose it for one node."""
-    asked = config.runtime.partition
-    if asked != "auto" or placement.num_shards == 1:
-        return "contiguous" if asked == "auto" else asked
-    gpus = placement.num_shards if placement.device == "cuda" else None
-    workload = workload_of(config, inputs.layout, inputs.checkpoints)
-    cluster = make_cluster(config.runtime, gpus=gpus)
-    return choose_partition(workload, config, cluster, placement.num_shards, 1)
+@dataclass(frozen=True)
+class _Planned:
+    """What `auto` stands for, as `arm-ray plan` would choose it for one node."""
+
+    config: MergeConfig
+    inputs: MergeInputs
+    placement: Placement
+
+    @property
+    def partition(self) -> Partition:
+        """`runtime.partition`."""
+        asked, count = self.config.runtime.partition, self.placement.num_shards
+        if asked != "auto" or count == 1:
+            return "contiguous" if asked == "auto" else asked
+        return choose_partition(self._workload, self.config, self._cluster, count, 1)
+
+    def life(self, shares: Sequence[Sequence[int]], last: int | None) -> StateLife:
+        """What becomes of the states, with `runtime.recovery_every`."""
+        placed = Timed(shares, 1)
+        return life_of(self._workload, self.config, self._cluster, placed, last)
+
+    @functools.cached_property
+    def _workload(self) -> Workload:
+        return workload_of(self.config, self.inputs.layout, self.inputs.checkpoints)
+
+    @functools.cached_property
+    def _cluster(self) -> Cluster:
+        gpus = self.placement.num_shards if self.placement.device == "cuda" else None
+        return make_cluster(self.config.runtime, gpus=gpus)
 
 
 def check_memory(

@@ -1,10 +1,12 @@
-"""Where merged states lie: in the run directory that all nodes see, or in parts on the nodes.
+"""Where merged states lie that are written: in the run directory, or in parts on the nodes.
+
+States that are not written (`arm_ray.planning.state_life`) are in the memory of their shards alone.
 
 | | `shared` | `per_node` |
 |---|---|---|
-| a group of a state | in the run directory | on its shard's node, in `runtime.scratch` |
-| a whole state in the run directory | as it is finished | if it is wanted there |
-| `model/` | each shard writes whole weight files | each shard sends its tensors to their places |
+| a group of a state that is written | in the run directory | on its node, in `runtime.scratch` |
+| a whole state in the run directory | once all have written it | if it is wanted there |
+| `model/` | each shard writes its tensors in place | each sends them to their places |
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import hashlib
 import json
 import socket
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from ray import ObjectRef
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
@@ -27,7 +31,8 @@ from arm_ray.runtime.cluster.nodes import node_names, this_node
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.output.run_directory import RunDirectory
 from arm_ray.runtime.shards.files import RemoteGroup, ShardFiles
-from arm_ray.runtime.shards.layer_shard import LayerShard, call_files
+from arm_ray.runtime.shards.layer_shard import BESIDE, CONTROL, LayerShard, call_files, call_states
+from arm_ray.runtime.shards.made_states import MadeStates, Written
 from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.runtime.shards.spec import ShardSpec
 
@@ -83,19 +88,56 @@ class StateStorage:
     def forget_pruned(self) -> None:
         """Remove from the nodes what is no longer in the run directory."""
 
+    def settle(self, iteration: int, held: Collection[int]) -> None:
+        """Have the shards let go of what nothing needs, of the states up to an iteration.
+
+        Args:
+            iteration: The last one that is finished; the merge goes on after it.
+            held: Iterations whose states may be needed, although no later one reads them.
+        """
+        calls = [
+            call_states(actor, CONTROL, MadeStates.settle, iteration, frozenset(held))
+            for actor in self._gang.actors
+        ]
+        get_results(calls)
+
+    def writing(self, iteration: int) -> list[ObjectRef[Written]]:
+        """What ends once all shards have written their groups of a state."""
+        return [
+            call_states(actor, BESIDE, MadeStates.written, iteration) for actor in self._gang.actors
+        ]
+
+    def write(self, iteration: int) -> list[ObjectRef[Written]]:
+        """Have all shards write what they have in memory of a state, and not on disk yet."""
+        return [
+            call_states(actor, BESIDE, MadeStates.write, iteration) for actor in self._gang.actors
+        ]
+
+    def quiet(self) -> None:
+        """Wait until no shard writes any more, whatever became of it."""
+        get_results([call_states(actor, BESIDE, MadeStates.quiet) for actor in self._gang.actors])
+
     def write_model(self, files: Sequence[states.ExportFile], iteration: int) -> None:
-        """Write the final model's weight files from a merged state.
+        """Write the final model's weight files from a merged state, by all shards at once.
 
         Args:
             files: What goes where.
             iteration: Of the state.
         """
-        partial, actors = self._run.partial_model, self._gang.actors
+        partial = self._run.partial_model
         partial.mkdir()
+        model = [SharedWeightFile(partial / file.name, file.specs) for file in files]
+        for file in model:
+            file.create()
+        self._fill(iteration, model)
+        for file in model:
+            file.sync()
+
+    def _fill(self, iteration: int, model: Sequence[SharedWeightFile]) -> None:
         get_results(
             [
-                call_files(actors[i % len(actors)], ShardFiles.export, partial, file, iteration)
-                for i, file in enumerate(files)
+                call_states(actor, {}, MadeStates.fill, iteration, model)
+                for actor in self._gang.actors
             ]
         )
 
@@ -222,28 +264,24 @@ class NodeStorage(StateStorage):
 
     def write_model(self, files: Sequence[states.ExportFile], iteration: int) -> None:
         """Write the final model's weight files from a merged state."""
+        if not all(self._in_run(iteration, group) for group in self._groups):
+            super().write_model(files, iteration)
+            return
         partial, home = self._run.partial_model, self._files[self._home]
         partial.mkdir()
-        if all(self._in_run(iteration, group) for group in self._groups):
-            group_of = {n: g.index for g in self._inputs.layout.groups for n in g.tensors}
-            state = states.state_directory(self._run.path, iteration)
-            exported = [
-                home.call(NodeFiles.export, partial, file, state, group_of) for file in files
-            ]
-            get_results(exported, NODE_FILES)
-            return
-        model = [SharedWeightFile(partial / file.name, file.specs) for file in files]
-        for file in model:
-            file.create()
+        group_of = {n: g.index for g in self._inputs.layout.groups for n in g.tensors}
+        state = states.state_directory(self._run.path, iteration)
+        exported = [home.call(NodeFiles.export, partial, file, state, group_of) for file in files]
+        get_results(exported, NODE_FILES)
+
+    def _fill(self, iteration: int, model: Sequence[SharedWeightFile]) -> None:
+        home = self._files[self._home]
         get_results(
             [
-                call_files(actor, ShardFiles.assemble, iteration, group, model, home)
-                for actor, spec in zip(self._gang.actors, self._specs, strict=True)
-                for group in spec.groups
+                call_states(actor, {}, MadeStates.assemble, iteration, model, home)
+                for actor in self._gang.actors
             ]
         )
-        for file in model:
-            file.sync()
 
     def close(self, *, is_complete: bool) -> None:
         """Let go of what belongs to the gang; of a complete run, of all that is on the nodes."""

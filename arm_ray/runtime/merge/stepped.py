@@ -46,7 +46,7 @@ class SteppedSweep(Sweep):
                 self._reason = "no_gain"
                 return None
             manifest = self._finish(flight)
-            if self._job.ends_with(manifest):
+            if self._ends_with(manifest):
                 return manifest
             if iteration < last and self._parts.has_grown():
                 break

@@ -92,6 +92,7 @@ class Sweep(ABC):
             return job.reason(done)
         if run.last_iteration >= job.last:
             return "stop_after"
+        self._publisher.goes_on(run.last_iteration)
         with self._progress.shown():
             final = self._run(run.last_iteration + 1, job.last)
         if self._reason is not None:
@@ -105,15 +106,18 @@ class Sweep(ABC):
         """Run iterations; returns the one that ended the schedule, or None."""
 
     def _finish(self, flight: Flight) -> StateManifest:
-        """Wait for an iteration, publish its state and write it down."""
+        """Wait for an iteration, have its state published and write it down."""
         self._watch(flight)
         reports = [report for report in get_results(flight.merges) if report is not None]
         assert len(reports) == self._job.num_groups, "an abandoned iteration is not finished"
         manifest = _manifest(flight.plan, reports)
-        self._publisher.publish(manifest)
+        self._publisher.made(manifest)
         self._parts.partial.forget(manifest.iteration)
         if self._parts.promise is not None:
-            # Now: later on it may be removed.
+            # Iterations that wait to go on are ahead of the losses.
+            self._storage.settle(
+                manifest.iteration, {manifest.iteration, *self._parts.promise.held()}
+            )
             losses = self._dispatcher.losses.of_states(flight.plan)
             self._parts.promise.state_finished(manifest.iteration, losses)
         # Iterations overlap: what counts is the time since the one before was done.
@@ -122,6 +126,13 @@ class Sweep(ABC):
         self._last_finished = now
         self._record(manifest, reports, seconds)
         return manifest
+
+    def _ends_with(self, manifest: StateManifest) -> bool:
+        """Whether the merge ends with a state; else the shards let go of what only that needed."""
+        if self._job.ends_with(manifest):
+            return True
+        self._publisher.goes_on(manifest.iteration)
+        return False
 
     def _watch(self, flight: Flight) -> None:
         """Show progress until the iteration's groups are merged; an error surfaces at once."""
@@ -132,6 +143,7 @@ class Sweep(ABC):
         while pending:
             done, pending = ray.wait(pending, timeout=_POLL_S)
             get_results(done)
+            self._publisher.publish_written()
             for ref in done:
                 if ref in by_ref:
                     layers += by_ref[ref].end_layer - by_ref[ref].first_layer
@@ -202,7 +214,7 @@ class WavefrontSweep(Sweep):
                     self._keep_merged(flight)
                 raise
             flights.popleft()
-            if self._job.ends_with(manifest):
+            if self._ends_with(manifest):
                 self._abandon(flights, manifest.iteration)
                 for flight in flights:
                     self._storage.discard(flight.plan.iteration)
@@ -226,6 +238,8 @@ class WavefrontSweep(Sweep):
             # Only that they are over matters, not what they return.
             ray.wait(list(flight.merges), num_returns=len(flight.merges))
             self._keep_merged(flight)
+        # Nothing may appear in a state's directory once it is removed.
+        self._storage.quiet()
 
     def _keep_merged(self, flight: Flight) -> None:
         """Take note of the layer groups of an iteration that are merged, whatever became of it."""
@@ -244,7 +258,7 @@ class PhasesSweep(Sweep):
         for iteration in range(first, last + 1):
             flight = self._dispatcher.submit_in_phases(self._job.plan(iteration))
             manifest = self._finish(flight)
-            if self._job.ends_with(manifest):
+            if self._ends_with(manifest):
                 return manifest
             if iteration < last and self._parts.has_grown():
                 break

@@ -25,6 +25,7 @@ from arm_ray.checkpoints.weight_file import atomic_file, write_json
 from arm_ray.config import MergeConfig, config_difference, parse_merge_config, read_yaml
 from arm_ray.errors import ArmRayError, DiskSpaceError, RunDirectoryError
 from arm_ray.events import EventLog
+from arm_ray.planning.state_life import StateLife, states_to_come
 from arm_ray.runtime.output.claim import (
     CONFIG_NAME,
     claimed,
@@ -34,12 +35,11 @@ from arm_ray.runtime.output.claim import (
     write_config,
 )
 from arm_ray.runtime.output.precision import recorded
-from arm_ray.schedule import iteration_of, states_needed_after
 from arm_ray.storage.room import size_text
 
 INPUTS_NAME = "inputs.json"
 _ID_NAME = ".run_id"
-_MAKE_ROOM = "free some, choose another output, or set keep_states: last"
+_MAKE_ROOM = "free some, choose another output, or set keep_states: none"
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,13 @@ class SpaceNeeds:
         state_bytes: Size of a merged state.
         model_bytes: Size of the final model, or the most that an adapter takes.
         num_candidates: How many candidates there are.
+        life: Which states are written.
     """
 
     state_bytes: int
     model_bytes: int
     num_candidates: int
+    life: StateLife
 
 
 class RunDirectory:
@@ -124,22 +126,17 @@ class RunDirectory:
         self.inputs.update(digests)
         write_json(self.path / INPUTS_NAME, self.inputs)
 
-    def prune(
-        self, num_candidates: int, iteration: int, held: Collection[int] = frozenset()
-    ) -> None:
-        """Remove states that no later iteration needs, unless `keep_states` is `all`.
+    def prune(self, needed: Collection[int], iteration: int) -> None:
+        """Remove states that nothing needs, unless `keep_states` is `all`.
 
         Args:
-            num_candidates: Of the run.
-            iteration: The last one that is done.
-            held: Iterations whose states are needed for something else.
+            needed: Iterations whose states stay.
+            iteration: The last one that is done; states of later ones are being made.
         """
         if self.config.keep_states == "all" or not (self.path / "states").is_dir():
             return
-        needed = states_needed_after(self.config.schedule, num_candidates, iteration)
-        keep = {iteration_of(name) for name in needed} | set(held)
         for found in states.state_directories(self.path):
-            if found not in keep and found <= iteration:
+            if found not in needed and found <= iteration:
                 states.discard_state(self.path, found)
 
     def check_disk_space(self, needs: SpaceNeeds) -> None:
@@ -148,7 +145,7 @@ class RunDirectory:
         Raises:
             DiskSpaceError: Says how much is missing.
         """
-        count = self._states_to_come(needs.num_candidates)
+        count = self._states_to_come(needs)
         needed = count * needs.state_bytes + needs.model_bytes
         free = shutil.disk_usage(self.path).free
         if needed > free:
@@ -162,7 +159,7 @@ class RunDirectory:
 
     def disk_full(self, needs: SpaceNeeds, cause: OSError) -> DiskSpaceError:
         """The error for a disk that was filled up, by the run or by others, while it wrote."""
-        count = self._states_to_come(needs.num_candidates)
+        count = self._states_to_come(needs)
         needed = count * needs.state_bytes + needs.model_bytes
         free = shutil.disk_usage(self.path).free
         unfinished = [
@@ -180,28 +177,8 @@ class RunDirectory:
             hint=f"{_MAKE_ROOM}; the same command goes on after iteration {self.last_iteration}",
         )
 
-    def _states_to_come(self, num_candidates: int) -> int:
-        """States that have to fit beside those that are there."""
-        schedule = self.config.schedule
-        remaining = schedule.max_iterations - self.last_iteration
-        count = remaining
-        evaluation = self.config.evaluation
-        # States that wait for their scores stay, and scoring may be slower than merging.
-        is_bounded = evaluation is None or evaluation.wait
-        if self.config.keep_states != "all" and is_bounded:
-            # States are written before older ones go, and ahead of their turn.
-            ahead = 1 + self.config.runtime.lookahead
-            most = ahead + max(
-                len(states_needed_after(schedule, num_candidates, t))
-                for t in range(1, schedule.max_iterations + 1)
-            )
-            present = self.finished and states_needed_after(
-                schedule, num_candidates, self.last_iteration
-            )
-            by_task = evaluation is not None and evaluation.select.by != "last"
-            best = int(by_task or self.config.compares_losses)
-            count = min(remaining, most + best - len(present))
-        return count
+    def _states_to_come(self, needs: SpaceNeeds) -> int:
+        return states_to_come(self.config, needs.num_candidates, needs.life, self.last_iteration)
 
 
 def _needed(count: int, needs: SpaceNeeds, missing: int) -> str:

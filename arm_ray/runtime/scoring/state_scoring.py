@@ -92,14 +92,13 @@ class StateScoring:
 
     def is_due(self, iteration: int) -> bool:
         """Whether a state is scored: every so many, and the last one."""
-        last = self._config.schedule.max_iterations
-        return iteration % self._settings.every == 0 or iteration == last
+        return self._settings.is_due(iteration, self._config.schedule.max_iterations)
 
     def state_finished(self, iteration: int, is_last: bool = False) -> None:
         """Have a state scored whose weights are on disk."""
         if iteration in self._submitted or not (self.is_due(iteration) or is_last):
             return
-        if not states.state_directory(self._run.path, iteration).is_dir():
+        if not states.is_published(self._run.path, iteration):
             return
         self._submitted.add(iteration)
         self._service.submit(self._subject(iteration))

@@ -9,25 +9,21 @@ import contextlib
 import shutil
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 
-import numpy as np
 import ray
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.remote import LocalCopy, RemoteCheckpoint, local_copy
 from arm_ray.checkpoints.validation import check_finite
-from arm_ray.checkpoints.weight_file import SharedWeightFile, atomic_file
+from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.config import scratch_path
 from arm_ray.errors import NotACheckpointError, about
 from arm_ray.runtime.cluster.actors import Handle
 from arm_ray.runtime.cluster.node_files import (
-    CHUNK_BYTES,
     COPIES,
     NodeDirectory,
     NodeFiles,
@@ -35,7 +31,6 @@ from arm_ray.runtime.cluster.node_files import (
     send_file,
 )
 from arm_ray.runtime.shards.meter import Meter, RateLimit
-from arm_ray.runtime.shards.pieces import group_specs, row_pieces
 from arm_ray.runtime.shards.spec import ShardSpec
 
 # How often a shard looks for a file that is to be seen on all nodes, and how long it waits between.
@@ -168,53 +163,6 @@ class ShardFiles:
         """Send a layer group of a merged state to `directory` on another node; returns bytes."""
         own = states.state_directory(self.spec.run, iteration)
         return send_file(states.group_file(own, group), files, states.group_file(directory, group))
-
-    def assemble(
-        self,
-        iteration: int,
-        group: int,
-        model: Sequence[SharedWeightFile],
-        files: Handle[NodeFiles],
-    ) -> int:
-        """Send a layer group's tensors to their places in the final model, on another node.
-
-        Args:
-            iteration: Of the merged state.
-            group: The layer group.
-            model: The weight files there, which are made already.
-            files: `NodeFiles` of that node.
-
-        Returns:
-            Bytes of tensors, in the final model's dtypes.
-        """
-        state = states.state_directory(self.spec.run, iteration)
-        total, pending = 0, deque[ray.ObjectRef[None]]()
-        for file in model:
-
-            def put(view: memoryview, position: int, path: Path = file.path) -> None:
-                data = np.frombuffer(view, dtype=np.uint8)
-                pending.append(files.call(NodeFiles.write, path, position, data))
-                # Two on their way at a time.
-                if len(pending) > 1:
-                    ray.get(pending.popleft())
-
-            writer = file.writer(put)
-            for spec in group_specs(self.spec.layout, group):
-                if spec.name in writer:
-                    tensor = states.read_group(state, group, [spec.name])[spec.name]
-                    for rows in row_pieces(spec, CHUNK_BYTES // spec.dtype.itemsize):
-                        total += writer.write(spec.name, rows.start, tensor[rows])
-        ray.get(list(pending))
-        return total
-
-    def export(self, directory: Path, file: states.ExportFile, iteration: int) -> int:
-        """Write one weight file of the final model from the state of `iteration`."""
-        groups = self.spec.layout.groups
-        group_of = {name: group.index for group in groups for name in group.tensors}
-        state = states.state_directory(self.spec.run, iteration)
-        num_bytes = states.write_export_file(directory, file, state, group_of)
-        self._disk.spend(num_bytes + sum(prod(spec.shape) * 4 for spec in file.specs))
-        return num_bytes
 
     def _own_tensors(self) -> list[str]:
         return [name for g in self.spec.groups for name in self.spec.layout.groups[g].tensors]

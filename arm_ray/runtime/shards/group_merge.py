@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arm_ray.checkpoints import states
-from arm_ray.checkpoints.weight_file import TensorSpec, WeightFileWriter
+from arm_ray.checkpoints.weight_file import TensorSpec
 from arm_ray.merging.operator import AnyRotation, MergedTensor, TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
 from arm_ray.model.layout import EMBEDDING, layer_of
@@ -22,7 +22,9 @@ from arm_ray.planning.workload import PIECE, linear_piece
 from arm_ray.runtime.shards.captures import Captures
 from arm_ray.runtime.shards.facts import ModelFacts
 from arm_ray.runtime.shards.pieces import (
+    Flushes,
     Workers,
+    WriteBehind,
     group_specs,
     group_writer,
     not_finite,
@@ -30,8 +32,7 @@ from arm_ray.runtime.shards.pieces import (
     tensor_inputs,
 )
 from arm_ray.runtime.shards.spec import ShardSpec
-from arm_ray.runtime.shards.weights import WeightStore
-from arm_ray.runtime.shards.write_behind import Flushes, WriteBehind
+from arm_ray.runtime.shards.weights import WeightStore, room_for
 from arm_ray.schedule import BASE, IterationPlan
 
 # Elements that numbers over the whole model are taken of at once: few enough to stay in cache.
@@ -40,6 +41,9 @@ _MEASURED_PIECE = 1 << 20
 # One piece of a tensor, and the call that makes what the operator is given of it: so that this
 # work is done by the thread that merges the piece.
 Piece = tuple[TensorSpec, Callable[[], TensorInputs]]
+# What is known of a merged piece: its tensor's name, how many task vectors were rotated, the ranks
+# of shifts that lacked some, and the comparison of states.
+_Facts = tuple[str, int, Sequence[tuple[int, int]], SimilaritySums]
 
 
 @dataclass
@@ -50,14 +54,14 @@ class MergedGroup:
         similarity: The comparisons of states, piece by piece.
         rotated: Rotated task vectors.
         deficient: The tensors whose activation shift was rank-deficient, in words.
-        kept: Tensor -> its pieces in the order of their rows, where later iterations read them.
-        num_bytes: Of the file.
+        made: The tensors, float32, where merged states live in memory.
+        num_bytes: Of the file, where they do not.
     """
 
     similarity: list[SimilaritySums] = field(default_factory=list)
     rotated: int = 0
     deficient: list[str] = field(default_factory=list)
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    made: dict[str, Tensor] = field(default_factory=dict)
     num_bytes: int = 0
 
 
@@ -86,30 +90,49 @@ class GroupMerge:
     def merge(
         self, plan: IterationPlan, group: int, columns: NDArray[np.int64], facts: ModelFacts
     ) -> MergedGroup:
-        """Merge a group into its file; see `LayerShard.merge`.
+        """Merge a group, into memory or into its file; see `LayerShard.merge`.
 
-        The file appears once the disk has caught up (`Flushes.wait`).
+        A file appears once the disk has caught up (`Flushes.wait`).
         """
         found = MergedGroup()
+        pieces = self._pieces(plan, group, columns, facts, PIECE)
+        if self.store.residency != "disk":
+            work = partial(self._merge_piece, plan, group, partial(self._place, found.made))
+            self._collect(found, self.workers.in_order(work, pieces))
+        else:
+            self._merge_into_file(found, plan, group, pieces)
+        for name in self.spec.layout.groups[group].tensors:
+            self.rotations.pop((plan.iteration, name), None)
+        return found
+
+    def _place(self, made: dict[str, Tensor], spec: TensorSpec, rows: slice, piece: Tensor) -> None:
+        """Put rows of a tensor into their place in memory."""
+        if piece.shape == spec.shape and self.spec.residency == "device":
+            made[spec.name] = piece
+            return
+        whole = made.get(spec.name)
+        if whole is None:
+            # Pieces of one tensor come from several threads.
+            room = room_for(spec.shape, self.store.residency, self.store.device)
+            whole = made.setdefault(spec.name, room)
+        whole[rows].copy_(piece)
+
+    def _merge_into_file(
+        self, found: MergedGroup, plan: IterationPlan, group: int, pieces: Iterator[Piece]
+    ) -> None:
         writes: list[Future[None]] = []
-        keeps = self.store.keeps_new_states
         directory = states.state_directory(self.spec.run, plan.iteration)
-        specs = group_specs(self.spec.layout, group)
         try:
             with contextlib.ExitStack() as stack:
-                # What the store keeps is read from the file once more at the very end, if at all.
                 writer = stack.enter_context(
-                    group_writer(directory, group, specs, is_read_again=not keeps)
+                    group_writer(directory, group, group_specs(self.spec.layout, group))
                 )
-                work = partial(self._merge_piece, plan, group, writer, writes)
-                pieces = self._pieces(plan, group, columns, facts, PIECE)
-                for spec, result, sums in self.workers.in_order(work, pieces):
-                    found.similarity.append(sums)
-                    found.rotated += result.rotated
-                    ranks = result.rank_deficient
-                    found.deficient += [f"{spec.name} ({r} of {n})" for r, n in ranks]
-                    if keeps:
-                        found.kept.setdefault(spec.name, []).append(result.tensor)
+
+                def put(spec: TensorSpec, rows: slice, piece: Tensor) -> None:
+                    writes.extend(self.behind.write(writer.write, spec.name, rows.start, piece))
+
+                work = partial(self._merge_piece, plan, group, put)
+                self._collect(found, self.workers.in_order(work, pieces))
                 # The disk catches up while the next groups are computed.
                 self.flushes.close_after(writes, stack.pop_all())
         except BaseException:
@@ -118,9 +141,13 @@ class GroupMerge:
             self.flushes.wait()
             raise
         found.num_bytes = writer.num_bytes
-        for name in self.spec.layout.groups[group].tensors:
-            self.rotations.pop((plan.iteration, name), None)
-        return found
+
+    def _collect(self, found: MergedGroup, merged: Iterator[_Facts]) -> None:
+        """Take what merging the pieces gave, in their order."""
+        for name, rotated, ranks, sums in merged:
+            found.similarity.append(sums)
+            found.rotated += rotated
+            found.deficient += [f"{name} ({r} of {n})" for r, n in ranks]
 
     def trials(
         self,
@@ -266,16 +293,16 @@ class GroupMerge:
         self,
         plan: IterationPlan,
         group: int,
-        writer: WeightFileWriter,
-        writes: list[Future[None]],
+        put: Callable[[TensorSpec, slice, Tensor], None],
         piece: Piece,
-    ) -> tuple[TensorSpec, MergedTensor, SimilaritySums]:
+    ) -> _Facts:
         spec, make_inputs = piece
         inputs = make_inputs()
         result = self.spec.method.merge(inputs)
         sums = self._compare(plan, group, inputs, result)
-        writes += self.behind.write(writer.write, spec.name, inputs.rows.start, result.tensor)
-        return spec, result, sums
+        put(spec, inputs.rows, result.tensor)
+        # Not the tensor: it need not wait for those of other threads.
+        return spec.name, result.rotated, result.rank_deficient, sums
 
     def _compare(
         self, plan: IterationPlan, group: int, inputs: TensorInputs, result: MergedTensor

@@ -24,28 +24,32 @@ from arm_ray.model.group import GroupRunner, Templates
 from arm_ray.model.layout import LM_HEAD
 from arm_ray.runtime.cluster.actors import Handle
 from arm_ray.runtime.cluster.node_files import NodeFiles
-from arm_ray.runtime.shards.captures import Captures, MicroPass, forward_states, wanted_of
+from arm_ray.runtime.shards.captures import Captures, MicroPass, wanted_of
 from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts
 from arm_ray.runtime.shards.files import ShardFiles
 from arm_ray.runtime.shards.group_merge import GroupMerge
 from arm_ray.runtime.shards.linear import merge_linear
 from arm_ray.runtime.shards.losses import ShardLosses
+from arm_ray.runtime.shards.made_states import MadeStates
 from arm_ray.runtime.shards.meter import Meter, RateLimit, ShardUsage, peak_bytes
-from arm_ray.runtime.shards.pieces import Workers
+from arm_ray.runtime.shards.pieces import Flushes, Workers, WriteBehind
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.runtime.shards.transport import pack_tensor, unpack_tensor
-from arm_ray.runtime.shards.weights import WeightStore
-from arm_ray.runtime.shards.write_behind import Flushes, WriteBehind
-from arm_ray.schedule import BASE, IterationPlan, states_read_after
+from arm_ray.runtime.shards.weights import WeightStore, share_base
+from arm_ray.schedule import BASE, IterationPlan
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 # States are sent elsewhere beside the iterations that a shard works on.
-_BESIDE = {"concurrency_group": "deliver"}
+BESIDE = {"concurrency_group": "deliver"}
+# Calls that must get through while work is queued.
+CONTROL = {"concurrency_group": "control"}
 
 
 class LayerShard:
     """Runs, merges and writes the layer groups of one shard."""
+
+    _store: WeightStore
 
     def __init__(self, spec: ShardSpec) -> None:
         # The sums of a matrix product depend on the number of threads: it is part of the result.
@@ -57,19 +61,37 @@ class LayerShard:
         self._disk, self._meter = RateLimit(spec.disk_bytes_per_s), Meter()
         self._workers = Workers(spec.workers or spec.threads, self._device)
         self._behind, self._flushes = WriteBehind(self._device), Flushes()
+        self._last_spec: ShardSpec | None = None
         self._open(ShardFiles(spec, self._meter, self._disk))
-        self._runners: dict[int, GroupRunner] = {}
-        self._templates: Templates = {}
-        self._hidden: dict[tuple[int, str, int], Tensor] = {}
-        self._last_wanted = sys.maxsize
+        self._begin()
         if spec.method.needs_forward:
             # Here the imports of the model's code take no time of an iteration.
             self._runner(spec.groups[0])
 
+    def _begin(self) -> None:
+        self._runners: dict[int, GroupRunner] = {}
+        self._templates: Templates = {}
+        self._hidden: dict[tuple[int, str, int], Tensor] = {}
+        self._last_wanted = sys.maxsize
+
+    def begin_again(self, spec: ShardSpec | None) -> None:
+        """Take another merge, with as many threads on the same device.
+
+        Args:
+            spec: What it is given; None: it only lets go of all but the base's weights (`ShardSpec.
+                kept_base`) until another merge comes.
+        """
+        if spec is not None:
+            self._disk = RateLimit(spec.disk_bytes_per_s)
+        files = self._files if spec is None else ShardFiles(spec, self._meter, self._disk)
+        self._open(files)
+        self._begin()
+
     def _open(self, files: ShardFiles) -> None:
         """Take the checkpoints and the run directory of a shard's files."""
-        self._files, self._spec = files, files.spec
-        spec = self._spec
+        spec, last = files.spec, self._last_spec
+        before = self._store if last is not None and spec.is_of_same_base(last) else None
+        self._files, self._spec, self._last_spec = files, spec, spec
         self._store = WeightStore(
             spec.layout,
             spec.checkpoints,
@@ -80,22 +102,28 @@ class LayerShard:
             spec.second_moments,
             self._disk,
         )
+        if before is not None:
+            share_base(before, self._store, spec.groups)
+        self._states = MadeStates(spec, self._store, self._workers, self._behind, self._disk)
         self._captures = Captures(spec.layout, spec.method, self._store, spec.compute_dtype)
         self._merging = GroupMerge(
             spec, self._store, self._captures, self._workers, self._behind, self._flushes
         )
         self._losses = ShardLosses(spec, self._store, self._merging, self._runner)
 
-    def on_losses(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the shard's `ShardLosses`; see `call_losses`."""
-        started = time.monotonic()
-        found = getattr(self._losses, method)(*arguments)
-        self._meter.count(forward_seconds=time.monotonic() - started)
-        return found
+    def on(self, part: str, method: str, *arguments: Any) -> Any:
+        """Call a method of a part of the shard; see `call_losses`, `call_files`, `call_states`.
 
-    def on_files(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the shard's `ShardFiles`; see `call_files`."""
-        return getattr(self._files, method)(*arguments)
+        Args:
+            part: `losses`, `files` or `states`.
+            method: Its name.
+            arguments: What it is given.
+        """
+        started = time.monotonic()
+        found = getattr(getattr(self, f"_{part}"), method)(*arguments)
+        if part == "losses":
+            self._meter.count(forward_seconds=time.monotonic() - started)
+        return found
 
     def use_scratch(
         self, name: str, origin: Handle[NodeFiles], fingerprints: Mapping[str, str]
@@ -112,6 +140,7 @@ class LayerShard:
     def abandon(self, iteration: int) -> None:
         """Do nothing more for iterations after this one: calls that wait return at once."""
         self._last_wanted = iteration
+        self._states.end_with(iteration)
 
     def forward(
         self,
@@ -149,7 +178,9 @@ class LayerShard:
             # The shard before was told first that this iteration is abandoned.
             self.abandon(min(self._last_wanted, plan.iteration - 1))
         if plan.iteration > self._last_wanted:
-            return None if is_end else self._nothing(chunk)
+            # Of the right kind, but empty.
+            sends = not is_end and self._spec.sends_after(chunk)
+            return torch.zeros(0, device=self._device) if sends else None
         self._read_ahead(plan, chunk)
         key = (plan.iteration, state, micro_index)
         if chunk[0] == 0:
@@ -189,7 +220,7 @@ class LayerShard:
         columns: NDArray[np.int64],
         facts: ModelFacts = NOTHING_KNOWN,
     ) -> GroupReport | None:
-        """Merge one layer group of an iteration, write it, and release what is not read again.
+        """Merge one layer group of an iteration, and release what is not read again.
 
         Args:
             plan: The iteration, whose forward passes this shard has run.
@@ -210,8 +241,11 @@ class LayerShard:
         merged = self._merging.merge(plan, group, columns, facts)
         if group == self._spec.groups[-1]:
             self._flushes.finish()
-        self._disk.spend(merged.num_bytes)
-        self._store.keep(plan.output, group, merged.kept)
+        num_bytes = merged.num_bytes
+        if self._store.residency != "disk":
+            num_bytes = self._states.keep(plan, group, merged.made)
+        else:
+            self._disk.spend(num_bytes)
         self._release(plan, group)
         seconds = time.monotonic() - started
         self._meter.count(merge_seconds=seconds)
@@ -221,7 +255,7 @@ class LayerShard:
             merged.rotated,
             tuple(merged.deficient),
             seconds,
-            merged.num_bytes,
+            num_bytes,
         )
 
     def adopt(self, plan: IterationPlan, group: int, report: GroupReport) -> GroupReport:
@@ -234,10 +268,7 @@ class LayerShard:
 
     def _release(self, plan: IterationPlan, group: int) -> None:
         """Let go of what no later iteration reads of a group that is merged."""
-        read_again = states_read_after(
-            self._spec.schedule, self._spec.num_candidates, plan.iteration
-        )
-        self._store.release(group, forward_states(self._spec.method, plan), read_again.__contains__)
+        self._states.release(plan, group)
         self._captures.drop(plan, self._spec.layout.groups[group].tensors)
         if group == self._spec.groups[-1]:
             self._captures.drop_iteration(plan.iteration)
@@ -344,10 +375,6 @@ class LayerShard:
             )
         return self._runners[index]
 
-    def _nothing(self, chunk: range) -> Tensor | None:
-        """What `forward` returns of an abandoned iteration: of the right kind, but empty."""
-        return torch.zeros(0, device=self._device) if self._spec.sends_after(chunk) else None
-
     def _read_ahead(self, plan: IterationPlan, chunk: range) -> None:
         following = next((group for group in self._spec.groups if group >= chunk.stop), None)
         if following is not None:
@@ -363,7 +390,19 @@ def call_losses(
 ) -> ObjectRef[_R]:
     """Call a method of a shard's `ShardLosses` with options of the call; returns at once."""
     assert not kwargs
-    return shard.call_with(options, LayerShard.on_losses, method.__name__, *args)
+    return shard.call_with(options, LayerShard.on, "losses", method.__name__, *args)
+
+
+def call_states(
+    shard: Handle[LayerShard],
+    options: Mapping[str, Any],
+    method: Callable[Concatenate[MadeStates, _P], _R],
+    *args: _P.args,
+    **kwargs: _P.kwargs,
+) -> ObjectRef[_R]:
+    """Call a method of a shard's `MadeStates` with options of the call; returns at once."""
+    assert not kwargs
+    return shard.call_with(options, LayerShard.on, "states", method.__name__, *args)
 
 
 def call_files(
@@ -374,5 +413,5 @@ def call_files(
 ) -> ObjectRef[_R]:
     """Call a method of a shard's `ShardFiles`; returns at once."""
     assert not kwargs
-    options = _BESIDE if method is ShardFiles.deliver else {}
-    return shard.call_with(options, LayerShard.on_files, method.__name__, *args)
+    options = BESIDE if method is ShardFiles.deliver else {}
+    return shard.call_with(options, LayerShard.on, "files", method.__name__, *args)

@@ -27,6 +27,8 @@ from arm_ray.planning.workload import linear_piece
 from arm_ray.runtime.shards.facts import ModelFacts
 from arm_ray.runtime.shards.pieces import (
     Workers,
+    Write,
+    WriteBehind,
     group_specs,
     group_writer,
     not_finite,
@@ -35,7 +37,6 @@ from arm_ray.runtime.shards.pieces import (
 )
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.runtime.shards.weights import WeightStore
-from arm_ray.runtime.shards.write_behind import Write, WriteBehind
 from arm_ray.schedule import BASE, IterationPlan
 
 # Elements at once where numbers of a whole tensor are taken.

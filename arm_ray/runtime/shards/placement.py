@@ -236,6 +236,10 @@ def placed_shards(
             remove_placement_group(group)
 
 
+# Has shards for as long as its context: `placed_shards`, or what stands for it.
+Place = Callable[..., contextlib.AbstractContextManager[ShardGang]]
+
+
 @contextlib.contextmanager
 def placed_here(
     specs: Sequence[ShardSpec], *_others: object, **_more: object

@@ -14,6 +14,7 @@ from arm_ray.merging.method import Method
 from arm_ray.merging.similarity import SimilaritySums
 from arm_ray.model.layout import ModelLayout
 from arm_ray.model.partition import Residency, chunks_of
+from arm_ray.planning.state_life import StateLife
 from arm_ray.runtime.shards.transport import Transport
 from arm_ray.schedule import BASE, INITIAL
 
@@ -39,8 +40,12 @@ class ShardSpec:
         disk_bytes_per_s: Most that the shard reads and writes in a second; None: no limit.
         scratch: `runtime.scratch`.
         niceness: `runtime.niceness`.
+        life: Which states are written, and how long the others stay; None: all are written.
         workers: Threads that work on pieces of tensors side by side, each with one thread to
             itself, which changes no bits; None: as many as `threads`.
+        kept_base: Fingerprint of the base, whose weights stay in memory when no iteration reads
+            them any more, for another merge by the same shards; None: they do not stay.
+        is_here: Whether the shard is in the driver's process: no call waits for another one there.
     """
 
     layout: ModelLayout
@@ -58,12 +63,25 @@ class ShardSpec:
     disk_bytes_per_s: float | None = None
     scratch: str | None = None
     niceness: int = 0
+    life: StateLife | None = None
     workers: int | None = None
+    kept_base: str | None = None
+    is_here: bool = False
 
     @property
     def num_candidates(self) -> int:
         """How many candidates there are."""
         return len(self.checkpoints.keys() - {BASE, INITIAL})
+
+    def is_of_same_base(self, other: ShardSpec) -> bool:
+        """Whether the base's weights that another shard keeps are this one's too."""
+        return (
+            self.kept_base is not None
+            and self.kept_base == other.kept_base
+            and tuple(self.groups) == tuple(other.groups)
+            and [g.tensors for g in self.layout.groups] == [g.tensors for g in other.layout.groups]
+            and (self.residency, self.device) == (other.residency, other.device)
+        )
 
     @property
     def chunks(self) -> list[range]:

@@ -2,7 +2,7 @@
 
 | residency | stored weights of the states in use | for the forward pass |
 |---|---|---|
-| `device` | on the device, from the first use to the last | the whole shard, cast |
+| `device` | on the device, from the first use to the last run; then on the host | a chunk, cast |
 | `host` | in host memory, from the first use to the last | one layer group at a time |
 | `disk` | memory-mapped; one group is read while another computes | one layer group at a time |
 
@@ -12,7 +12,7 @@ On a CPU, `device` leaves the base and the candidates memory-mapped: the page ca
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from arm_ray.merging.alignment import aligned
 from arm_ray.model.layout import EMBEDDING, ModelLayout, is_layer_tensor
 from arm_ray.model.partition import Residency
 from arm_ray.runtime.shards.meter import RateLimit
-from arm_ray.schedule import iteration_of
+from arm_ray.schedule import BASE, iteration_of
 
 
 class WeightStore:
@@ -43,6 +43,10 @@ class WeightStore:
         second_moments: Name of a candidate -> Adam's second moments, where an operator wants them.
             They live where the candidate does, and as long.
         disk: What is read is counted there, group by group.
+
+    Attributes:
+        device: Where the weights are computed with.
+        residency: Where stored weights live.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class WeightStore:
         disk: RateLimit | None = None,
     ) -> None:
         self._layout, self._checkpoints, self._run = layout, checkpoints, run
-        self._device, self._compute_dtype, self._residency = device, compute_dtype, residency
+        self.device, self.residency, self._compute_dtype = device, residency, compute_dtype
         self._second_moments = second_moments or {}
         self._disk = disk or RateLimit(None)
         self._stored: dict[tuple[str, int], dict[str, Tensor]] = {}
@@ -67,11 +71,6 @@ class WeightStore:
         # Pieces of one group are merged by several threads.
         self._lock = threading.Lock()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are computed with."""
-        return self._device
 
     def layers(self, state: str, group: int) -> dict[str, Tensor]:
         """The group's decoder-layer tensors on the device in the compute dtype."""
@@ -149,23 +148,21 @@ class WeightStore:
         stored = self._group(state, group)[name]
         return whole if stored.dtype == computed.dtype else computed.to(torch.float32)
 
-    def keep(self, state: str, group: int, pieces: Mapping[str, list[Tensor]]) -> None:
-        """Take over a new state's tensors, in pieces of rows, so that they are not read back."""
-        if self._residency != "disk":
-            whole = {n: p[0] if len(p) == 1 else torch.cat(p) for n, p in pieces.items()}
-            self._stored[state, group] = {
-                name: tensor if self._residency == "device" else self._on_host(tensor)
-                for name, tensor in whole.items()
-            }
+    def keep(self, state: str, group: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a group of a state, in memory where weights live (`room_for`)."""
+        self._stored[state, group] = dict(tensors)
 
-    @property
-    def keeps_new_states(self) -> bool:
-        """Whether `keep` does anything."""
-        return self._residency != "disk"
+    def whole(self, state: str, group: int) -> Mapping[str, Tensor]:
+        """All tensors of a group of a state, as they are stored, where they live."""
+        return self._group(state, group)
+
+    def stored(self, group: int) -> list[str]:
+        """Names of the states whose weights of a group are in memory."""
+        return [state for state, index in self._stored if index == group]
 
     def read_ahead(self, wanted: Iterable[str], group: int) -> None:
         """Start reading a group of some states, where they live on disk."""
-        if self._residency != "disk":
+        if self.residency != "disk":
             return
         for state in wanted:
             key = (state, group)
@@ -184,15 +181,15 @@ class WeightStore:
             self._compute.pop((state, group), None)
         for cache in (self._stored, self._moments):
             for key in [key for key in cache if key[1] == group]:
-                if self._residency == "disk" or not keep(key[0]):
+                if self.residency == "disk" or not keep(key[0]):
                     del cache[key]
 
     def release_unless_resident(self, group: int) -> None:
         """Let go of a group for now: of compute copies, and of what was read from disk."""
-        if self._residency == "device":
+        if self.residency == "device":
             return
         caches = [self._compute]
-        if self._residency == "disk":
+        if self.residency == "disk":
             caches += [self._stored, self._moments]
         for cache in caches:
             for key in [key for key in cache if key[1] == group]:
@@ -220,25 +217,56 @@ class WeightStore:
 
     def _placed(self, mapped: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of one group, from a file to where they live."""
-        if self._residency == "device":
-            return {name: tensor.to(self._device) for name, tensor in mapped.items()}
-        if self._residency == "host":
-            return {name: self._on_host(tensor) for name, tensor in mapped.items()}
+        if self.residency == "device":
+            return {name: tensor.to(self.device) for name, tensor in mapped.items()}
+        if self.residency == "host":
+            return {name: _on_host(tensor, self.device) for name, tensor in mapped.items()}
         # Layers are read here and now, perhaps ahead of their turn. The embedding and the head stay
         # mapped: they are larger than a layer, and used a few rows at a time.
         return {
-            name: self._on_host(tensor) if is_layer_tensor(name) else tensor
+            name: _on_host(tensor, self.device) if is_layer_tensor(name) else tensor
             for name, tensor in mapped.items()
         }
 
     def _moved(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """On the device in a dtype; cast there, because torch would cast on the host first."""
-        return tensor.to(self._device).to(dtype)
+        return tensor.to(self.device).to(dtype)
 
-    def _on_host(self, tensor: Tensor) -> Tensor:
-        """A copy in host memory: page-locked for a GPU, which copies it several times faster."""
-        copy = torch.empty_like(tensor, device="cpu", pin_memory=self._device.type == "cuda")
-        return copy.copy_(tensor)
+
+def room_for(shape: Sequence[int], residency: Residency, device: torch.device) -> Tensor:
+    """Memory for a float32 tensor of a new state, where weights live."""
+    if residency == "device":
+        return torch.empty(*shape, device=device)
+    return torch.empty(*shape, pin_memory=device.type == "cuda")
+
+
+def put_aside(store: WeightStore, group: int, chosen: Callable[[str], bool]) -> None:
+    """Move a group of some states from a GPU to host memory: they are read, but not run.
+
+    Args:
+        store: Where they are.
+        group: The layer group.
+        chosen: Which states.
+    """
+    if store.residency != "device" or store.device.type == "cpu":
+        return
+    for state in filter(chosen, store.stored(group)):
+        tensors = store.whole(state, group)
+        if any(tensor.device == store.device for tensor in tensors.values()):
+            store.keep(state, group, {n: _on_host(t, store.device) for n, t in tensors.items()})
+
+
+def share_base(left: WeightStore, right: WeightStore, groups: Iterable[int]) -> None:
+    """Give the base's weights that one store has in memory to another, of the same model."""
+    for group in groups:
+        if BASE in left.stored(group):
+            right.keep(BASE, group, left.whole(BASE, group))
+
+
+def _on_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy in host memory: page-locked for a GPU, which copies it several times faster."""
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")
+    return copy.copy_(tensor)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

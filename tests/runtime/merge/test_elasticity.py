@@ -135,7 +135,7 @@ def test_a_node_needs_the_weight_files_of_its_own_layers_only(case: MergeCase) -
     part = LayerShard(spec)
     for file in everything - needed:
         file.unlink()
-    assert part.on_files("missing") == []
+    assert part.on("files", "missing") == []
     plan = plan_iteration(shard.config.schedule, 2, 1)
     for group in spec.groups:
         part.merge_linear([plan], group, frozenset({1}), [])
@@ -145,7 +145,7 @@ def test_a_node_needs_the_weight_files_of_its_own_layers_only(case: MergeCase) -
         assert_same_bits(found, {name: expected[name] for name in found})
     gone = sorted(needed)[0]
     gone.rename(gone.with_suffix(".away"))
-    [told, *_] = part.on_files("missing")
+    [told, *_] = part.on("files", "missing")
     assert told.endswith(str(gone))
 
 

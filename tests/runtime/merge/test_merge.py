@@ -230,15 +230,26 @@ def test_actors_give_the_bits_of_shards_in_this_process(
     case: MergeCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case.make("qwen2.5", num_layers=4, dtype=torch.bfloat16)
-    # Dealt round, so that the first shard is also sent what it goes on with.
-    shards = ("runtime.layer_shards=3", "runtime.transport=direct", "runtime.partition=looped")
-    run(case.config(*shards, output="actors"))
+    # Dealt round, so that the first shard is also sent what it goes on with; and it ends early,
+    # while iterations that were submitted ahead wait to hear of it, with a state that is nowhere
+    # but in memory.
+    settings = (
+        "runtime.layer_shards=3",
+        "runtime.transport=direct",
+        "runtime.partition=looped",
+        "schedule={anchor_iterations: 9, max_iterations: 9, tolerance: 0.2, step: fixed}",
+        "keep_states=none",
+        "runtime.recovery_every=never",
+    )
+    outcome = run(case.config(*settings, output="actors"))
+    assert outcome.reason == "converged"
+    assert 1 < outcome.iterations < 9
     events = read_events(case.root / "actors" / "events.jsonl")
     assert [e for e in events if e["event"] == "warning" and "transport" in e["message"]] == []
+    assert [e for e in events if e["event"] == "state_written"] == []
     monkeypatch.setattr("arm_ray.runtime.merge.controller.placed_shards", in_process.placed_shards)
-    run(case.config(*shards, output="here"))
-    for name in ("states/0001", "states/0004", "model"):
-        assert_same_bits(load_all(case.root / "actors" / name), load_all(case.root / "here" / name))
+    assert run(case.config(*settings, output="here")).iterations == outcome.iterations
+    assert_same_bits(*(load_all(case.root / name / "model") for name in ("actors", "here")))
 
 
 @pytest.mark.usefixtures("both_ways")

@@ -19,9 +19,10 @@ from arm_ray.checkpoints.weight_file import TensorSpec, write_json
 from arm_ray.config import MergeConfig, load_merge_config, parse_merge_config
 from arm_ray.errors import DiskSpaceError, RunDirectoryError
 from arm_ray.events import Warned, read_events
+from arm_ray.planning.state_life import state_life
 from arm_ray.runtime.output.run_directory import RunDirectory, SpaceNeeds, open_run
 from arm_ray.runtime.shards.pieces import group_writer
-from arm_ray.schedule import plan_iteration
+from arm_ray.schedule import iterations_needed_after, plan_iteration
 
 Configure = Callable[..., MergeConfig]
 
@@ -322,7 +323,7 @@ def test_pruning_keeps_what_later_iterations_need(
     with open_run(config) as run:
         for t in range(1, 7):
             add_state(config, t)
-            run.prune(len(config.candidates), t)
+            run.prune(iterations_needed_after(config.schedule, 2, t), t)
             left.append(kept(output))
     assert left == [[1], [2], [2, 3], [3, 4], [4, 5], [6]]
 
@@ -336,16 +337,17 @@ def test_pruning_of_a_window_of_three(configure: Configure, output: Path) -> Non
     with open_run(config) as run:
         for t in range(1, 6):
             add_state(config, t)
-            run.prune(len(config.candidates), t)
+            run.prune(iterations_needed_after(config.schedule, 2, t), t)
             left.append(kept(output))
     assert left == [[1], [1, 2], [1, 2, 3], [2, 3, 4], [5]]
 
 
 def test_nothing_is_pruned_unless_asked(configure: Configure, output: Path) -> None:
-    with open_run(configure()) as run:
+    config = configure("keep_states=all")
+    with open_run(config) as run:
         for t in range(1, 7):
-            add_state(configure(), t)
-            run.prune(2, t)
+            add_state(config, t)
+            run.prune({t}, t)
     assert kept(output) == [1, 2, 3, 4, 5, 6]
 
 
@@ -354,7 +356,7 @@ def test_pruning_leaves_the_state_that_is_being_written(configure: Configure, ou
     with open_run(config) as run:
         for t in range(1, 6):
             add_state(config, t, finished=t < 5)
-        run.prune(2, 4)
+        run.prune(iterations_needed_after(config.schedule, 2, 4), 4)
     assert kept(output) == [3, 4, 5]
 
 
@@ -366,7 +368,7 @@ def test_pruning_does_not_trip_over_what_others_left_there(
         for t in range(1, 5):
             add_state(config, t)
         (output / "states" / ".DS_Store").touch()
-        run.prune(2, 4)
+        run.prune(iterations_needed_after(config.schedule, 2, 4), 4)
     names = sorted(p.name for p in (output / "states").iterdir())
     assert names == [".DS_Store", "0003", "0004"]
 
@@ -374,7 +376,11 @@ def test_pruning_does_not_trip_over_what_others_left_there(
 # ---- disk space
 
 Usage = namedtuple("Usage", "total used free")
-ROOM = SpaceNeeds(10 * 10**9, 5 * 10**9, 2)
+
+
+def room(config: MergeConfig) -> SpaceNeeds:
+    """States of 10 GB and a model of 5 GB, of a merge with forward passes."""
+    return SpaceNeeds(10 * 10**9, 5 * 10**9, 2, state_life(config, 2, None))
 
 
 def free_space(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
@@ -384,7 +390,7 @@ def free_space(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
 def fits(run: RunDirectory) -> bool:
     """Whether states of 10 GB and a model of 5 GB fit."""
     try:
-        run.check_disk_space(ROOM)
+        run.check_disk_space(room(run.config))
     except DiskSpaceError:
         return False
     return True
@@ -393,14 +399,17 @@ def fits(run: RunDirectory) -> bool:
 @pytest.mark.parametrize(
     ("overrides", "finished", "states_to_come"),
     [
-        ((), 0, 6),
-        ((), 2, 4),
-        ((), 6, 0),
-        (("keep_states=last",), 0, 5),  # two kept, and three being written
-        (("keep_states=last", "runtime.lookahead=0"), 0, 3),
-        (("keep_states=last",), 5, 1),
-        (("keep_states=last", "schedule.anchor_iterations=6"), 0, 4),
-        (("keep_states=last", "schedule.max_iterations=1"), 0, 1),
+        ((), 0, 0),  # none is written
+        (("keep_states=last",), 0, 1),
+        (("keep_states=last",), 6, 0),
+        (("keep_states=all",), 0, 6),
+        (("keep_states=all",), 2, 4),
+        (("keep_states=all",), 6, 0),
+        (("runtime.residency=disk",), 0, 5),  # two kept, and three being written
+        (("runtime.residency=disk", "runtime.lookahead=0"), 0, 3),
+        (("runtime.residency=disk",), 5, 1),
+        (("runtime.residency=disk", "schedule.anchor_iterations=6"), 0, 4),
+        (("runtime.residency=disk", "schedule.max_iterations=1"), 0, 1),
     ],
 )
 def test_the_disk_has_to_hold_the_states_to_come_and_the_model(
@@ -425,16 +434,16 @@ def test_a_full_disk_says_how_much_is_missing(
 ) -> None:
     free_space(monkeypatch, 21.5e9)
     with (
-        open_run(configure()) as run,
+        open_run(configure("keep_states=all")) as run,
         pytest.raises(DiskSpaceError, match="not enough room") as caught,
     ):
-        run.check_disk_space(ROOM)
+        run.check_disk_space(room(run.config))
     error = caught.value
     assert (error.where, error.got) == (str(output), "21.50 GB free")
     assert error.expected == (
         "65.00 GB: 6 states of 10.00 GB and the model of 5.00 GB; 43.50 GB are missing"
     )
-    assert "keep_states: last" in (error.hint or "")
+    assert "keep_states: none" in (error.hint or "")
 
 
 # ---- events

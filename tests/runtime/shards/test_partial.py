@@ -56,7 +56,7 @@ def test_taking_over_the_last_group_waits_for_the_files_before_it(case: MergeCas
     case.make()
     whole = DirectShard(case.config(output="whole"))
     whole.with_forward(1)
-    shard = DirectShard(case.config(output="parts"))
+    shard = DirectShard(case.config("runtime.residency=disk", output="parts"))
     plan = plan_of(shard)
     for index, micro in enumerate(halves()):
         for state in plan.inputs:

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from arm_ray.runtime.shards.write_behind import WriteBehind
+from arm_ray.runtime.shards.pieces import WriteBehind
 from tests.builders.checkpoints import assert_same_bits
 from tests.builders.merge_case import MergeCase
 from tests.builders.shards import DirectShard
