@@ -123,9 +123,11 @@ def merge_in_this_process(base: Path, candidate: Path, run: Path, residency: str
 
     from arm_ray.calibration.minibatch import MiniBatch, micro_batches, unique_samples
     from arm_ray.checkpoints import states
+    from arm_ray.checkpoints.weight_file import SharedWeightFile
     from arm_ray.config import parse_merge_config
     from arm_ray.merging.method import open_method
     from arm_ray.merging.settings import MethodSettings
+    from arm_ray.planning.state_life import state_life
     from arm_ray.runtime.inputs import open_inputs
     from arm_ray.runtime.shards.layer_shard import LayerShard
     from arm_ray.runtime.shards.spec import ShardSpec
@@ -164,6 +166,7 @@ def merge_in_this_process(base: Path, candidate: Path, run: Path, residency: str
         torch.bfloat16,
         settings.threads,
         settings.residency,
+        life=state_life(config, 1, None),
     )
     shard = LayerShard(spec)
     generator = np.random.default_rng(0)
@@ -187,8 +190,13 @@ def merge_in_this_process(base: Path, candidate: Path, run: Path, residency: str
     model = run / "model"
     model.mkdir()
     sizes = int(settings.max_weight_file_gb * 1e9)
-    for file in states.plan_export(layout.shapes, inputs.storage_dtypes, sizes):
-        shard.on("files", "export", model, file, 1)
+    exported = states.plan_export(layout.shapes, inputs.storage_dtypes, sizes)
+    files = [SharedWeightFile(model / file.name, file.specs) for file in exported]
+    for file in files:
+        file.create()
+    shard.on("states", "fill", 1, files)
+    for file in files:
+        file.sync()
     tell("final model", now)
     io = parse_io(Path("/proc/self/io").read_text(encoding="utf-8"))
     print(json.dumps({"io": io, "forward": shard.take_usage(0).forward_seconds}), flush=True)

@@ -62,8 +62,8 @@ class GroupTimes:
     merge: dict[int, float]
 
 
-def configuration(shards: int, output: Path) -> MergeConfig:
-    """The merge that is measured."""
+def configuration(shards: int, output: Path, **runtime: Any) -> MergeConfig:
+    """The merge that is measured, with further settings of `runtime`."""
     return parse_merge_config(
         {
             "base": str(RUNS / "base"),
@@ -77,7 +77,7 @@ def configuration(shards: int, output: Path) -> MergeConfig:
                 "tolerance": 0.0,
                 "step": "fixed",
             },
-            "runtime": {"layer_shards": shards, "threads": 1},
+            "runtime": {"layer_shards": shards, "threads": 1, **runtime},
         }
     )
 
@@ -91,11 +91,11 @@ class Run:
     merge: float
 
 
-def measure(shards: int) -> Run:
+def measure(shards: int, **runtime: Any) -> Run:
     """Merge once with so many shards."""
     output = OUTPUT / f"shards-{shards}"
     shutil.rmtree(output, ignore_errors=True)
-    merge(configuration(shards, output.resolve()), console=Console(quiet=True))
+    merge(configuration(shards, output.resolve(), **runtime), console=Console(quiet=True))
     events = read_events(output / "events.jsonl")
     done = [event for event in events if "task_vector_cosine" in event]
     assert len(done) == ITERATIONS

@@ -18,6 +18,7 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import WeightFileWriter
 from arm_ray.errors import DiskSpaceError, WorkerError
 from arm_ray.events import read_events
+from arm_ray.planning.state_life import linear_life
 from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from arm_ray.runtime.output.run_directory import RunDirectory, SpaceNeeds, open_run
@@ -110,7 +111,8 @@ def test_the_error_counts_what_is_missing(case: MergeCase, monkeypatch: pytest.M
         with (unfinished / "holes").open("wb") as file:
             file.truncate(10**9)
         monkeypatch.setattr("shutil.disk_usage", lambda _path: _Usage(5_000))
-        error = opened.disk_full(SpaceNeeds(30_000, 10_000, 2), NO_SPACE)
+        life = linear_life(opened.config)
+        error = opened.disk_full(SpaceNeeds(30_000, 10_000, 2, life), NO_SPACE)
     assert error.what == "the disk is full: No space left on device"
     assert error.got == "5000 bytes free, and 40960 bytes in unfinished files, which go first"
     # Four states and the model, 130 000 in all.

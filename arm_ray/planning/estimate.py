@@ -161,11 +161,13 @@ class Estimate:
         self._life = life
         self._uses = state_uses(workload)
         device = cluster.device
+        # Where losses are taken, an iteration begins once the one before is known to go on.
+        ahead = 0 if workload.takes_losses else config.runtime.lookahead
         # Shards that wait for others leave the node's disk to those that work.
         users = float(placement.per_node)
         for _ in range(_DISK_ROUNDS):
             self._clock = Clock(workload, config.runtime, device, placement, users)
-            self.simulation = simulate(self._times(), config.runtime.lookahead)
+            self.simulation = simulate(self._times(), ahead)
             users = max(1.0, placement.per_node * self.simulation.efficiency)
         share = device.bandwidth_efficiency * placement.nodes
         self.disk_write = share * device.disk_write

@@ -130,7 +130,8 @@ class Publisher:
 
     def write_states(self, iterations: Collection[int]) -> None:
         """Have states on disk that are in the shards' memory."""
-        for iteration in sorted(iterations):
+        # Of a merge without forward passes none is in memory.
+        for iteration in sorted(iterations) if self._life is not None else ():
             manifest = self._run.finished.get(iteration)
             if manifest is not None and not states.is_published(self._run.path, iteration):
                 get_results(self._storage.write(iteration))

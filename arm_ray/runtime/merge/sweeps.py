@@ -114,10 +114,6 @@ class Sweep(ABC):
         self._publisher.made(manifest)
         self._parts.partial.forget(manifest.iteration)
         if self._parts.promise is not None:
-            # Iterations that wait to go on are ahead of the losses.
-            self._storage.settle(
-                manifest.iteration, {manifest.iteration, *self._parts.promise.held()}
-            )
             losses = self._dispatcher.losses.of_states(flight.plan)
             self._parts.promise.state_finished(manifest.iteration, losses)
         # Iterations overlap: what counts is the time since the one before was done.
@@ -203,8 +199,13 @@ class WavefrontSweep(Sweep):
     def _run(self, first: int, last: int) -> StateManifest | None:
         flights: deque[Flight] = deque()
         following = first
+        ahead = self._job.config.runtime.lookahead
+        if self._parts.promise is not None:
+            # The losses of a state would come after the merges of what is submitted ahead, which
+            # wait to hear whether this state is the last: it needs its losses first.
+            ahead = 0
         while flights or following <= last:
-            while following <= last and len(flights) <= self._job.config.runtime.lookahead:
+            while following <= last and len(flights) <= ahead:
                 flights.append(self._submit(following))
                 following += 1
             try:

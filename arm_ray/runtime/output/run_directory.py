@@ -174,11 +174,16 @@ class RunDirectory:
             got=f"{size_text(free)} free, and {size_text(taken)} in unfinished files, "
             "which go first",
             expected=_needed(count, needs, max(0, needed - free - taken)),
-            hint=f"{_MAKE_ROOM}; the same command goes on after iteration {self.last_iteration}",
+            hint=f"{_MAKE_ROOM}; the same command goes on after iteration {self._last_on_disk}",
         )
 
+    @property
+    def _last_on_disk(self) -> int:
+        """The last iteration whose state is on disk; 0 where none is."""
+        return max(states.finished_states(self.path), default=self.published_iteration)
+
     def _states_to_come(self, needs: SpaceNeeds) -> int:
-        return states_to_come(self.config, needs.num_candidates, needs.life, self.last_iteration)
+        return states_to_come(self.config, needs.num_candidates, needs.life, self._last_on_disk)
 
 
 def _needed(count: int, needs: SpaceNeeds, missing: int) -> str:

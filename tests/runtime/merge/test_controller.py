@@ -45,15 +45,16 @@ class Rig:
             scoring=None,
             reporter=reporter_into(self.said),
             num_candidates=2,
+            stop_after=None,
         )
         monkeypatch.setattr(module, "view_of_cluster", self.view)
         monkeypatch.setattr(module, "alive_nodes", lambda: self.view().nodes)
-        monkeypatch.setattr(module, "shard_specs", lambda *given: [given[-1]])
+        monkeypatch.setattr(module, "shard_specs", self.specs)
         monkeypatch.setattr(module, "placed_shards", self.placed)
         monkeypatch.setattr(module, "storage_of", self.storage)
         monkeypatch.setattr(module, "Dispatcher", lambda *_: SimpleNamespace(peak_bytes=tuple))
         monkeypatch.setattr(module, "sweep_for", lambda parts: SimpleNamespace(run=self.sweep))
-        monkeypatch.setattr(MergeController, "_announce", lambda _self: None)
+        monkeypatch.setattr(MergeController, "_announce", lambda _self, _life: None)
         scaling = ScalingPolicy(settings, 6, {})
         self.controller = MergeController(
             job,
@@ -62,6 +63,10 @@ class Rig:
             RecoveryPolicy(settings.max_recoveries, settings.transport),
             scaling,
         )
+
+    @staticmethod
+    def specs(*given: Any) -> list[Any]:
+        return [SimpleNamespace(num_shards=given[4].num_shards, life=None)]
 
     def view(self) -> ClusterView:
         nodes = frozenset(map(str, range(self.nodes)))
