@@ -67,6 +67,7 @@ def test_the_example_of_the_docs_is_one() -> None:
         ("mini-step", {"last", "gain", "operators", "losses", "cost"}),
         ("mini-further", {"lengths", "rounds", "going_on", "going_on_difference"}),
         ("mini-rl", {"answers", "gain"}),
+        ("mini-rl-qwen", {"answers", "gain"}),
         ("mini-math-code", {"scores", "best"}),
         ("mini-choice", {"choice", "choice_last", "samples", "going_on", "going_on_difference"}),
     ],

@@ -45,6 +45,7 @@ from arm_ray.runtime.shards.placement import (
     placed_shards,
 )
 from arm_ray.schedule import iterations_needed_after, state_name
+from arm_ray.storage.room import size_text
 
 
 class Stage(Enum):
@@ -297,3 +298,11 @@ class MergeController:
         )
         if life is not None and last + 1 < life.last:
             job.reporter.say(life.loss_text)
+        scored = [] if life is None or job.scoring is None else sorted(life.written - life.optional)
+        if scored and job.config.keep_states != "all":
+            size = size_text(states.total_bytes(layout.shapes, 4))
+            job.reporter.say(
+                f"{len(scored)} states are written, {size} each, because they are scored "
+                f"(evaluation.every); they go once nothing needs them (keep_states: "
+                f"{job.config.keep_states})"
+            )
