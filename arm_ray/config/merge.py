@@ -194,8 +194,12 @@ class MergeConfig(Section):
     @property
     def compares_losses(self) -> bool:
         """Whether the promise is kept by losses; else by the task of `evaluation.select`."""
-        by_task = self.evaluation is not None and self.evaluation.select.by != "last"
-        return self.promises and not by_task
+        return self.promises and not self.selects_by_task
+
+    @property
+    def selects_by_task(self) -> bool:
+        """Whether the scores of the evaluation choose the model."""
+        return self.evaluation is not None and self.evaluation.select.by != "last"
 
     def with_compute_dtype(self, dtype: str) -> MergeConfig:
         """The same with `precision.compute_dtype` settled."""

@@ -93,15 +93,9 @@ def state_life(
     recovery = tuple(
         t for t in made[:-1] if iterations_needed_after(schedule, num_candidates, t) <= written
     )
-    ends_by_scores = evaluation is not None and evaluation.select.by != "last"
-    may_end_early = schedule.tolerance > 0.0 or schedule.searches_step or config.compares_losses
-    return StateLife(
-        end,
-        frozenset(written),
-        frozenset(written - asked),
-        recovery,
-        may_end_early or ends_by_scores,
-    )
+    by_evidence = config.compares_losses or config.selects_by_task
+    may_end_early = schedule.tolerance > 0.0 or schedule.searches_step or by_evidence
+    return StateLife(end, frozenset(written), frozenset(written - asked), recovery, may_end_early)
 
 
 def linear_life(config: MergeConfig, last: int | None = None) -> StateLife:
@@ -150,8 +144,7 @@ def states_to_come(config: MergeConfig, num_candidates: int, life: StateLife, do
         # States are written before older ones go, and ahead of their turn.
         ahead = range(t + 1, t + 2 + config.runtime.lookahead)
         most = max(most, sum(s in ahead or (s <= t and s in needed) for s in life.written))
-    by_task = evaluation is not None and evaluation.select.by != "last"
-    best = int(bool(life.written) and (by_task or config.compares_losses))
+    best = int(bool(life.written) and (config.selects_by_task or config.compares_losses))
     present = len(iterations_needed_after(schedule, num_candidates, done)) if done else 0
     return max(0, min(to_come, most + best + late - present))
 

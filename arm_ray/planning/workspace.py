@@ -59,11 +59,8 @@ def merge_workspace(
         pieces = _pieces(workload, name)
         works += [_piece_bytes(workload, plan, name, elements, moves) for elements in pieces]
         # One piece becomes the tensor; more are put into their places in it.
-        held.append(kept)
-        kept += FLOAT32 * workload.elements(name) if keeps else 0
-        held += [kept] * (len(pieces) - 1)
-        if len(pieces) > 1:
-            held[-len(pieces)] = kept
+        before, kept = kept, kept + (FLOAT32 * workload.elements(name) if keeps else 0)
+        held += [before] if len(pieces) == 1 else [kept] * len(pieces)
     most = (kept, 0)
     for first, before in enumerate(held):
         most = max(most, (before, sum(works[first : first + threads])), key=sum)

@@ -43,14 +43,7 @@ def shard_specs(
         last: The iteration that the merge is halted after; None: it is not.
     """
     planned = _Planned(config, inputs, placement)
-    shares = partition_layers(
-        inputs.layout,
-        placement.num_shards,
-        choose_balance(config.runtime.balance, on_gpu=placement.device == "cuda"),
-        needs_forward=method.needs_forward,
-        partition=planned.partition,
-        turn=config.runtime.groups_per_turn,
-    )
+    shares = planned.shares(method)
     life = planned.life(shares, last) if method.needs_forward else None
     rate = config.runtime.disk_mb_per_s
     return [
@@ -94,6 +87,18 @@ class _Planned:
             return "contiguous" if asked == "auto" else asked
         return choose_partition(self._workload, self.config, self._cluster, count, 1)
 
+    def shares(self, method: Method) -> list[tuple[int, ...]]:
+        """The layer groups of each shard."""
+        runtime, placement = self.config.runtime, self.placement
+        return partition_layers(
+            self.inputs.layout,
+            placement.num_shards,
+            choose_balance(runtime.balance, on_gpu=placement.device == "cuda"),
+            needs_forward=method.needs_forward,
+            partition=self.partition,
+            turn=runtime.groups_per_turn,
+        )
+
     def life(self, shares: Sequence[Sequence[int]], last: int | None) -> StateLife:
         """What becomes of the states, with `runtime.recovery_every`."""
         placed = Timed(shares, 1)
@@ -121,9 +126,9 @@ def check_memory(
     if limit is None:
         return
     workload = workload_of(config, inputs.layout, inputs.checkpoints)
-    for index, spec in enumerate(shard_specs(config, method, inputs, Path(), placement)):
+    for index, groups in enumerate(_Planned(config, inputs, placement).shares(method)):
         is_gpu = placement.device == "cuda"
-        peak = actor_memory(workload, spec.groups, config.runtime, on_gpu=is_gpu).host
+        peak = actor_memory(workload, groups, config.runtime, on_gpu=is_gpu).host
         if peak.total > limit * 1e9:
             largest = sorted(peak.terms.items(), key=lambda term: -term[1])[:3]
             raise PlacementError(

@@ -16,8 +16,9 @@ import hashlib
 import json
 import socket
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ray import ObjectRef
 
@@ -35,6 +36,9 @@ from arm_ray.runtime.shards.layer_shard import BESIDE, CONTROL, LayerShard, call
 from arm_ray.runtime.shards.made_states import MadeStates, Written
 from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.runtime.shards.spec import ShardSpec
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class StateStorage:
@@ -95,27 +99,29 @@ class StateStorage:
             iteration: The last one that is finished; the merge goes on after it.
             held: Iterations whose states may be needed, although no later one reads them.
         """
-        calls = [
-            call_states(actor, CONTROL, MadeStates.settle, iteration, frozenset(held))
-            for actor in self._gang.actors
-        ]
-        get_results(calls)
+        get_results(self._call(CONTROL, MadeStates.settle, iteration, frozenset(held)))
 
     def writing(self, iteration: int) -> list[ObjectRef[Written]]:
         """What ends once all shards have written their groups of a state."""
-        return [
-            call_states(actor, BESIDE, MadeStates.written, iteration) for actor in self._gang.actors
-        ]
+        return self._call(BESIDE, MadeStates.written, iteration)
 
     def write(self, iteration: int) -> list[ObjectRef[Written]]:
         """Have all shards write what they have in memory of a state, and not on disk yet."""
-        return [
-            call_states(actor, BESIDE, MadeStates.write, iteration) for actor in self._gang.actors
-        ]
+        return self._call(BESIDE, MadeStates.write, iteration)
 
     def quiet(self) -> None:
         """Wait until no shard writes any more, whatever became of it."""
-        get_results([call_states(actor, BESIDE, MadeStates.quiet) for actor in self._gang.actors])
+        get_results(self._call(BESIDE, MadeStates.quiet))
+
+    def _call(
+        self,
+        options: Mapping[str, Any],
+        method: Callable[Concatenate[MadeStates, _P], _R],
+        *args: _P.args,
+        **kwargs: _P.kwargs,
+    ) -> list[ObjectRef[_R]]:
+        """Call a method of the `MadeStates` of all shards; returns at once."""
+        return [call_states(actor, options, method, *args, **kwargs) for actor in self._gang.actors]
 
     def write_model(self, files: Sequence[states.ExportFile], iteration: int) -> None:
         """Write the final model's weight files from a merged state, by all shards at once.
@@ -134,12 +140,7 @@ class StateStorage:
             file.sync()
 
     def _fill(self, iteration: int, model: Sequence[SharedWeightFile]) -> None:
-        get_results(
-            [
-                call_states(actor, {}, MadeStates.fill, iteration, model)
-                for actor in self._gang.actors
-            ]
-        )
+        get_results(self._call({}, MadeStates.fill, iteration, model))
 
 
 class NodeStorage(StateStorage):
@@ -276,12 +277,7 @@ class NodeStorage(StateStorage):
 
     def _fill(self, iteration: int, model: Sequence[SharedWeightFile]) -> None:
         home = self._files[self._home]
-        get_results(
-            [
-                call_states(actor, {}, MadeStates.assemble, iteration, model, home)
-                for actor in self._gang.actors
-            ]
-        )
+        get_results(self._call({}, MadeStates.assemble, iteration, model, home))
 
     def close(self, *, is_complete: bool) -> None:
         """Let go of what belongs to the gang; of a complete run, of all that is on the nodes."""
