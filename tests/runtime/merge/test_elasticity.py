@@ -114,7 +114,7 @@ def test_what_is_merged_already_is_taken_over(case: MergeCase) -> None:
     assert report is not None
     for group in (0, 1):
         assert second.shard.adopt(plan, group, replace(report, group=group)).group == group
-    second.shard._flushes.finish()
+    second.shard.on("states", "written", 1)
     assert_same_bits(expected, second.state(1))
     # And the next iteration reads them from there.
     assert_same_bits(whole.with_forward(2), second.with_forward(2))
