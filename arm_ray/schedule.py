@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,7 +118,9 @@ def plan_iteration(schedule: ScheduleConfig, num_candidates: int, iteration: int
         before = ({"base": BASE, "given": INITIAL}.get(schedule.initial, candidates[-1]),)
     else:
         before = (BASE, *candidates)
-    history = before + tuple(state_name(t) for t in range(1, iteration))
+    # Of a long history, no more than a window takes.
+    first = max(1, iteration - schedule.window_size)
+    history = before + tuple(state_name(t) for t in range(first, iteration))
     previous, draw = history[-1], schedule.offset + iteration
     if iteration <= schedule.anchor_iterations:
         contributors = tuple(name for name in candidates if name != previous)
@@ -168,25 +171,34 @@ def has_converged(schedule: ScheduleConfig, task_vector_cosine: float | None) ->
 
 
 def states_read_after(schedule: ScheduleConfig, num_candidates: int, iteration: int) -> set[str]:
-    """Names of all states that later iterations read, the base among them while there are any."""
+    """Names of the states, of those there are after an iteration, that later ones read.
+
+    The base is among them while there are later iterations.
+    """
     read: set[str] = set()
-    for later in range(iteration + 1, schedule.max_iterations + 1):
+    for later in _reading_after(schedule, iteration):
         plan = plan_iteration(schedule, num_candidates, later)
         read.update({*plan.inputs, plan.previous, BASE})
     return read
 
 
+def _reading_after(schedule: ScheduleConfig, iteration: int) -> range:
+    """Later iterations, up to where a window holds nothing that is there after this one."""
+    last = min(iteration + schedule.window_size, schedule.max_iterations)
+    return range(iteration + 1, last + 1)
+
+
 def states_run_after(schedule: ScheduleConfig, num_candidates: int, iteration: int) -> set[str]:
-    """Names of all states that later iterations merge; they read others to compare with them."""
-    later = range(iteration + 1, schedule.max_iterations + 1)
+    """The same of those that later iterations merge; they read others to compare with them."""
+    later = _reading_after(schedule, iteration)
     return {s for t in later for s in plan_iteration(schedule, num_candidates, t).inputs}
 
 
 def states_needed_after(schedule: ScheduleConfig, num_candidates: int, iteration: int) -> set[str]:
     """Merged states that must survive `iteration` for the run to go on or to end there."""
-    made = {state_name(t) for t in range(1, iteration + 1)}
     read = states_read_after(schedule, num_candidates, iteration)
-    return (read & made) | {state_name(iteration)}
+    made = {name for name in read if (iteration_of(name) or sys.maxsize) <= iteration}
+    return made | {state_name(iteration)}
 
 
 def iterations_needed_after(

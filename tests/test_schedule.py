@@ -17,6 +17,8 @@ from arm_ray.schedule import (
     should_stop,
     state_name,
     states_needed_after,
+    states_read_after,
+    states_run_after,
 )
 
 Row = tuple[str, str, tuple[str, ...], int, str]  # regime, reference, contributors, m, previous
@@ -168,6 +170,19 @@ def test_what_states_needed_after_leaves_is_enough_and_no_more() -> None:
             assert kept <= made, "a state that is not there any more"
             later = {name for p in rows[plan.iteration :] for name in (*p.inputs, p.previous)}
             assert kept <= later | {plan.output}, (config, plan)
+
+
+def test_what_later_iterations_read_is_what_the_plans_of_all_of_them_say() -> None:
+    for config, count in every_schedule():
+        rows = [plan_iteration(config, count, t) for t in range(1, config.max_iterations + 1)]
+        for plan in rows:
+            there = {"base", *(candidate_name(i) for i in range(count))}
+            there |= {state_name(t) for t in range(1, plan.iteration + 1)}
+            later = rows[plan.iteration :]
+            read = {name for p in later for name in (*p.inputs, p.previous, "base")}
+            merged = {name for p in later for name in p.inputs}
+            assert states_read_after(config, count, plan.iteration) & there == read & there
+            assert states_run_after(config, count, plan.iteration) & there == merged & there
 
 
 def test_merge_sizes_are_those_of_every_iteration() -> None:

@@ -2,7 +2,8 @@
 
 All tokenising happens once, in ``open_stream``, and the token ids stay with the caller. Ray
 Data needs CPU slots for its tasks; once a run's actors hold every slot it would wait for ever.
-So a stream is opened before actors are placed, and needs Ray no more after that.
+So a stream is opened before actors are placed, and needs Ray no more after that. What one process
+reads before Ray Data has started is read without it.
 """
 
 from __future__ import annotations
@@ -18,20 +19,24 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
 
 from arm_ray.calibration.files import Chunk
 from arm_ray.calibration.formats import Layout, choose_layout
 from arm_ray.calibration.minibatch import MiniBatch, row_order, stream_positions
-from arm_ray.calibration.sources import FileSource, find_source, load_dataset
+from arm_ray.calibration.sources import DatasetSource, FileSource, find_source, load_dataset
 from arm_ray.calibration.tasks import Job, dataset_task, files_task, index_task, unpacked
 from arm_ray.config import CalibrationConfig
 from arm_ray.errors import CalibrationError, WorkerError
+from arm_ray.storage.urls import is_url
 
 _logger = logging.getLogger(__name__)
 
 _MAX_TASKS = 200
 _DATASET_ROWS_PER_TASK = 256
+# Files of so many bytes together are read in this process: Ray Data takes seconds to start.
+SMALL_BYTES = 4_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +118,8 @@ def open_stream(
     """Reads, checks and tokenises calibration data.
 
     Rows are counted and checked for damage first; only those that the needed mini-batches use
-    are then tokenised and brought here, at 4 bytes a token. Needs a free CPU slot in Ray, unless
-    ``here``.
+    are then tokenised and brought here, at 4 bytes a token. Ray Data needs a free CPU slot in Ray;
+    without Ray, and for little data, all is done in this process.
 
     Args:
         settings: What to read and how.
@@ -129,14 +134,14 @@ def open_stream(
     Raises:
         CalibrationError: If the data are missing, empty or malformed, or do not fit the
             tokenizer; names the file and line.
-        RuntimeError: If Ray is not initialised.
         ValueError: If ``needed_batches`` is below 0.
         WorkerError: If Ray lost the tasks.
     """
     if needed_batches is not None and needed_batches < 0:
         raise ValueError(f"needed_batches must be 0 or more, got {needed_batches}")
     source = find_source(settings.path)
-    with _quiet_ray_data():
+    here = here or not ray.is_initialized() or _is_small(source)
+    with contextlib.nullcontext() if here else _quiet_ray_data():
         data = (
             _Files(source.paths, here)
             if isinstance(source, FileSource)
@@ -224,7 +229,6 @@ class _Dataset:
 
     def tokenize(self, order: NDArray[np.int64], job: Job) -> Iterator[dict[str, Any]]:
         import pyarrow as pa
-        import ray.data
 
         columns = [name for name in job.columns if name in self.columns]
         by_row = np.argsort(order)
@@ -240,12 +244,14 @@ class _Dataset:
             tables.append(
                 pa.table({"position": positions, "row": order[positions], "values": values})
             )
-        if self._here:
+        if self._here or len(tables) < 2:
             return (
                 row
                 for table in tables
                 for row in dataset_task(table, name=self._name, job=job).to_pylist()
             )
+        import ray.data
+
         work = ray.data.from_arrow(tables)
         task: Any = dataset_task  # Ray's annotation knows no further arguments
         return _results(
@@ -258,16 +264,24 @@ class _Dataset:
         )
 
 
+def _is_small(source: FileSource | DatasetSource) -> bool:
+    """Whether data are read sooner by this process than by tasks of Ray Data."""
+    if not isinstance(source, FileSource) or any(is_url(path) for path in source.paths):
+        return False
+    return sum(os.path.getsize(path) for path in source.paths) <= SMALL_BYTES
+
+
 def _run(
     task: Callable[..., Any], items: list[str], kwargs: dict[str, Any], here: bool
 ) -> Iterator[dict[str, Any]]:
     """Runs a task function over items, each a text of JSON, and yields the rows it returns."""
     import pyarrow as pa
-    import ray.data
 
     if here:
         tables = (pa.table({"item": [item]}) for item in items)
         return (row for table in tables for row in task(table, **kwargs).to_pylist())
+
+    import ray.data
 
     # The items are JSON text because Ray Data would otherwise turn lists into tensors.
     work = ray.data.from_items(
@@ -371,11 +385,8 @@ def _warnings(
 @contextlib.contextmanager
 def _quiet_ray_data() -> Iterator[None]:
     """Turns off Ray Data's progress bars and chatter for a while; its log file stays as it is."""
-    import ray
     from ray.data import DataContext
 
-    if not ray.is_initialized():
-        raise RuntimeError("Ray is not initialised: call ray.init() before open_stream()")
     free: Any = ray.available_resources  # not annotated in Ray
     if free().get("CPU", 0) < 1:
         # Ray Data waits without a word. Not an error: a cluster may be growing.

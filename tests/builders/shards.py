@@ -33,7 +33,9 @@ class DirectShard:
         sizes = merge_sizes(config.schedule, len(config.candidates))
         self.method = open_method(config.method, *sizes)
         [spec] = shard_specs(config, self.method, self.inputs, self.run, Placement(1, "cpu"))
-        self.spec = replace(spec, **{"is_here": True, **changes})
+        # There is no driver whose word would be waited for.
+        life = None if spec.life is None else replace(spec.life, may_end_early=False)
+        self.spec = replace(spec, **{"life": life, **changes})
         self.shard = LayerShard(self.spec)
 
     def linear(self, iteration: int) -> Weights:

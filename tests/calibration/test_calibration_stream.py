@@ -21,6 +21,13 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 BOS, EOS, USER, ASSISTANT = 1, 2, 3, 4
 
 
+@pytest.fixture(autouse=True)
+def by_ray_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tasks also where one process would be faster."""
+    monkeypatch.setattr(stream_module, "SMALL_BYTES", -1)
+    monkeypatch.setattr(stream_module, "_DATASET_ROWS_PER_TASK", 2)
+
+
 def lines(path: Path, rows) -> Path:
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     if path.suffix == ".gz":
@@ -321,6 +328,31 @@ def test_file_that_changes_between_index_and_reading(tmp_path, tokenizer_path, m
     monkeypatch.setattr(stream_module, "choose_layout", shrink)
     with pytest.raises(CalibrationError, match="changed while it was read"):
         opened(path, tokenizer_path)
+
+
+@pytest.mark.parametrize("because", ["little", "no ray"])
+def test_what_one_process_reads_is_the_same(tmp_path, tokenizer_path, monkeypatch, because):
+    lines(tmp_path / "a.jsonl", texts(1500))
+    lines(tmp_path / "b.jsonl.gz", texts(30, 1500))
+    settings = {"batch_size": 16, "shuffle": True, "seed": 3}
+    expected = opened(tmp_path, tokenizer_path, **settings)
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("Ray Data is asked")
+
+    monkeypatch.setattr("ray.data.from_items", refuse)
+    with pytest.raises(AssertionError, match="Ray Data"):
+        opened(tmp_path, tokenizer_path, **settings)
+    if because == "little":
+        size = sum(path.stat().st_size for path in tmp_path.iterdir())
+        monkeypatch.setattr(stream_module, "SMALL_BYTES", size)
+    else:
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+    assert opened(tmp_path, tokenizer_path, **settings).digest == expected.digest
+    if because == "little":
+        monkeypatch.setattr(stream_module, "SMALL_BYTES", size - 1)
+        with pytest.raises(AssertionError, match="Ray Data"):
+            opened(tmp_path, tokenizer_path, **settings)
 
 
 def test_ray_data_settings_are_restored(tmp_path, tokenizer_path, capfd):

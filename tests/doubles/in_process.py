@@ -23,7 +23,7 @@ from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.runtime.cluster.actors import A, Handle
 from arm_ray.runtime.scoring.evaluator import EngineActor, EvaluatorGang
 from arm_ray.runtime.session.reporter import Reporter
-from arm_ray.runtime.shards.layer_shard import LayerShard
+from arm_ray.runtime.shards import placement
 from arm_ray.runtime.shards.placement import Placement, ShardGang
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.runtime.train.workers import run_worker
@@ -69,10 +69,8 @@ def placed_shards(
 ) -> Iterator[ShardGang]:
     """Stands for `arm_ray.runtime.shards.placement.placed_shards`."""
     home = str(ray.get_runtime_context().get_node_id())
-    actors: list[Handle[LayerShard]] = [
-        LocalHandle(Actor(LayerShard(replace(spec, is_here=True)))) for spec in specs
-    ]
-    yield ShardGang(actors, "object_store", [home for _ in specs])
+    with placement.placed_here(specs) as gang:
+        yield replace(gang, nodes=[home for _ in specs])
 
 
 class PlainEvaluators(EvaluatorGang):

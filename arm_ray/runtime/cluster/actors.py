@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import ray
@@ -61,46 +62,68 @@ class Handle(Generic[A]):
 
 
 class LocalResult(Generic[R]):
-    """Stands for the reference to a call that was made in this process, and is over.
+    """Stands for the reference to what a call in this process returns; see `LocalHandle`.
 
     Attributes:
-        value: What it returned.
-        error: What it raised; None: nothing.
+        running: The call, which may be over.
     """
 
-    def __init__(self, call: Callable[[], R]) -> None:
-        self.error: Exception | None = None
-        try:
-            self.value = call()
-        except Exception as error:  # raised by whoever waits for it, as from an actor
-            self.error = error
+    def __init__(self, future: Future[R]) -> None:
+        self.running = future
 
 
+def local_result(value: R) -> ObjectRef[R]:
+    """What `ray.put` is to calls of actors, to those of a `LocalHandle`."""
+    future: Future[R] = Future()
+    future.set_result(value)
+    return cast("ObjectRef[R]", LocalResult(future))
+
+
+@dataclass(frozen=True)
 class LocalHandle(Handle[A]):
-    """The handle of an object in this process: its calls are over when they return.
+    """The handle of an object in this process, called as if it were an actor.
 
-    Only `get_results` takes what they return: it is no reference of Ray's.
+    Its calls are made in the order of submission by a thread of its own; those of each
+    `concurrency_group` by another. A call that is given what another one returns waits for that.
+    `calls` takes what they return, which are no references of Ray's.
+
+    Attributes:
+        begin: What each thread does first.
     """
+
+    begin: Callable[[], None] = lambda: None
+    _threads: dict[str, ThreadPoolExecutor] = field(default_factory=dict, compare=False)
 
     def call(
         self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> ObjectRef[R]:
-        """Make a call."""
-        own: Callable[P, R] = getattr(self.actor, method.__name__)
-        return cast("ObjectRef[R]", LocalResult(lambda: own(*args, **kwargs)))
+        """Submit a call; returns at once."""
+        return self.call_with({}, method, *args, **kwargs)
 
     def call_with(
         self,
-        options: Mapping[str, Any],  # noqa: ARG002 - of the class above
+        options: Mapping[str, Any],
         method: Callable[Concatenate[A, P], R],
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> ObjectRef[R]:
-        """The same: there is nothing that options could change."""
-        return self.call(method, *args, **kwargs)
+        """The same; of the options, only `concurrency_group` counts."""
+        group = options.get("concurrency_group", "calls")
+        if group not in self._threads:
+            self._threads[group] = ThreadPoolExecutor(1, group, self.begin)
+        own = getattr(self.actor, method.__name__)
+        future = self._threads[group].submit(_call, own, args, kwargs)
+        return cast("ObjectRef[R]", LocalResult(future))
 
     def end(self) -> None:
-        """Nothing to end."""
+        """Wait for the calls that are being made; those that wait their turn are dropped."""
+        for thread in self._threads.values():
+            thread.shutdown(cancel_futures=True)
+
+
+def _call(own: Callable[..., R], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> R:
+    given = (arg.running.result() if isinstance(arg, LocalResult) else arg for arg in args)
+    return own(*given, **kwargs)
 
 
 def start_actor(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -124,6 +125,35 @@ def get_results(
         raise _of_ray(error, callee) from error
 
 
+def wait_for(
+    refs: Iterable[ObjectRef[Any]], timeout_s: float | None = None, *, all_of_them: bool = False
+) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
+    """`ray.wait`: wait for one call, or for all of them, whatever becomes of it.
+
+    Args:
+        refs: What calls to actors returned.
+        timeout_s: Longest time to wait; None: for ever.
+        all_of_them: Whether all are waited for, not only one.
+
+    Returns:
+        Those that have ended, and the others.
+    """
+    refs = list(refs)
+    if not refs:
+        return [], []
+    if not isinstance(refs[0], LocalResult):
+        count = len(refs) if all_of_them else 1
+        return ray.wait(refs, num_returns=count, timeout=timeout_s)
+    local: list[Any] = refs
+    until = futures.ALL_COMPLETED if all_of_them else futures.FIRST_COMPLETED
+    futures.wait([ref.running for ref in local], timeout_s, until)
+    over = [ref.running.done() for ref in local]
+    return (
+        [ref for ref, is_over in zip(refs, over, strict=True) if is_over],
+        [ref for ref, is_over in zip(refs, over, strict=True) if not is_over],
+    )
+
+
 class Calls:
     """Waits for what calls return, and can be interrupted; a test may bring its own.
 
@@ -137,7 +167,7 @@ class Calls:
     def done(self, refs: Sequence[ObjectRef[Any]]) -> list[ObjectRef[Any]]:
         """Those that have ended, after a moment at most; one at a time."""
         self.check()
-        return ray.wait(list(refs), num_returns=1, timeout=_POLL_S)[0] if refs else []
+        return wait_for(refs, _POLL_S)[0]
 
     def get(self, ref: ObjectRef[_R], callee: Callee) -> _R:
         """What a call returned; see `get_results`."""
@@ -192,9 +222,10 @@ def _of_task(error: exceptions.RayTaskError, callee: Callee) -> Exception:
 
 
 def _local(ref: Any, callee: Callee) -> Any:
-    if ref.error is not None:
-        raise _of_cause(ref.error, callee, None) from ref.error
-    return ref.value
+    error = ref.running.exception()
+    if error is not None:
+        raise _of_cause(error, callee, None) from error
+    return ref.running.result()
 
 
 def _of_cause(cause: BaseException, callee: Callee, place: str | None) -> Exception:

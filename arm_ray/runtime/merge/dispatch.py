@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 from ray import ObjectRef
 
@@ -215,7 +214,7 @@ class Dispatcher:
             draw: Its samples.
             end: No forward pass is needed from this layer group on.
         """
-        micro = [ray.put(batch) for batch in draw.batches]
+        micro = [self._gang.put(batch) for batch in draw.batches]
         hidden: dict[tuple[int, str], ObjectRef[Any]] = {}
         run_states = forward_states(self._job.method, plan)
         for shard, spec, chunk in self._order:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 from ray import ObjectRef
 
@@ -67,7 +66,7 @@ class LossPasses:
         method = self._specs[0].method
         used_again = forward_states(method, plan) if trials else ()
         others = [s for s in subjects if isinstance(s, str) and s not in used_again]
-        micro = [ray.put(batch) for batch in samples.batches]
+        micro = [self._gang.put(batch) for batch in samples.batches]
         # (state, micro-batch) -> what the layers so far have made of it.
         hidden: dict[tuple[str, int], ObjectRef[Any]] = {}
         waits: list[ObjectRef[Any]] = []

@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
 import torch
 from ray import ObjectRef
 
@@ -21,7 +20,7 @@ from arm_ray.evaluation.selection import Selection
 from arm_ray.events import ModelWritten, StateWritten
 from arm_ray.planning.state_life import StateLife
 from arm_ray.report.model_card import write_model_card
-from arm_ray.runtime.cluster.calls import get_results
+from arm_ray.runtime.cluster.calls import get_results, wait_for
 from arm_ray.runtime.cluster.node_files import COPIES
 from arm_ray.runtime.merge.adapter import ReadTensor, write_adapter
 from arm_ray.runtime.merge.job import MergeJob
@@ -80,10 +79,7 @@ class Publisher:
         """
         while self._writing:
             first = self._writing[0]
-            timeout = None if wait else 0
-            _, running = ray.wait(
-                list(first.refs), num_returns=len(first.refs), timeout=timeout, fetch_local=False
-            )
+            _, running = wait_for(first.refs, None if wait else 0.0, all_of_them=True)
             if running:
                 return
             self._writing.popleft()

@@ -28,7 +28,7 @@ from arm_ray.runtime.merge.controller import Ending, MergeController
 from arm_ray.runtime.merge.job import MergeJob
 from arm_ray.runtime.merge.policies import RecoveryPolicy, ScalingPolicy
 from arm_ray.runtime.merge.samples import open_calibration, open_compared
-from arm_ray.runtime.merge.specs import check_memory
+from arm_ray.runtime.merge.specs import check_memory, is_short
 from arm_ray.runtime.output.opening import open_output
 from arm_ray.runtime.output.precision import settle, units_of
 from arm_ray.runtime.output.run_directory import RunDirectory, SpaceNeeds
@@ -113,7 +113,7 @@ def merge(
             reporter.say(f"This run is complete: {run.model_name}")
             return MergeOutcome(run.path, run.model, run.last_iteration, "complete")
         reporter = reporter.with_events(run.events)
-        here = needs_no_ray(config, method, address)
+        here = place is None and needs_no_ray(config, method, inputs, address)
         needs = _space_needs(config, method, inputs, stop_after)
         run.check_disk_space(needs)
         with (
@@ -150,14 +150,18 @@ def merge(
             return MergeOutcome(run.path, ending.model, run.last_iteration, ending.reason, selected)
 
 
-def needs_no_ray(config: MergeConfig, method: Method, address: str | None) -> bool:
-    """Whether a merge is made in this process: one pass over the weights, and no cluster is named.
+def needs_no_ray(
+    config: MergeConfig, method: Method, inputs: MergeInputs, address: str | None
+) -> bool:
+    """Whether a merge is made in this process: no cluster is named, and one shard is enough.
 
-    Starting Ray and an actor would take longer than most such merges. The bits are the same.
+    That is one pass over the weights, or forward passes that are planned to take less time than
+    Ray and its actors to start, or a single shard that is asked for. The bits are the same.
 
     Args:
         config: The configuration.
         method: How states are merged.
+        inputs: The checked checkpoints.
         address: Of a cluster; None: none is given.
     """
     runtime = config.runtime
@@ -170,9 +174,9 @@ def needs_no_ray(config: MergeConfig, method: Method, address: str | None) -> bo
         or bool(runtime.gpus_per_shard != "auto" and runtime.gpus_per_shard)
     )
     on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
-    if method.needs_forward or config.evaluation is not None or asks_for_actors or on_gpu:
+    if config.evaluation is not None or asks_for_actors or on_gpu or is_up_or_named(address):
         return False
-    return not is_up_or_named(address)
+    return not method.needs_forward or runtime.layer_shards == 1 or is_short(config, inputs)
 
 
 def _merge(

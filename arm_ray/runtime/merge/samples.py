@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
 
 from arm_ray.calibration.minibatch import MicroBatch, MiniBatch, micro_batches, unique_samples
@@ -175,4 +176,6 @@ def _first_rows(config: MergeConfig, inputs: MergeInputs, path: str, rows: int) 
 
 def _reads_here(config: MergeConfig) -> bool:
     # Whether nodes share storage is known for certain only once shards are placed.
-    return config.runtime.storage != "shared" and len(alive_nodes()) > 1
+    if config.runtime.storage == "shared" or not ray.is_initialized():
+        return False
+    return len(alive_nodes()) > 1

@@ -46,6 +46,8 @@ def shard_specs(
     shares = planned.shares(method)
     life = planned.life(shares, last) if method.needs_forward else None
     rate = config.runtime.disk_mb_per_s
+    # There is one shard for all cores. With forward passes it keeps to the memory that is planned.
+    workers = os.cpu_count() if placement.is_here and not method.needs_forward else None
     return [
         ShardSpec(
             inputs.layout,
@@ -63,12 +65,14 @@ def shard_specs(
             scratch=config.runtime.scratch,
             niceness=config.runtime.niceness,
             life=life,
-            # There is one shard for all cores.
-            workers=os.cpu_count() if placement.is_here else None,
-            is_here=placement.is_here,
+            workers=workers,
         )
         for groups in shares
     ]
+
+
+# Starting Ray and actors takes about so many seconds.
+SHORT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,13 @@ class _Planned:
     def _cluster(self) -> Cluster:
         gpus = self.placement.num_shards if self.placement.device == "cuda" else None
         return make_cluster(self.config.runtime, gpus=gpus)
+
+
+def is_short(config: MergeConfig, inputs: MergeInputs) -> bool:
+    """Whether one shard on a CPU is planned to end a merge before more of them would have begun."""
+    planned = _Planned(config, inputs, Placement(1, "cpu", is_here=True))
+    life = planned.life([[group.index for group in inputs.layout.groups]], None)
+    return life.last * life.iteration_s <= SHORT_S
 
 
 def check_memory(

@@ -18,13 +18,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import ray
-
 from arm_ray.checkpoints.states import StateManifest
-from arm_ray.errors import ShardLostError, TransportError
+from arm_ray.errors import ArmRayError, ShardLostError, TransportError
 from arm_ray.events import IterationFinished, Warned
 from arm_ray.merging.similarity import cosines
-from arm_ray.runtime.cluster.calls import get_results
+from arm_ray.runtime.cluster.calls import get_results, wait_for
 from arm_ray.runtime.merge.dispatch import Dispatcher, Flight, PartialMerges
 from arm_ray.runtime.merge.job import MergeJob
 from arm_ray.runtime.merge.promise import Promise
@@ -137,7 +135,7 @@ class Sweep(ABC):
         pending = [*flight.forwards, *flight.merges]
         layers = 0
         while pending:
-            done, pending = ray.wait(pending, timeout=_POLL_S)
+            done, pending = wait_for(pending, _POLL_S)
             get_results(done)
             self._publisher.publish_written()
             for ref in done:
@@ -237,17 +235,17 @@ class WavefrontSweep(Sweep):
         self._dispatcher.abandon(last)
         for flight in flights:
             # Only that they are over matters, not what they return.
-            ray.wait(list(flight.merges), num_returns=len(flight.merges))
+            wait_for(flight.merges, all_of_them=True)
             self._keep_merged(flight)
         # Nothing may appear in a state's directory once it is removed.
         self._storage.quiet()
 
     def _keep_merged(self, flight: Flight) -> None:
         """Take note of the layer groups of an iteration that are merged, whatever became of it."""
-        done, _ = ray.wait(list(flight.merges), num_returns=len(flight.merges), timeout=0)
+        done, _ = wait_for(flight.merges, 0.0, all_of_them=True)
         for ref in done:
-            with contextlib.suppress(ray.exceptions.RayError):
-                report = ray.get(ref)
+            with contextlib.suppress(ArmRayError, OSError):
+                [report] = get_results([ref])
                 if report is not None:
                     self._parts.partial.add(flight.plan.iteration, report)
 

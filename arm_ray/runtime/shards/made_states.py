@@ -142,8 +142,7 @@ class MadeStates:
             return {t for t in older if t > self._settled}
 
         with self._changed:
-            if not spec.is_here:
-                self._changed.wait_for(lambda: self._last < plan.iteration or not unknown())
+            self._changed.wait_for(lambda: self._last < plan.iteration or not unknown())
             needed = {plan.iteration, *self._held, *unknown()}
         for iteration in older - needed:
             writing = self._writing.get((iteration, group))

@@ -8,10 +8,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
 import torch
+from ray import ObjectRef
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -19,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError
 from arm_ray.model.partition import choose_num_shards
-from arm_ray.runtime.cluster.actors import Handle, LocalHandle, start_actor
+from arm_ray.runtime.cluster.actors import Handle, LocalHandle, local_result, start_actor
 from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.cluster.nodes import (
     ClusterView,
@@ -39,6 +41,7 @@ from arm_ray.runtime.shards.transport import (
 )
 
 _PLACEMENT_POLL_S = 2.0
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class ShardGang:
     actors: list[Handle[LayerShard]]
     transport: Transport
     nodes: list[str]
+
+    def put(self, value: _T) -> ObjectRef[_T]:
+        """What several calls of the shards are given, sent once."""
+        is_here = isinstance(self.actors[0], LocalHandle)
+        return local_result(value) if is_here else ray.put(value)
 
 
 def check_object_store(gang: ShardGang, message_bytes: int) -> None:
@@ -246,10 +254,19 @@ def placed_here(
 ) -> Iterator[ShardGang]:
     """Have the shards in this process; otherwise as `placed_shards`."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    shards: list[LocalHandle[LayerShard]] = []
     try:
-        shards: list[Handle[LayerShard]] = [LocalHandle(LayerShard(spec)) for spec in specs]
-        yield ShardGang(shards, "object_store", [])
+        for spec in specs:
+            # OpenMP keeps the number of threads for each thread that calls it.
+            begin = partial(torch.set_num_threads, spec.threads)
+            shards.append(LocalHandle(LayerShard(spec), begin))
+        yield ShardGang([*shards], "object_store", [])
     finally:
+        for shard in shards:
+            # A call that waits for the driver's word would wait for ever.
+            shard.actor.abandon(0)
+            shard.end()
+            shard.actor.on("states", "quiet")
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
 

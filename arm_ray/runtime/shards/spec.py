@@ -45,7 +45,6 @@ class ShardSpec:
             itself, which changes no bits; None: as many as `threads`.
         kept_base: Fingerprint of the base, whose weights stay in memory when no iteration reads
             them any more, for another merge by the same shards; None: they do not stay.
-        is_here: Whether the shard is in the driver's process: no call waits for another one there.
     """
 
     layout: ModelLayout
@@ -66,7 +65,6 @@ class ShardSpec:
     life: StateLife | None = None
     workers: int | None = None
     kept_base: str | None = None
-    is_here: bool = False
 
     @property
     def num_candidates(self) -> int:

@@ -1,10 +1,11 @@
-"""Merges of one pass over the weights, in the process that asks for them."""
+"""Merges in the process that asks for them, without Ray."""
 
 from __future__ import annotations
 
 import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from arm_ray.checkpoints.huggingface import SINGLE_NAME
 from arm_ray.errors import CorruptCheckpointError, WorkerError
 from arm_ray.events import read_events
 from arm_ray.merging.method import open_method
-from arm_ray.runtime.cluster.actors import LocalHandle
-from arm_ray.runtime.cluster.calls import NODE_FILES, SHARD, get_results
+from arm_ray.runtime.cluster.actors import LocalHandle, in_place_of
+from arm_ray.runtime.cluster.calls import NODE_FILES, SHARD, get_results, wait_for
+from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge import run as module
+from arm_ray.runtime.merge.publisher import Publisher
 from arm_ray.runtime.merge.run import MergeOutcome, merge, needs_no_ray
 from tests.builders.checkpoints import assert_same_bits, load_all
 from tests.builders.merge_case import MergeCase
@@ -63,15 +66,30 @@ def run(case: MergeCase, *overrides: str, output: str = "run", **options: Any) -
             "schedule.max_iterations=1",
             "schedule.window_size=2",
         ),
+        # The first of them by an actor.
+        ("method.operator=arm", "runtime.threads=2"),
+        ("method.operator=arm", "keep_states=none", "runtime.lookahead=0"),
+        ("method.operator=arm", "keep_states=none", "runtime.recovery_every=1"),
+        ("method.operator=arm", "runtime.residency=disk", "keep_states=none"),
+        ("method.operator=arm", "schedule.tolerance=0.9", "keep_states=none"),
+        ("method.operator=aim", "runtime.residency=host", "runtime.layer_shards=auto"),
+        ("method.operator=acm",),
+        (
+            "method.operator=arm",
+            "schedule.step=subspace",
+            "calibration.batch_size=4",
+            "select.samples=8",
+        ),
     ],
-    ids=lambda given: given[0].split("=")[1] + f"-{len(given)}",
+    ids=lambda given: given[0].split("=")[1] + f"-{len(given)}-" + given[-1].split("=")[0],
 )
 def test_the_bits_are_those_of_actors(
     case: MergeCase, request: pytest.FixtureRequest, overrides: tuple[str, ...]
 ) -> None:
     case.make()
     request.getfixturevalue("local_ray")
-    request.getfixturevalue("shards_in_process")
+    if overrides != ("method.operator=arm", "runtime.threads=2"):
+        request.getfixturevalue("shards_in_process")
     expected = run(case, *overrides, output="actors")
     request.getfixturevalue("no_ray")
     torch.set_num_threads(2)
@@ -87,11 +105,12 @@ def test_the_bits_are_those_of_actors(
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_it_is_halted_and_gone_on_with(case: MergeCase) -> None:
+@pytest.mark.parametrize("operator", [LINEAR, "method.operator=arm"])
+def test_it_is_halted_and_gone_on_with(case: MergeCase, operator: str) -> None:
     case.make()
-    whole = run(case, LINEAR, output="whole")
-    assert run(case, LINEAR, stop_after=2).reason == "stop_after"
-    again = run(case, LINEAR)
+    whole = run(case, operator, output="whole")
+    assert run(case, operator, "keep_states=none", stop_after=2).reason == "stop_after"
+    again = run(case, operator, "keep_states=none")
     assert whole.model is not None
     assert again.model is not None
     assert_same_bits(load_all(whole.model), load_all(again.model))
@@ -118,8 +137,12 @@ def test_errors_are_those_of_actors(case: MergeCase) -> None:
         ([LINEAR], True),
         ([LINEAR, "runtime.layer_shards=auto"], True),
         (["method.operator=ties", "runtime.device=cpu"], True),
-        ([], False),
-        (["method.operator=aim"], False),
+        ([], True),
+        (["method.operator=aim"], True),
+        (["runtime.layer_shards=auto"], True),
+        (["runtime.layer_shards=auto", "schedule.max_iterations=4000"], False),
+        (["schedule.max_iterations=4000"], True),
+        (["runtime.layer_shards=2"], False),
         ([LINEAR, "runtime.layer_shards=2"], False),
         ([LINEAR, "runtime.memory_gb=4.0"], False),
         ([LINEAR, "runtime.niceness=4"], False),
@@ -130,17 +153,18 @@ def test_errors_are_those_of_actors(case: MergeCase) -> None:
     ],
 )
 def test_what_asks_for_actors_gets_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], expected: bool
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch, overrides: list[str], expected: bool
 ) -> None:
     monkeypatch.setattr(module, "is_up_or_named", lambda address: address is not None)
-    case = MergeCase(tmp_path)
-    case.candidates = [tmp_path / "a", tmp_path / "b"]
+    case.make()
+    inputs = open_inputs(case.config())
     config = case.config(*overrides)
     method = open_method(config.method, 2)
-    assert needs_no_ray(config, method, None) is expected
-    assert not needs_no_ray(config, method, "ray://host")
+    assert needs_no_ray(config, method, inputs, None) is expected
+    assert not needs_no_ray(config, method, inputs, "ray://host")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert needs_no_ray(config, method, None) is (expected and "runtime.device=cpu" in overrides)
+    on_gpu = expected and "runtime.device=cpu" in overrides
+    assert needs_no_ray(config, method, inputs, None) is on_gpu
 
 
 class Broken:
@@ -148,6 +172,9 @@ class Broken:
 
     def fail(self, error: Exception) -> None:
         raise error
+
+    def take(self, _: None) -> None:
+        """Given what another call returns."""
 
 
 @pytest.mark.parametrize(
@@ -164,10 +191,59 @@ def test_a_call_in_this_process_raises_what_an_actor_s_would(
 ) -> None:
     handle = LocalHandle[Broken](Broken())
     ref = handle.call(Broken.fail, error)
+    after = handle.call(Broken.take, in_place_of(ref))
     for callee in (SHARD, NODE_FILES):
-        with pytest.raises(raised, match=text):
-            get_results([ref], callee)
+        for each in (ref, after):
+            with pytest.raises(raised, match=text):
+                get_results([each], callee)
+    handle.end()
 
+
+class Slow:
+    """Calls that wait for others."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.may_go_on = threading.Event()
+
+    def wait(self, name: str) -> str:
+        self.may_go_on.wait()
+        self.seen.append(name)
+        return name
+
+    def let_go(self) -> None:
+        self.may_go_on.set()
+
+
+def test_calls_in_this_process_are_made_in_order_beside_those_of_another_group() -> None:
+    slow = Slow()
+    handle = LocalHandle[Slow](slow)
+    refs = [handle.call(Slow.wait, name) for name in "abc"]
+    assert wait_for(refs, 0.0) == ([], refs)
+    get_results([handle.call_with({"concurrency_group": "control"}, Slow.let_go)])
+    done, pending = wait_for(refs)
+    assert done
+    assert done + pending == refs
+    assert wait_for(refs, all_of_them=True) == (refs, [])
+    assert get_results(refs) == ["a", "b", "c"] == slow.seen
+    assert wait_for([]) == ([], [])
+    handle.end()
+
+
+def test_an_error_ends_what_waits_for_the_driver_s_word(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch, no_ray: None
+) -> None:
+    case.make()
+
+    def fail(*_: object) -> None:
+        # By now the merges of the next iterations wait to hear of this one.
+        raise CorruptCheckpointError("damaged")
+
+    monkeypatch.setattr(Publisher, "finished", fail)
+    with pytest.raises(CorruptCheckpointError, match="damaged"):
+        run(case, "schedule.tolerance=0.9", "keep_states=none", "runtime.lookahead=2")
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("calls")]
+    assert left == []
 
 def test_the_command_starts_no_ray(case: MergeCase, tmp_path: Path) -> None:
     case.make()

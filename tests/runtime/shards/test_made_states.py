@@ -34,7 +34,7 @@ class Steps:
 
     def __init__(self, case: MergeCase, output: str, **life: Any) -> None:
         config = case.config(SCHEDULE, "keep_states=none", output=output)
-        self.direct = DirectShard(config, is_here=False, life=replace(NOTHING, **life))
+        self.direct = DirectShard(config, life=replace(NOTHING, **life))
         self.shard = self.direct.shard
         ids = [np.arange(1 + i, 9 + i, dtype=np.int32) for i in range(SAMPLES)]
         batch = MiniBatch(1, list(range(SAMPLES)), ids)
