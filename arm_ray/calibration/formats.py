@@ -4,11 +4,12 @@ Formats:
 
 * ``text``: one column of text.
 * ``prompt_completion``: two columns, both text or both lists of chat messages.
-* ``messages``: one column of chat messages, ``[{"role": ..., "content": ...}, ...]``.
+* ``messages``: one column of chat messages, ``[{"role": ..., "content": ...}, ...]``, or as
+  ShareGPT has them, ``[{"from": ..., "value": ...}, ...]``.
 
 ``auto`` takes the first of messages, prompt and completion, text whose columns hold something;
-then question and answer, instruction and output, instruction and response, as prompt and
-completion.
+then conversations, as messages; then question and answer, instruction and output, instruction and
+response, as prompt and completion.
 """
 
 from __future__ import annotations
@@ -26,6 +27,18 @@ from arm_ray.errors import CalibrationError
 TOOLS_COLUMN = "tools"
 
 _ALIASES = (("question", "answer"), ("instruction", "output"), ("instruction", "response"))
+# Where ShareGPT's rows have their messages, and beside them, in some data, what the system says.
+CONVERSATIONS = "conversations"
+_SYSTEM = "system"
+# Who speaks, in ShareGPT's words and the usual ones.
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +48,12 @@ class Layout:
     Attributes:
         format: ``text``, ``prompt_completion`` or ``messages``.
         columns: The columns this needs: one, or the prompt's and the completion's.
+        system: The column of what the system says before the messages; None: there is none.
     """
 
     format: str
     columns: tuple[str, ...]
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,8 @@ def choose_layout(settings: DataConfig, columns: Mapping[str, bool], where: obje
     for format_name, names in by_format.items():
         if all(columns.get(name) for name in names):
             return Layout(format_name, names)
+    if columns.get(CONVERSATIONS):
+        return Layout("messages", (CONVERSATIONS,), _SYSTEM if columns.get(_SYSTEM) else None)
     for pair in _ALIASES:
         # Instructions that come with an "input" have no one way to be joined: refuse to guess.
         if all(columns.get(name) for name in pair) and not columns.get("input"):
@@ -104,7 +121,9 @@ def choose_layout(settings: DataConfig, columns: Mapping[str, bool], where: obje
         "The format of the calibration data cannot be told from its columns.",
         where=where,
         got=_found(columns),
-        expected="; or ".join(" and ".join(names) for names in [*by_format.values(), *_ALIASES]),
+        expected="; or ".join(
+            " and ".join(names) for names in [*by_format.values(), (CONVERSATIONS,), *_ALIASES]
+        ),
         hint="Set the format and the column names, or rename the columns. Instructions with an "
         "'input' column have to be joined into a prompt first.",
     )
@@ -148,7 +167,11 @@ def to_sample(row: Mapping[str, Any], layout: Layout, where: object) -> TextSamp
         return TextSample(_text(row, layout.columns[0], where), end=False)
     tools = _tools(row, where)
     if layout.format == "messages":
-        return ChatSample(_messages(row, layout.columns[0], where), tools)
+        messages = _messages(row, layout.columns[0], where)
+        system = row.get(layout.system) if layout.system else None
+        if system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        return ChatSample(messages, tools)
     first, second = layout.columns
     if isinstance(row[first], list) and isinstance(row[second], list):
         return ChatSample(_messages(row, first, where) + _messages(row, second, where), tools)
@@ -184,10 +207,27 @@ def _messages(row: Mapping[str, Any], name: str, where: object) -> list[dict[str
     for number, message in enumerate(value):
         if not isinstance(message, dict):
             raise _not_messages(name, where, f"{_kind(message)} as message {number}")
-        if not isinstance(message.get("role"), str):
+        if not isinstance(plain_message(message).get("role"), str):
             keys = ", ".join(map(repr, message)) or "no keys"
-            raise _not_messages(name, where, f"message {number} without a role, with {keys}")
-    return [_without_nulls(message) for message in value]
+            got = f"message {number} without a role, with {keys}"
+            if isinstance(message.get("from"), str):
+                got = f"message {number} from {message['from']!r}"
+            raise _not_messages(name, where, got)
+    return [_without_nulls(plain_message(message)) for message in value]
+
+
+def plain_message(message: dict[str, Any]) -> dict[str, Any]:
+    """A chat message with `role` and `content`, also if it has the `from` and `value` of ShareGPT.
+
+    Args:
+        message: As the row has it; a speaker that is not known stays.
+    """
+    speaker = message.get("from")
+    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    if isinstance(message.get("role"), str) or role is None:
+        return message
+    others = {k: v for k, v in message.items() if k not in ("from", "value", "role", "content")}
+    return {"role": role, "content": message.get("value"), **others}
 
 
 def _not_messages(name: str, where: object, got: str) -> CalibrationError:
@@ -195,7 +235,8 @@ def _not_messages(name: str, where: object, got: str) -> CalibrationError:
         f"Column {name!r} of a calibration row is not a list of chat messages.",
         where=where,
         got=got,
-        expected='[{"role": "user", "content": "..."}, ...]',
+        expected='[{"role": "user", "content": "..."}, ...], or '
+        f'[{{"from": "human", "value": "..."}}, ...] from {", ".join(_SPEAKERS)}',
         hint="Correct or remove the row, or name another column or format.",
     )
 

@@ -15,6 +15,7 @@ from arm_ray.storage.store import Store, find_url, open_url
 from arm_ray.storage.urls import is_url, parse_url, plain_path
 
 _SUFFIXES_TEXT = ", ".join(FILE_SUFFIXES)
+_SPLIT_FILE = re.compile(r"(train|validation|valid|val|dev|eval|test)[-_.]")
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(/(?P<config>\w[\w.-]*))?(:(?P<split>.+))?")
 
 
@@ -46,32 +47,58 @@ class DatasetSource:
     split: str | None = None
 
 
-def find_source(path: str) -> FileSource | DatasetSource:
+def find_source(path: str, split: str | None = None) -> FileSource | DatasetSource:
     """Tells what a calibration path points at. What exists locally goes before the hub.
+
+    Args:
+        path: The path.
+        split: Which part of a data set, or of a directory of files.
 
     Raises:
         CalibrationError: If nothing is there, or nothing that can be read.
         StorageError: If a URL cannot be read.
     """
     path = plain_path(path)
+    local = os.path.abspath(os.path.expanduser(path))
+    if not is_url(path) and os.path.isdir(local):
+        return _in_directory(local, split)
+    base, _, suffix = local.rpartition(":")
+    if suffix and not is_url(path) and not os.path.exists(local) and os.path.isdir(base):
+        return _in_directory(base, _one_of(path, suffix, split))
+    match = _HUB_ID.fullmatch(path)
+    is_hub = match is not None and not path.endswith(FILE_SUFFIXES)
+    if split is not None and (is_url(path) or os.path.exists(local) or not is_hub):
+        raise CalibrationError(
+            "A split is named of what has none.",
+            where=path,
+            got=f"split {split!r}",
+            expected="a data set, or a directory with a directory or files for each split",
+            hint="Leave split out, or name the directory.",
+        )
     if is_url(path):
         return _at_url(path)
-    local = os.path.abspath(os.path.expanduser(path))
-    if os.path.isdir(local):
-        return _in_directory(local)
     if os.path.exists(local):
         if not local.endswith(FILE_SUFFIXES):
             raise _unknown_file(path)
         return FileSource((local,))
-    base, _, split = local.rpartition(":")
-    if split and os.path.isfile(os.path.join(base, "dataset_dict.json")):
-        return DatasetSource(base, on_disk=True, split=split)
-    if glob.has_magic(path) and not _HUB_ID.fullmatch(path):
+    if glob.has_magic(path) and match is None:
         return _by_pattern(path, local)
-    match = _HUB_ID.fullmatch(path)
-    if match is None or path.endswith(FILE_SUFFIXES):
+    if match is None or not is_hub:
         raise _not_there(path, local)
-    return DatasetSource(match["name"], on_disk=False, config=match["config"], split=match["split"])
+    chosen = _one_of(path, match["split"], split) if match["split"] else split
+    return DatasetSource(match["name"], on_disk=False, config=match["config"], split=chosen)
+
+
+def _one_of(path: str, suffix: str, split: str | None) -> str:
+    """The split that a path ends in, where no other one is named beside it."""
+    if split not in (None, suffix):
+        raise CalibrationError(
+            "Two different splits are named.",
+            where=path,
+            got=f"{suffix!r} in the path, and split {split!r}",
+            hint="Leave one of them out.",
+        )
+    return suffix
 
 
 def _at_url(given: str) -> FileSource:
@@ -97,19 +124,33 @@ def _at_url(given: str) -> FileSource:
     return FileSource(tuple(str(url / name) for name in names))
 
 
-def _in_directory(directory: str) -> FileSource | DatasetSource:
+def _in_directory(directory: str, split: str | None) -> FileSource | DatasetSource:
     names = sorted(os.listdir(directory))
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):
-        return DatasetSource(directory, on_disk=True)
-    paths = tuple(
-        os.path.join(directory, name)
-        for name in names
-        if name.endswith(FILE_SUFFIXES)
-        and not name.startswith((".", "_"))
-        and os.path.isfile(os.path.join(directory, name))
-    )
-    if paths:
+        return DatasetSource(directory, on_disk=True, split=split)
+    paths = _data_files(directory)
+    if not paths and os.path.isdir(os.path.join(directory, "data")):
+        # As the repositories of data sets are laid out.
+        return _in_directory(os.path.join(directory, "data"), split)
+    splits = _splits_of(directory, paths)
+    if split is None and paths and len(splits) < 2:
         return FileSource(paths)
+    if split is None and len(splits) == 1:
+        [only] = splits.values()
+        return FileSource(only)
+    if split is not None and split in splits:
+        return FileSource(splits[split])
+    if splits or split is not None:
+        near = difflib.get_close_matches(split or "", splits, n=1) or [*splits, "train"]
+        raise CalibrationError(
+            "The data are in several splits, of which one has to be chosen."
+            if split is None
+            else f"The directory has no split {split!r}.",
+            where=directory,
+            got=f"splits {', '.join(map(repr, splits)) or 'none'}",
+            expected="the name of one of them in the key split, or after the path, as in DIR:name",
+            hint=f"Did you mean split: {near[0]}?" if splits else "Leave split out.",
+        )
     raise CalibrationError(
         "The calibration directory holds no file that can be read.",
         where=directory,
@@ -117,6 +158,33 @@ def _in_directory(directory: str) -> FileSource | DatasetSource:
         expected=f"files ending in {_SUFFIXES_TEXT}, or what datasets.save_to_disk writes",
         hint="Name the directory that holds the files itself; those inside it are not searched.",
     )
+
+
+def _data_files(directory: str) -> tuple[str, ...]:
+    """The files of a directory that can be read."""
+    return tuple(
+        os.path.join(directory, name)
+        for name in sorted(os.listdir(directory))
+        if name.endswith(FILE_SUFFIXES)
+        and not name.startswith((".", "_"))
+        and os.path.isfile(os.path.join(directory, name))
+    )
+
+
+def _splits_of(directory: str, paths: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Split -> its files: a directory for each, or files that begin with a usual name of one."""
+    found: dict[str, tuple[str, ...]] = {}
+    for path in paths:
+        match = _SPLIT_FILE.match(os.path.basename(path))
+        if match:
+            found[match[1]] = (*found.get(match[1], ()), path)
+    for name in () if paths else sorted(os.listdir(directory)):
+        inner = os.path.join(directory, name)
+        if not name.startswith((".", "_")) and os.path.isdir(inner):
+            files = _data_files(inner)
+            if files:
+                found[name] = files
+    return found
 
 
 def _by_pattern(path: str, local: str) -> FileSource:

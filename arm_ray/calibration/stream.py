@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
 from arm_ray.calibration.files import Chunk
@@ -139,7 +138,9 @@ def open_stream(
     """
     if needed_batches is not None and needed_batches < 0:
         raise ValueError(f"needed_batches must be 0 or more, got {needed_batches}")
-    source = find_source(settings.path)
+    import ray
+
+    source = find_source(settings.path, settings.split)
     here = here or not ray.is_initialized() or _is_small(source)
     with contextlib.nullcontext() if here else _quiet_ray_data():
         data = (
@@ -385,6 +386,7 @@ def _warnings(
 @contextlib.contextmanager
 def _quiet_ray_data() -> Iterator[None]:
     """Turns off Ray Data's progress bars and chatter for a while; its log file stays as it is."""
+    import ray
     from ray.data import DataContext
 
     free: Any = ray.available_resources  # not annotated in Ray

@@ -39,7 +39,8 @@ class Job:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns to read."""
-        return (*self.layout.columns, TOOLS_COLUMN)
+        system = () if self.layout.system is None else (self.layout.system,)
+        return (*self.layout.columns, *system, TOOLS_COLUMN)
 
 
 def index_task(table: Any) -> Any:

@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from arm_ray.checkpoints.naming import Format
+from arm_ray.checkpoints.naming import Format, model_names
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry, read_header, read_tensors
 from arm_ray.errors import CorruptCheckpointError, NotACheckpointError, PickleRefusedError
 from arm_ray.storage.mirror import present
@@ -41,13 +41,26 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read some tensors into host memory, in the checkpoint's own dtype."""
-        by_file: dict[Path, list[str]] = {}
+        by_file: dict[Path, dict[str, str]] = {}
         for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
+            entry = self.tensors[name]
+            by_file.setdefault(entry.file, {})[entry.stored or name] = name
         result: dict[str, Tensor] = {}
         for file, members in by_file.items():
-            result.update(read_tensors(file, members))
+            found = read_tensors(file, members)
+            result.update({members[stored]: tensor for stored, tensor in found.items()})
         return result
+
+    @property
+    def renamed(self) -> str | None:
+        """How tensors are called in the files, where that is not their name; with an example."""
+        for name, entry in self.tensors.items():
+            if entry.stored is not None:
+                return (
+                    f"its names are read without what a trainer's wrapper put into them: "
+                    f"{entry.stored} as {name}"
+                )
+        return None
 
     def files(self, names: Iterable[str]) -> set[Path]:
         """The files that some tensors are read from."""
@@ -227,9 +240,9 @@ def read_entries(
     """
     # Where both are there, transformers takes the single file, and so do we.
     if SINGLE_NAME in names:
-        return read_header(SINGLE_NAME)
+        return _plain(path, read_header(SINGLE_NAME))
     if INDEX_NAME in names:
-        return _read_indexed(path, names, read_header)
+        return _plain(path, _read_indexed(path, names, read_header))
     stray = sorted(name for name in names if name.endswith(".safetensors"))
     if stray:
         raise CorruptCheckpointError(
@@ -252,6 +265,16 @@ def read_entries(
     raise NotACheckpointError(
         "the directory holds no weights", where=path, expected=f"{SINGLE_NAME} or {INDEX_NAME}"
     )
+
+
+def _plain(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The same under the names that transformers gives them; see `model_names`."""
+    return {
+        name: entries[stored]
+        if stored == name
+        else replace(entries[stored], name=name, stored=stored)
+        for stored, name in model_names(entries, path).items()
+    }
 
 
 def _read_indexed(

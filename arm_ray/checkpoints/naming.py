@@ -1,11 +1,18 @@
-"""How a user names a checkpoint: a path or hub id, perhaps with the format before it."""
+"""Names: of a checkpoint as a user gives it, and of tensors as trainers leave them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal, get_args
+
+from arm_ray.errors import MismatchError
 
 Format = Literal["hf", "zero", "universal", "fsdp", "dcp", "peft"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+_EMBEDDING = "model.embed_tokens.weight"
+# What PyTorch's wrappers put between the parts of a name.
+_WRAPPERS = frozenset(("module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"))
 FormatOrAuto = Literal["auto"] | Format
 
 
@@ -24,3 +31,45 @@ def split_source(given: str) -> tuple[FormatOrAuto, str]:
         if given.startswith(f"{name}:") and not given.startswith(f"{name}://"):
             return name, given[len(name) + 1 :]
     return "auto", given
+
+
+def model_names(names: Iterable[str], path: Path, *, others: bool = False) -> dict[str, str]:
+    """Name in the files -> Hugging Face name, with what wrappers put around it taken off.
+
+    Args:
+        names: In the files.
+        path: For messages.
+        others: Whether names that do not begin as the model's do are left out.
+
+    Raises:
+        MismatchError: There are two models, or two tensors of the same name.
+    """
+    plain = {name: ".".join(p for p in name.split(".") if p not in _WRAPPERS) for name in names}
+    prefixes = {
+        name.removesuffix(_EMBEDDING)
+        for name in plain.values()
+        if name == _EMBEDDING or name.endswith(f".{_EMBEDDING}")
+    }
+    if len(prefixes) > 1:
+        raise MismatchError(
+            "the checkpoint holds more than one model",
+            where=path,
+            got=" and ".join(sorted(f"{prefix}{_EMBEDDING}" for prefix in prefixes)),
+            expected="one",
+            hint="save the one to merge by itself",
+        )
+    prefix = prefixes.pop() if prefixes else ""
+    found: dict[str, str] = {}
+    for old, name in plain.items():
+        if others and not name.startswith(prefix):
+            continue
+        new = name.removeprefix(prefix)
+        if new in found:
+            raise MismatchError(
+                "two tensors of a checkpoint have the same name",
+                where=path,
+                got=f"{found[new]} and {old}",
+                expected=f"one {new}",
+            )
+        found[new] = old
+    return {old: new for new, old in found.items()}

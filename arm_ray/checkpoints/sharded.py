@@ -19,13 +19,11 @@ from torch import Tensor
 
 from arm_ray.checkpoints import pickles
 from arm_ray.checkpoints.huggingface import Checkpoint, read_json
+from arm_ray.checkpoints.naming import model_names
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
-from arm_ray.errors import CorruptCheckpointError, MismatchError, NotACheckpointError
+from arm_ray.errors import CorruptCheckpointError, NotACheckpointError
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-_EMBEDDING = "model.embed_tokens.weight"
-# What PyTorch's wrappers put between the parts of a name.
-_WRAPPERS = frozenset(("module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"))
 _BY_CONFIG = {"bfloat16": "BF16", "float16": "F16"}
 # What finds a stored tensor in the content of its file; each format has its own.
 Key = tuple[str | int, ...]
@@ -262,48 +260,6 @@ def _check_no_adapter(names: Iterable[str], path: Path) -> None:
             hint="name the directory of the adapter that the trainer has saved, with "
             "adapter_config.json (verl: lora_adapter)",
         )
-
-
-def model_names(names: Iterable[str], path: Path, *, others: bool = False) -> dict[str, str]:
-    """Name in the files -> Hugging Face name, with what wrappers put around it taken off.
-
-    Args:
-        names: In the files.
-        path: For messages.
-        others: Whether names that do not begin as the model's do are left out.
-
-    Raises:
-        MismatchError: There are two models, or two tensors of the same name.
-    """
-    plain = {name: ".".join(p for p in name.split(".") if p not in _WRAPPERS) for name in names}
-    prefixes = {
-        name.removesuffix(_EMBEDDING)
-        for name in plain.values()
-        if name == _EMBEDDING or name.endswith(f".{_EMBEDDING}")
-    }
-    if len(prefixes) > 1:
-        raise MismatchError(
-            "the checkpoint holds more than one model",
-            where=path,
-            got=" and ".join(sorted(f"{prefix}{_EMBEDDING}" for prefix in prefixes)),
-            expected="one",
-            hint="save the one to merge by itself",
-        )
-    prefix = prefixes.pop() if prefixes else ""
-    found: dict[str, str] = {}
-    for old, name in plain.items():
-        if others and not name.startswith(prefix):
-            continue
-        new = name.removeprefix(prefix)
-        if new in found:
-            raise MismatchError(
-                "two tensors of a checkpoint have the same name",
-                where=path,
-                got=f"{found[new]} and {old}",
-                expected=f"one {new}",
-            )
-        found[new] = old
-    return {old: new for new, old in found.items()}
 
 
 def code_of(dtype: torch.dtype, name: str, file: Path) -> str:

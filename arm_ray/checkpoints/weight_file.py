@@ -49,6 +49,7 @@ class TensorEntry:
         file: The weight file.
         begin: First byte of its data, from the start of the file.
         end: One past its last byte.
+        stored: Its name in the file; None: the same.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TensorEntry:
     file: Path
     begin: int
     end: int
+    stored: str | None = None
 
     @property
     def num_bytes(self) -> int:

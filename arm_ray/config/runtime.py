@@ -20,7 +20,12 @@ class RuntimeConfig(Section):
     DECIDES: ClassVar[Decides] = NOTHING
 
     layer_shards: Literal["auto"] | PositiveInt = "auto"
-    """Actors that share the layers; auto: one per GPU, or one per CPU slot without GPUs."""
+    """Actors that share the layers; auto: one per GPU, or one per CPU slot without GPUs.
+
+    Where no cluster is named, a single one on a CPU is no actor: it runs in the driver's process,
+    and Ray is not started. auto is then one where the merge is planned to take less than 20 s, or
+    runs no forward passes.
+    """
     layers_per_group: PositiveInt = 1
     """Decoder layers loaded, run, merged and written together."""
     device: Annotated[Literal["auto", "cpu", "cuda"], RESULT] = "auto"

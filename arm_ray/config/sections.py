@@ -40,9 +40,13 @@ class DataConfig(Section):
     path: str
     """A JSON Lines or Parquet file (perhaps gzipped), a directory, glob pattern or URL of them, a
     directory written by `datasets.save_to_disk`, or a Hugging Face dataset id: `owner/name`,
-    `owner/name/config`; each with an optional `:split`."""
+    `owner/name/config`; a directory, and a dataset, with an optional `:split`."""
+    split: str | None = None
+    """Which part of a dataset, or of a directory with a directory or files for each of them
+    (`train/`, `test-00000-of-00001.parquet`); null: the only one, or the `train` of a dataset."""
     format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
-    """What a row holds; auto: as its columns say."""
+    """What a row holds; auto: as its columns say. Messages are read as `role` and `content`, and as
+    the `from` and `value` of ShareGPT."""
     prompt_column: str = "prompt"
     """Column of the prompt, for `format: prompt_completion`."""
     completion_column: str = "completion"

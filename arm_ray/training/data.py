@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arm_ray.calibration.files import FileIndex, index_file, read_rows
-from arm_ray.calibration.formats import Layout, choose_layout, missing_column
+from arm_ray.calibration.formats import Layout, choose_layout, missing_column, plain_message
 from arm_ray.calibration.labels import encode, label_mask
 from arm_ray.calibration.sources import DatasetSource, find_source, load_dataset
 from arm_ray.config import DataConfig
@@ -90,7 +90,7 @@ def read_data(data: DataConfig) -> tuple[list[PlacedRow], dict[str, bool]]:
     Raises:
         CalibrationError: The data are missing, empty or malformed.
     """
-    rows, columns = read_path(data.path)
+    rows, columns = read_path(data.path, data.split)
     if not rows:
         raise CalibrationError(
             "the training data hold no rows",
@@ -102,9 +102,9 @@ def read_data(data: DataConfig) -> tuple[list[PlacedRow], dict[str, bool]]:
     return rows, columns
 
 
-def read_path(path: str) -> tuple[list[PlacedRow], dict[str, bool]]:
+def read_path(path: str, split: str | None = None) -> tuple[list[PlacedRow], dict[str, bool]]:
     """Read all rows of whatever a calibration path may be; there may be none."""
-    source = find_source(path)
+    source = find_source(path, split)
     if isinstance(source, DatasetSource):
         dataset = load_dataset(source)
         rows = [PlacedRow(f"{path}, row {i + 1}", dict(row)) for i, row in enumerate(dataset)]
@@ -151,11 +151,8 @@ def question_of(row: Mapping[str, Any], layout: Layout) -> str:
     value = row.get(layout.columns[0])
     if isinstance(value, str):
         return value
-    users = [
-        message.get("content")
-        for message in value or ()
-        if isinstance(message, dict) and message.get("role") == "user"
-    ]
+    messages = [plain_message(each) for each in value or () if isinstance(each, dict)]
+    users = [message.get("content") for message in messages if message.get("role") == "user"]
     return users[0] if users and isinstance(users[0], str) else ""
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arm_ray.calibration.formats import missing_column
+from arm_ray.calibration.formats import CONVERSATIONS, missing_column, plain_message
 from arm_ray.errors import ArmRayError, CalibrationError, ConfigError, EvaluationError
 from arm_ray.training.config import GrpoConfig
 from arm_ray.training.data import PlacedRow, read_data
@@ -97,7 +97,7 @@ def _prompt_column(config: GrpoConfig, columns: Mapping[str, bool]) -> str:
     if config.data.format == "messages":
         names.reverse()
     if config.data.format in ("auto", "messages"):
-        for name in names:
+        for name in (*names, CONVERSATIONS):
             if name in columns:
                 return name
     if names[0] not in columns:
@@ -109,16 +109,17 @@ def _prompt(place: PlacedRow, column: str) -> Any:
     value: Any = place.row.get(column)
     if isinstance(value, str) and value:
         return value
-    wrong = not isinstance(value, list) or not value
-    if wrong or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
+    is_list = isinstance(value, list) and bool(value)
+    given = [plain_message(m) if isinstance(m, dict) else {} for m in value] if is_list else []
+    if not given or not all(isinstance(m.get("role"), str) for m in given):
         raise CalibrationError(
             f"column {column!r} of a row is no prompt",
             where=place.where,
             got=repr(value)[:_HEAD],
-            expected='text, or [{"role": "user", "content": "..."}, ...]',
+            expected='text, or [{"role": "user", "content": "..."}, ...], or the same of ShareGPT',
             hint="correct or remove the row, or name another column",
         )
-    messages = [{"role": m["role"], "content": m.get("content") or ""} for m in value]
+    messages = [{"role": m["role"], "content": m.get("content") or ""} for m in given]
     while messages and messages[-1]["role"] == "assistant":
         # The answer is what is to be generated.
         messages.pop()

@@ -25,6 +25,9 @@ def layout(columns, **settings):
         (["instruction", "output"], "prompt_completion", ("instruction", "output")),
         (["instruction", "response"], "prompt_completion", ("instruction", "response")),
         ({"messages": False, "text": True}, "text", ("text",)),
+        (["id", "conversations"], "messages", ("conversations",)),
+        (["conversations", "question", "answer"], "messages", ("conversations",)),
+        (["conversations", "text"], "text", ("text",)),
         (
             {"instruction": True, "input": False, "output": True},
             "prompt_completion",
@@ -85,6 +88,34 @@ def test_fields_that_arrow_added_are_taken_out_of_messages():
     )
 
 
+def test_conversations_of_sharegpt_are_chats():
+    said = [
+        {"from": "human", "value": "1 + 1?"},
+        {"from": "gpt", "value": "2", "weight": None},
+        {"role": "user", "content": "and 2?", "from": "human"},
+        {"from": "tool", "value": "4"},
+    ]
+    chat = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "and 2?", "from": "human"},
+        {"role": "tool", "content": "4"},
+    ]
+    plain = layout(["conversations"])
+    assert to_sample({"conversations": said}, plain, "f") == ChatSample(chat)
+    assert to_sample({"conversations": said, "system": "S"}, plain, "f") == ChatSample(chat)
+    with_system = layout(["conversations", "system"])
+    first = {"role": "system", "content": "S"}
+    assert to_sample({"conversations": said, "system": "S"}, with_system, "f") == ChatSample(
+        [first, *chat]
+    )
+    for nothing in ({}, {"system": None}, {"system": ""}):
+        assert to_sample({"conversations": said, **nothing}, with_system, "f") == ChatSample(chat)
+    own = [{"from": "system", "value": "own"}, *said]
+    found = to_sample({"conversations": own, "system": "S"}, with_system, "f")
+    assert found == ChatSample([{"role": "system", "content": "own"}, *chat])
+
+
 @pytest.mark.parametrize(
     ("row", "columns", "message"),
     [
@@ -96,7 +127,9 @@ def test_fields_that_arrow_added_are_taken_out_of_messages():
         ({"m": []}, ("m",), "empty list"),
         ({"m": "hi"}, ("m",), "got:      text"),
         ({"m": ["hi"]}, ("m",), "text as message 0"),
-        ({"m": [{"from": "human", "value": "x"}]}, ("m",), "without a role, with 'from', 'value'"),
+        ({"m": [{"frm": "human", "value": "x"}]}, ("m",), "without a role, with 'frm', 'value'"),
+        ({"m": [{"from": "narrator", "value": "x"}]}, ("m",), "message 0 from 'narrator'"),
+        ({"m": [{"from": ["gpt"], "value": "x"}]}, ("m",), "without a role, with 'from', 'value'"),
         ({"m": CHAT, "tools": "{"}, ("m",), "not JSON"),
         ({"m": CHAT, "tools": {"a": 1}}, ("m",), "an object"),
     ],

@@ -261,6 +261,46 @@ def test_paths_that_hold_nothing(tmp_path, tokenizer_path, monkeypatch):
         opened(tmp_path / "sub", tokenizer_path)
 
 
+def make_splits(root: Path) -> None:
+    for number, split in enumerate(("train", "test")):
+        for folder in (root / "folders", root / "repository" / "data"):
+            folder.mkdir(parents=True, exist_ok=True)
+        (root / "folders" / split).mkdir()
+        lines(root / "folders" / split / "a.jsonl", texts(2, 10 * number))
+        for part in range(2):
+            name = f"{split}-0000{part}-of-00002.jsonl"
+            lines(root / "repository" / "data" / name, texts(1, 10 * number + part))
+
+
+@pytest.mark.parametrize("kind", ["folders", "repository", "repository/data"])
+def test_a_directory_with_splits(tmp_path, tokenizer_path, kind):
+    make_splits(tmp_path)
+    path = tmp_path / kind
+    for split, first in (("train", 0), ("test", 10)):
+        for given in ({"path": path, "split": split}, {"path": f"{path}:{split}"}):
+            found = opened(given.pop("path"), tokenizer_path, batch_size=2, **given)
+            assert first_words(found.batch(1)) == [first, first + 1]
+            assert found.num_rows == 2
+    with pytest.raises(CalibrationError, match="several splits") as caught:
+        opened(path, tokenizer_path)
+    assert caught.value.got == "splits 'test', 'train'"
+    with pytest.raises(CalibrationError, match="no split 'tests'") as caught:
+        opened(path, tokenizer_path, split="tests")
+    assert caught.value.hint == "Did you mean split: test?"
+    with pytest.raises(CalibrationError, match="Two different splits"):
+        opened(f"{path}:train", tokenizer_path, split="test")
+
+
+def test_one_split_needs_no_name_and_a_file_has_none(tmp_path, tokenizer_path):
+    (tmp_path / "inner").mkdir()
+    file = lines(tmp_path / "inner" / "train.jsonl", texts(3))
+    assert opened(tmp_path, tokenizer_path).num_rows == 3
+    assert opened(tmp_path / "inner", tokenizer_path).num_rows == 3
+    for path in (file, tmp_path / "*.jsonl", "https://host/a.jsonl"):
+        with pytest.raises(CalibrationError, match="of what has none"):
+            opened(path, tokenizer_path, split="train")
+
+
 def test_hub_datasets(tokenizer_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []

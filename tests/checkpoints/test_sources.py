@@ -22,8 +22,8 @@ from arm_ray.checkpoints import formats, fsdp, pickles
 from arm_ray.checkpoints.formats import find_format, missing, open_given, open_source
 from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
 from arm_ray.checkpoints.inspect import inspect_checkpoint
-from arm_ray.checkpoints.naming import split_source
-from arm_ray.checkpoints.sharded import ShardedCheckpoint, model_names
+from arm_ray.checkpoints.naming import model_names, split_source
+from arm_ray.checkpoints.sharded import ShardedCheckpoint
 from arm_ray.config import EvaluateConfig, parse_merge_config, validate
 from arm_ray.errors import (
     CorruptCheckpointError,

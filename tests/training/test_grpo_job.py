@@ -140,6 +140,10 @@ def test_prompts(values: dict[str, Any], base: Path, tmp_path: Path) -> None:
     prompts = prepare_prompts(make(values), tokenizer)
     assert prompts.rows[0]["prompt"] == chat
     assert prompts.longest > len(tokenizer("how many red apples are left")["input_ids"])
+    shared = [{"from": "human", "value": "how many red apples are left"}]
+    shared += [{"from": "gpt", "value": "5"}]
+    data.write_text((json.dumps({"conversations": shared, "answer": 5}) + "\n") * 2)
+    assert prepare_prompts(make(values), tokenizer).rows[0]["prompt"] == chat
     data.write_text('{"prompt": 3}\n')
     with pytest.raises(CalibrationError, match="is no prompt"):
         prepare_prompts(make(values), tokenizer)

@@ -77,6 +77,19 @@ def test_of_messages_the_assistants_turns_are_learnt(base: Path, encode: Encode)
     ]
     rows, _ = encode([{"messages": chat}])
     assert labels_of(base, rows) == ["red<|im_end|>left<|im_end|>"]
+    whole = rows.ids.tolist()
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [{"from": names[m["role"]], "value": m["content"]} for m in chat]
+    for row in ({"conversations": shared}, {"conversations": shared[1:], "system": "count"}):
+        rows, _ = encode([row])
+        assert rows.ids.tolist() == whole
+        assert labels_of(base, rows) == ["red<|im_end|>left<|im_end|>"]
+        assert (
+            training_data.question_of(
+                row, training_data.layout_of(DataConfig(path=""), dict.fromkeys(row, True))
+            )
+            == "two"
+        )
     rows, _ = encode([{"prompt": chat[:4], "completion": chat[4:]}])
     assert labels_of(base, rows) == ["left<|im_end|>"]
     with pytest.raises(CalibrationError, match=r"no turn of the assistant(?s:.*)line 1"):

@@ -245,6 +245,7 @@ def test_an_error_ends_what_waits_for_the_driver_s_word(
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("calls")]
     assert left == []
 
+
 def test_the_command_starts_no_ray(case: MergeCase, tmp_path: Path) -> None:
     case.make()
     content = {**case.content(), "method": {"operator": "task_arithmetic"}}

@@ -1,0 +1,102 @@
+"""What `arm-ray plan --device this-cpu` says of a merge, beside the merge itself.
+
+The merge of `benchmarks.scaling` (SmolLM2-135M, two candidates, six iterations) on a local Ray,
+with one and two layer shards of one thread each and the three places where weights may live:
+seconds of the six iterations, and the largest resident memory of a shard, planned and measured.
+The plan is given the mean number of tokens of the samples.
+
+Needs the checkpoints that `make demo` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from arm_ray.config import MergeConfig
+from arm_ray.events import read_events
+from arm_ray.planning.cluster import Cluster, make_cluster
+from arm_ray.planning.devices import MEASURED
+from arm_ray.planning.plan import make_plan
+from arm_ray.runtime.cluster.joining import ray_session
+from arm_ray.runtime.merge.run import merge
+from benchmarks.common import report
+from benchmarks.scaling import DATA, configuration
+
+OUTPUT = Path("runs/bench/plans")
+SHARDS = (1, 2)
+RESIDENCIES = ("device", "host", "disk")
+# The largest difference that counts as told right.
+GOAL = 0.1
+
+
+def mean_tokens(config: MergeConfig) -> int:
+    """Tokens of a calibration sample, on average."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(config.base)
+    rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    return round(sum(len(tokenizer(text).input_ids) for text in texts) / len(texts))
+
+
+def planned(config: MergeConfig, cluster: Cluster, tokens: int) -> tuple[float, float]:
+    """Seconds of all iterations and memory of the largest shard, GB, as the plan has them."""
+    plan = make_plan(config, cluster, tokens)
+    memory = max(s.memory.host.total + s.memory.page_cache for s in plan.shards)
+    return sum(row.seconds for row in plan.iterations), memory / 1e9
+
+
+def measured(config: MergeConfig) -> tuple[float, float, float, float]:
+    """The same as it was, and the seconds of forward passes and of merges over all shards."""
+    shutil.rmtree(config.output, ignore_errors=True)
+    merge(config, console=Console(quiet=True))
+    events = read_events(Path(config.output) / "events.jsonl")
+    done = [event for event in events if event["event"] == "iteration_finished"]
+    seconds = [sum(e[n] for e in done) for n in ("seconds", "forward_seconds", "merge_seconds")]
+    [end] = [event for event in events if event["event"] == "run_finished"]
+    return seconds[0], max(end["peak_shard_bytes"]) / 1e9, seconds[1], seconds[2]
+
+
+def main() -> None:
+    """Measure, print, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    tokens = mean_tokens(configuration(1, OUTPUT))
+    # Measured before anything else runs.
+    cluster = make_cluster(configuration(1, OUTPUT).runtime, device=MEASURED)
+    print(cluster.device, flush=True)
+    with ray_session(None, max(SHARDS)):
+        for shards in SHARDS:
+            for residency in RESIDENCIES:
+                config = configuration(shards, OUTPUT.resolve(), residency=residency)
+                expected_s, expected_gb = planned(config, cluster, tokens)
+                found_s, found_gb, forward, merging = measured(config)
+                rows.append(
+                    {
+                        "shards": shards,
+                        "residency": residency,
+                        "planned, s": round(expected_s, 1),
+                        "measured, s": round(found_s, 1),
+                        "of time": round(expected_s / found_s, 2),
+                        "of it forward": round(forward, 1),
+                        "merging": round(merging, 1),
+                        "planned, GB": round(expected_gb, 2),
+                        "measured, GB": round(found_gb, 2),
+                        "of memory": round(expected_gb / found_gb, 2),
+                    }
+                )
+    goals = []
+    for name in ("of time", "of memory"):
+        worst = max((row[name] for row in rows), key=lambda ratio: abs(ratio - 1.0))
+        goals.append((f"{name}, within 10 %: at worst {worst}", abs(worst - 1.0) <= GOAL))
+    report("plans", f"Planned against measured; {tokens} tokens a sample", rows, goals)
+
+
+if __name__ == "__main__":
+    main()
