@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arm_ray.checkpoints.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from arm_ray.checkpoints.peft import CONFIG_NAME, PREFIX
+from arm_ray.checkpoints.peft_file import WEIGHTS_NAME
 from arm_ray.checkpoints.weight_file import TensorSpec, write_json, write_weight_file
 from arm_ray.errors import CheckpointError
 

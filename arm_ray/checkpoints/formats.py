@@ -14,7 +14,8 @@ from arm_ray.checkpoints.huggingface import (
     resolve_path,
 )
 from arm_ray.checkpoints.naming import FORMATS, Format, FormatOrAuto, split_source
-from arm_ray.checkpoints.peft import CONFIG_NAME, is_adapter, open_adapter, read_stored
+from arm_ray.checkpoints.peft import CONFIG_NAME, is_adapter, open_adapter
+from arm_ray.checkpoints.peft_file import read_stored
 from arm_ray.checkpoints.shard_format import ShardFormat
 from arm_ray.checkpoints.urls import open_url
 from arm_ray.checkpoints.validation import check_zero_padding

@@ -14,7 +14,8 @@ from typing import Any
 from arm_ray.checkpoints.formats import find_format, missing_of, one_line, open_source
 from arm_ray.checkpoints.huggingface import Checkpoint, open_tensors, read_json
 from arm_ray.checkpoints.naming import Format, FormatOrAuto
-from arm_ray.checkpoints.peft import CONFIG_NAME, read_stored
+from arm_ray.checkpoints.peft import CONFIG_NAME
+from arm_ray.checkpoints.peft_file import read_stored
 from arm_ray.checkpoints.sharded import ShardedCheckpoint
 from arm_ray.checkpoints.urls import open_url
 from arm_ray.checkpoints.weight_file import TensorEntry

@@ -7,8 +7,13 @@ is
 
     W + s B A,      s = α / r, or α / √r (rsLoRA)
 
-with `r` and `α` perhaps the module's own (`rank_pattern`, `alpha_pattern`). Only what is linear in
-this sense is read, because only that is exact; everything else is refused and named.
+with `r` and `α` perhaps the module's own (`rank_pattern`, `alpha_pattern`). DoRA (Liu et al., 2024)
+gives each row a length of its own, a vector `m` `[d_out]` in the file:
+
+    m (W + s B A) / ‖W + s B A‖
+
+with the norm of each row. Biases and other tensors that are stored whole take the place of the
+base's. Only what can be computed exactly is read; everything else is refused and named.
 
 One module, because what is read and what is refused are two sides of one list.
 """
@@ -28,11 +33,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arm_ray.checkpoints import pickles
 from arm_ray.checkpoints.huggingface import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json
-from arm_ray.checkpoints.sharded import code_of
-from arm_ray.checkpoints.validation import tail_is_zero
-from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry, read_header, read_tensors
+from arm_ray.checkpoints.peft_file import (
+    FACTOR,
+    WEIGHTS_NAME,
+    check_written,
+    read_own,
+    read_stored,
+    weights_file,
+)
+from arm_ray.checkpoints.weight_file import TensorEntry
 from arm_ray.errors import (
     CorruptCheckpointError,
     MismatchError,
@@ -41,17 +51,14 @@ from arm_ray.errors import (
 from arm_ray.storage.mirror import present
 
 CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_PICKLE_NAME = "adapter_model.bin"
 _EMBEDDING = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
-_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 # A whole tensor instead of the base's: a trained copy, or an embedding saved along.
 _WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.(weight|bias)")
-# Settings that make an adapter something else than W + s B A, when they say anything.
+# Settings that make an adapter something else than the formulas above, when they say anything.
 _REFUSED = {
-    "use_dora": "DoRA also scales the columns of the sum",
     "use_qalora": "QALoRA pools the inputs of A",
     "lora_bias": "the low-rank part has a bias",
     "layer_replication": "it repeats layers of the base",
@@ -62,6 +69,7 @@ _REFUSED = {
 }
 # Initialisations that leave the base as it is. Others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) train
 # against a base from which the initial low-rank part was taken away.
+_BIASES = ("none", "all", "lora_only")
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -74,12 +82,19 @@ class LowRankUpdate:
         b: Name of `B` `[d_out, r]`.
         scaling: `s`.
         transposed: Whether the weight is stored as `[d_in, d_out]`, so that `s (B A)ᵀ` is added.
+        magnitude: Name of `m` `[d_out]` (DoRA); None: rows keep the length of the sum.
     """
 
     a: str
     b: str
     scaling: float
     transposed: bool
+    magnitude: str | None = None
+
+    @property
+    def parts(self) -> list[str]:
+        """Names in the adapter's file of all that it is made of."""
+        return [self.a, self.b, *([] if self.magnitude is None else [self.magnitude])]
 
 
 @dataclass(frozen=True)
@@ -110,8 +125,8 @@ class AdaptedCheckpoint(Checkpoint):
         plain = self.base.read(name for name in names if name not in self.replaced)
         updates = {name: self.updates[name] for name in names if name in self.updates}
         wanted = [self.replaced[name] for name in names if name in self.replaced]
-        wanted += [factor for update in updates.values() for factor in (update.a, update.b)]
-        own = _read_own(self.stored, wanted)
+        wanted += [part for update in updates.values() for part in update.parts]
+        own = read_own(self.stored, wanted)
         result: dict[str, Tensor] = {}
         for name in names:
             weight = own[self.replaced[name]] if name in self.replaced else plain.pop(name)
@@ -120,6 +135,9 @@ class AdaptedCheckpoint(Checkpoint):
                 a, b = own[update.a].float(), own[update.b].float()
                 left, right = (a.T, b.T) if update.transposed else (b, a)
                 weight = torch.addmm(weight.float(), left, right, alpha=update.scaling)
+                if update.magnitude is not None:
+                    lengths = torch.linalg.norm(weight, dim=1)
+                    weight *= (own[update.magnitude].float() / lengths)[:, None]
             result[name] = weight
         return result
 
@@ -149,7 +167,7 @@ class AdaptedCheckpoint(Checkpoint):
         """A digest of the base's, the adapter's settings and table of tensors, and its file."""
         digest = hashlib.sha256(self.base.fingerprint.encode())
         digest.update(json.dumps(self.adapter_config, sort_keys=True).encode())
-        status = _weights_file(self.path).stat()
+        status = weights_file(self.path).stat()
         digest.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
         for name, entry in sorted(self.stored.items()):
             digest.update(f"{name}\0{entry.code}\0{entry.shape}\0{entry.begin}\0".encode())
@@ -179,12 +197,13 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
         config = read_json(path / CONFIG_NAME)
         _check_kind(path, config)
         stored = read_stored(path)
-        _check_written(path, stored)
+        check_written(path, stored)
     except OSError as error:
         raise NotACheckpointError(
             "an adapter cannot be read", where=path, got=error, hint="check its permissions"
         ) from None
     factors, replaced = _sort(path, stored)
+    _check_biases(path, config, base, replaced)
     updates = {name: _update(path, config, name, pair, stored) for name, pair in factors.items()}
     opened = AdaptedCheckpoint(
         path, base.config, base.tensors, base, config, stored, replaced, updates
@@ -207,7 +226,7 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
     def refuse(what: str, got: object, expected: object, hint: str | None = None) -> None:
         raise NotACheckpointError(
-            f"the adapter is not the sum of a weight and a low-rank matrix: {what}",
+            f"the adapter is none that can be added exactly: {what}",
             where=path / CONFIG_NAME,
             got=got,
             expected=expected,
@@ -228,8 +247,9 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
             "fan_in_fan_out false: the modules are nn.Linear",
             "if PEFT trained it on this base, it ignored the setting: set it to false",
         )
-    if config.get("bias", "none") != "none":
-        refuse("biases were trained as well", f"bias {config['bias']!r}", "bias 'none'")
+    if config.get("bias", "none") not in _BIASES:
+        refuse("its biases are of a kind that is not known", f"bias {config['bias']!r}",
+               ", ".join(map(repr, _BIASES)))  # fmt: skip
     initial = config.get("init_lora_weights", True)
     if not any(initial is known or initial == known for known in _INITIALISATIONS):
         refuse(
@@ -240,89 +260,20 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def read_stored(path: Path) -> dict[str, TensorEntry]:
-    """The table of the adapter's tensors.
-
-    Raises:
-        CheckpointError: There are no weights, or they are damaged.
-    """
-    file = path / WEIGHTS_NAME
-    if file.exists():
-        stored = read_header(file)
-        for entry in stored.values():
-            if entry.code not in DTYPES:
-                raise NotACheckpointError(
-                    f"the tensor {entry.name} is stored in a number format that is not merged",
-                    where=file,
-                    got=entry.code,
-                    expected=", ".join(DTYPES),
-                )
-        return stored
-    if (path / _PICKLE_NAME).exists():
-        return _read_pickle(path / _PICKLE_NAME)
-    raise CorruptCheckpointError(
-        "an adapter has no weights",
-        where=path,
-        expected=WEIGHTS_NAME,
-        hint="copy the adapter again; if a run is still writing it, wait",
-    )
-
-
-def _read_pickle(file: Path) -> dict[str, TensorEntry]:
-    """The table of an adapter that torch has saved; nothing in it lies at the bytes it says."""
-    content = pickles.load(file)
-    if not isinstance(content, dict):
+def _check_biases(
+    path: Path, config: Mapping[str, Any], base: Checkpoint, replaced: Mapping[str, str]
+) -> None:
+    """Refuse an adapter that lacks the biases that it says were trained."""
+    trained = config.get("bias", "none") != "none"
+    has_some = any(name.endswith(".bias") for name in base.tensors)
+    if trained and has_some and not any(name.endswith(".bias") for name in replaced):
         raise CorruptCheckpointError(
-            "a file holds no adapter",
-            where=file,
-            got=type(content).__name__,
-            expected="a state_dict",
+            "an adapter lacks the biases that were trained",
+            where=path / WEIGHTS_NAME,
+            got="no bias",
+            expected=f"biases, as bias {config['bias']!r} of {CONFIG_NAME} says",
+            hint="save the adapter again with PEFT's save_pretrained",
         )
-    return {
-        name: TensorEntry(
-            name, code_of(tensor.dtype, name, file), tuple(tensor.shape), file, 0, tensor.nbytes
-        )
-        for name, tensor in content.items()
-        if isinstance(tensor, Tensor)
-    }
-
-
-def _weights_file(path: Path) -> Path:
-    file = path / WEIGHTS_NAME
-    return file if file.exists() else path / _PICKLE_NAME
-
-
-def _read_own(stored: Mapping[str, TensorEntry], names: list[str]) -> dict[str, Tensor]:
-    """Read some tensors of the adapter's file."""
-    if not names:
-        return {}
-    file = stored[names[0]].file
-    # An adapter of a URL is copied to each node that reads it.
-    file = present(file.parent) / file.name
-    if file.name != _PICKLE_NAME:
-        return read_tensors(file, names)
-    content = pickles.load_kept(file)
-    return {name: content[name] for name in names}
-
-
-def _check_written(path: Path, stored: Mapping[str, TensorEntry]) -> None:
-    """Refuse a file that ends in zeros where tensors of the same kind before it do not."""
-    if any(entry.file.name == _PICKLE_NAME for entry in stored.values()):
-        return  # torch's files end in their table
-    last = max(stored.values(), key=lambda entry: entry.end, default=None)
-    factor = _FACTOR.fullmatch(last.name) if last else None
-    if last is None or factor is None or not tail_is_zero(last):
-        return
-    for entry in stored.values():
-        other = _FACTOR.fullmatch(entry.name)
-        if other and other[3] == factor[3] and not tail_is_zero(entry):
-            raise CorruptCheckpointError(
-                "an adapter's file ends in zeros: it was probably still being written",
-                where=path / WEIGHTS_NAME,
-                got=f"zeros at the end of {last.name}",
-                expected=f"numbers, as in {entry.name}",
-                hint="wait for the run to finish the checkpoint, or copy it again",
-            )
 
 
 def _sort(
@@ -333,8 +284,11 @@ def _sort(
     replaced: dict[str, str] = {}
     for name in stored:
         plain = name.removeprefix(PREFIX)
-        factor, whole = _FACTOR.fullmatch(plain), _WHOLE.fullmatch(plain)
-        if factor:
+        factor, whole = FACTOR.fullmatch(plain), _WHOLE.fullmatch(plain)
+        magnitude = _MAGNITUDE.fullmatch(plain)
+        if magnitude:
+            known, key = factors.setdefault(f"{magnitude[1]}.weight", {}), "magnitude"
+        elif factor:
             known = factors.setdefault(f"{factor[1]}.weight", {})
             key = (factor[2] or "") + factor[3]
         elif whole and "lora_" not in plain and "original_module" not in plain:
@@ -364,8 +318,8 @@ def _update(
     stored: Mapping[str, TensorEntry],
 ) -> LowRankUpdate:
     module = name.removesuffix(".weight")
-    embedding = "embedding_A" in factors
-    if set(factors) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
+    embedding, magnitude = "embedding_A" in factors, factors.get("magnitude")
+    if set(factors) - {"magnitude"} not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
         raise CorruptCheckpointError(
             f"an adapter lacks one of the two factors of {module}",
             where=path / WEIGHTS_NAME,
@@ -384,9 +338,42 @@ def _update(
             expected=f"A [{rank:g}, inputs], B [outputs, {rank:g}]",
             hint=f"{CONFIG_NAME} and {WEIGHTS_NAME} are probably of two adapters",
         )
+    _check_magnitude(path, config, module, factors, stored)
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     # PEFT keeps A of an embedding as [r, tokens], B as [dimensions, r].
-    return LowRankUpdate(a, b, scaling, embedding)
+    return LowRankUpdate(a, b, scaling, embedding, magnitude)
+
+
+def _check_magnitude(
+    path: Path,
+    config: Mapping[str, Any],
+    module: str,
+    factors: Mapping[str, str],
+    stored: Mapping[str, TensorEntry],
+) -> None:
+    """Refuse rows' lengths (DoRA) that do not fit the settings, or the module."""
+    magnitude, is_dora = factors.get("magnitude"), bool(config.get("use_dora"))
+    if is_dora and "embedding_A" in factors:
+        raise NotACheckpointError(
+            f"the adapter is none that can be added exactly: DoRA of an embedding, {module}",
+            where=path / CONFIG_NAME,
+            hint="merge it into its base with PEFT (merge_and_unload), and merge the result",
+        )
+    if is_dora != (magnitude is not None):
+        raise CorruptCheckpointError(
+            f"an adapter's settings and its tensors of {module} are not of one kind",
+            where=path / WEIGHTS_NAME,
+            got=f"use_dora {is_dora}, and {magnitude or 'no lora_magnitude_vector'}",
+            expected="a lora_magnitude_vector for each module with use_dora, else none",
+            hint=f"{CONFIG_NAME} and {WEIGHTS_NAME} are probably of two adapters",
+        )
+    if magnitude is not None and stored[magnitude].shape != stored[factors["B"]].shape[:1]:
+        raise CorruptCheckpointError(
+            f"the lengths of {module}'s rows are not as many as it has",
+            where=path / WEIGHTS_NAME,
+            got=f"{magnitude} {list(stored[magnitude].shape)}",
+            expected=list(stored[factors["B"]].shape[:1]),
+        )
 
 
 def _number(path: Path, config: Mapping[str, Any], key: str, pattern: str, module: str) -> float:
@@ -439,7 +426,7 @@ def _check_tied(opened: AdaptedCheckpoint) -> None:
     pair = [name for name in (_EMBEDDING, _LM_HEAD) if name in opened.replaced]
     untied = [name for name in (_EMBEDDING, _LM_HEAD) if name in opened.updates]
     if pair and not untied:
-        own = _read_own(opened.stored, [opened.replaced[name] for name in pair])
+        own = read_own(opened.stored, [opened.replaced[name] for name in pair])
         first, *others = own.values()
         second = others[0] if others else opened.base.read([_EMBEDDING])[_EMBEDDING]
         untied = [] if torch.equal(first, second.to(first.dtype)) else pair

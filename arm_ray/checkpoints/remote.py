@@ -184,9 +184,10 @@ class LocalCopy(Checkpoint):
         file = self.copies / f"group-{group:05d}.safetensors"
         if not file.exists():
             self.copies.mkdir(parents=True, exist_ok=True)
-            entries = [self.tensors[name] for name in self.group_tensors[group]]
-            specs = [TensorSpec(e.name, DTYPES[e.code], e.shape) for e in entries]
-            fetched = (self.source.read([e.name])[e.name] for e in entries)
+            names = self.group_tensors[group]
+            entries = {name: self.tensors[name] for name in names}
+            specs = [TensorSpec(n, DTYPES[e.code], e.shape) for n, e in entries.items()]
+            fetched = (self.source.read([name])[name] for name in names)
             write_weight_file(file, specs, fetched)
             self.fetched(sum(spec.num_bytes for spec in specs))
         return file

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.weight_file import TensorEntry
-from arm_ray.errors import CorruptCheckpointError
+from arm_ray.errors import CorruptCheckpointError, MismatchError
 
 _TAIL_BYTES = 4096
 _PIECE = 1 << 20
@@ -52,6 +52,44 @@ def check_zero_padding(checkpoints: Mapping[str, Checkpoint]) -> None:
                     hint="wait for the run to finish the checkpoint, or copy it again",
                     subject=label,
                 )
+
+
+def check_tied_head(checkpoint: Checkpoint, embedding: str, head: str, where: object) -> None:
+    """Refuse a head that is stored with other numbers than the embedding that it is tied to.
+
+    A copy is common. A head of its own would be lost: a model that ties the two reads one of them.
+
+    Args:
+        checkpoint: Of a model whose configuration ties them.
+        embedding: Name of the embedding.
+        head: Name of the head.
+        where: For the message.
+
+    Raises:
+        MismatchError: Names both, and the largest difference.
+    """
+    if head not in checkpoint.tensors:
+        return
+    found = checkpoint.read([embedding, head])
+    left, right = found[embedding], found[head]
+    if left.shape == right.shape:
+        rows = max(1, _PIECE // max(1, left.shape[-1]))
+        pairs = zip(torch.split(left, rows), torch.split(right, rows), strict=True)
+        largest = max((float((a.float() - b.float()).abs().max()) for a, b in pairs), default=0.0)
+        if largest == 0.0:
+            return
+        got = f"a difference of up to {largest:.3g}"
+    else:
+        got = f"{list(left.shape)} and {list(right.shape)}"
+    raise MismatchError(
+        f"{head} is not {embedding}, although config.json ties them (tie_word_embeddings)",
+        where=where,
+        got=got,
+        expected="one tensor, or two equal ones",
+        hint=f"if the head was trained by itself, set tie_word_embeddings to false in config.json "
+        f"of the base, which needs a {head} then, and of all candidates; if not, save the "
+        f"checkpoint without {head}",
+    )
 
 
 def tail_is_zero(entry: TensorEntry) -> bool:

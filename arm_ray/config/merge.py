@@ -172,6 +172,11 @@ class MergeConfig(Section):
     tokenizer: Literal["auto", "base", "last_candidate"] = "auto"
     """Whose tokenizer, chat template and generation settings the merged model gets; auto: the
     base's, unless it lacks a tokenizer or chat template that the last candidate has."""
+    vocabulary: Literal["refuse", "common"] = "refuse"
+    """What becomes of candidates that all have the same number of rows more than the base in their
+    embedding and head, because tokens were added. common: the rows in common are merged, the others
+    are the candidates' mean (in place of the base they have that mean). Sets `tokenizer: auto` to
+    the last candidate's."""
     preset: Annotated[str | None, NOTHING] = None
     """Where keys that are not given come from, instead of the defaults: see `arm_ray.presets`."""
     calibration: CalibrationConfig | None = None

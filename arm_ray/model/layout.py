@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,8 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
         )
     except Exception as error:  # each family validates in its own way
         raise _bad_config(checkpoint, error) from None
+    # A base whose vocabulary has grown says so itself, not in its file.
+    config.vocab_size = int(checkpoint.config.get("vocab_size", config.vocab_size))
     return config
 
 
@@ -207,7 +210,13 @@ def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> Non
         raise _mismatch("the architecture differs from the base's", where, family, expected_family)
     config = load_config(checkpoint)
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
-        _check_setting(key, config, layout.config, where)
+        hint = _OWN_BASE
+        if key == "vocab_size" and config.vocab_size > layout.config.vocab_size:
+            hint = (
+                "if tokens were added to all candidates, set vocabulary to common: the rows in "
+                "common are merged, the others are the candidates' mean"
+            )
+        _check_setting(key, config, layout.config, where, hint)
     check_tensors(layout, checkpoint, where, tied=bool(config.tie_word_embeddings))
     for key in _FORWARD_SETTINGS:
         _check_setting(key, config, layout.config, where)
@@ -240,9 +249,8 @@ def check_tensors(
     }
     for name, shape in layout.shapes.items():
         if name not in names:
-            raise _mismatch(
-                "a tensor is missing", where, f"no {name}", f"{name} {list(shape)}", hint
-            )
+            got = f"no {name}{_instead(name, names - layout.shapes.keys())}"
+            raise _mismatch("a tensor is missing", where, got, f"{name} {list(shape)}", hint)
         found = checkpoint.tensors[name].shape
         if found != shape:
             raise _mismatch(f"the shape of {name} differs", where, list(found), list(shape), hint)
@@ -257,10 +265,17 @@ def check_tensors(
         )
 
 
-def _check_setting(key: str, config: Any, expected: Any, where: str) -> None:
+def _instead(name: str, others: Collection[str]) -> str:
+    """What may be there in place of a tensor, among those that the model does not have."""
+    longer = [other for other in sorted(others) if other.endswith(f".{name}")]
+    near = longer[:1] or difflib.get_close_matches(name, sorted(others), n=1, cutoff=0.8)
+    return f", but {near[0]}" if near else ""
+
+
+def _check_setting(key: str, config: Any, expected: Any, where: str, hint: str = _OWN_BASE) -> None:
     found, wanted = getattr(config, key, None), getattr(expected, key, None)
     if found != wanted:
-        raise _mismatch(f"{key} differs from the base's", where, str(found), str(wanted))
+        raise _mismatch(f"{key} differs from the base's", where, str(found), str(wanted), hint)
 
 
 def _mismatch(

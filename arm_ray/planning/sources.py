@@ -17,6 +17,7 @@ from arm_ray.checkpoints.formats import (
     split_source,
 )
 from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.vocabulary import added_rows, with_grown_base
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, CorruptCheckpointError, NotACheckpointError
@@ -75,7 +76,6 @@ def open_workload(
         kind, place = split_source(given)
         if is_url(place):
             checkpoints[label] = _open_url(given, label, config, base)
-            check_layout(layout, checkpoints[label], label)
             continue
         found = _find(place)
         if found is None or not _has_weights(found):
@@ -83,7 +83,12 @@ def open_workload(
             checkpoints[label] = base
             continue
         checkpoints[label] = _open(found, label, kind, masters, base)
-        check_layout(layout, checkpoints[label], label)
+    if config.vocabulary == "common" and added_rows(checkpoints):
+        checkpoints = with_grown_base(checkpoints)
+        layout = model_layout(load_config(checkpoints[BASE]), config.runtime.layers_per_group)
+    for label, checkpoint in checkpoints.items():
+        if checkpoint is not base:
+            check_layout(layout, checkpoint, label)
     return workload_of(config, layout, checkpoints, tokens_per_sample, units, notes), notes
 
 

@@ -13,11 +13,13 @@ import torch
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.formats import open_given
 from arm_ray.checkpoints.huggingface import Checkpoint, open_tensors, resolve_path
-from arm_ray.checkpoints.validation import check_zero_padding
+from arm_ray.checkpoints.validation import check_tied_head, check_zero_padding
+from arm_ray.checkpoints.vocabulary import GrownBase, with_grown_base
 from arm_ray.checkpoints.weight_file import DTYPES
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, NotACheckpointError, about
 from arm_ray.model.layout import (
+    EMBEDDING,
     LM_HEAD,
     ModelLayout,
     base_dtype,
@@ -62,13 +64,45 @@ class MergeInputs:
         moments = {_moments_label(name): given for name, given in self.second_moments.items()}
         return {name: given.fingerprint for name, given in {**self.checkpoints, **moments}.items()}
 
+    @property
+    def notes(self) -> list[str]:
+        """What is read, or written, otherwise than it lies there: a sentence each."""
+        found = [f"{n}: {c.renamed}" for n, c in self.checkpoints.items() if c.renamed is not None]
+        base, known = self.checkpoints[BASE], self._architectures
+        if isinstance(base, GrownBase):
+            before, after = (c.config["vocab_size"] for c in (base.base, base))
+            found.append(
+                f"the candidates have {after} rows of the vocabulary, the base {before}: the rows "
+                "in common are merged, the others are the candidates' mean (vocabulary: common)"
+            )
+        stored = base.config.get("architectures")
+        if stored != known:
+            given = f"names {stored}" if stored else "names no class"
+            found.append(
+                f"base: config.json {given}, which nothing can load; the merged model is written "
+                f"as {known[0]}"
+            )
+        return found
+
+    @property
+    def _architectures(self) -> list[str]:
+        """The class of the merged model: the base's, or its family's where that is none."""
+        import transformers
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        stored = self.checkpoints[BASE].config.get("architectures")
+        names = stored if isinstance(stored, list) else []
+        if names and all(isinstance(n, str) and hasattr(transformers, n) for n in names):
+            return names
+        return [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[str(self.layout.config.model_type)]]
+
     def model_config(self, dtype: torch.dtype) -> dict[str, Any]:
         """Content of `config.json` for weights in `dtype`; everything else as in the base."""
         config: dict[str, Any] = copy.deepcopy(dict(self.checkpoints[BASE].config))
         name = str(dtype).removeprefix("torch.")
         # transformers 5 writes `dtype`; version 4 wrote, and still reads, `torch_dtype`.
         key = "dtype" if "dtype" in config else "torch_dtype"
-        return {**config, key: name}
+        return {**config, key: name, "architectures": self._architectures}
 
 
 def open_inputs(config: MergeConfig) -> MergeInputs:
@@ -98,11 +132,16 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
             checkpoints[label] = opened
         except ArmRayError as error:
             raise error.of(label) from None
+    if config.vocabulary == "common":
+        checkpoints = with_grown_base(checkpoints)
     base = checkpoints[BASE]
     layout = model_layout(load_config(base), config.runtime.layers_per_group)
     for label, checkpoint in checkpoints.items():
         with about(label):
             check_layout(layout, checkpoint, label)
+            if LM_HEAD not in layout.shapes:
+                where = f"{label}: {checkpoint.path}"
+                check_tied_head(checkpoint, EMBEDDING, LM_HEAD, where)
     check_zero_padding(checkpoints)
     compute, storage = config.precision.compute_dtype, config.precision.storage_dtype
     return MergeInputs(
@@ -166,7 +205,9 @@ def _tokenizer_source(config: MergeConfig, checkpoints: Mapping[str, Checkpoint]
         lacks = [
             test for test in (states.has_tokenizer, states.has_chat_template) if not test(base)
         ]
-        chosen = last if any(test(last) for test in lacks) else base
+        # That of a vocabulary that has grown knows the new tokens.
+        has_grown = isinstance(checkpoints[BASE], GrownBase) and states.has_tokenizer(last)
+        chosen = last if has_grown or any(test(last) for test in lacks) else base
     if config.calibration is not None and not states.has_tokenizer(chosen):
         raise NotACheckpointError(
             "no tokenizer for the calibration samples",

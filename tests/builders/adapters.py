@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from arm_ray.checkpoints import peft
 from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
+from arm_ray.checkpoints.peft_file import WEIGHTS_NAME
 from arm_ray.model.layout import load_config, model_layout
 from tests.builders.merge_case import MergeCase
 from tests.builders.models import tiny_model
@@ -39,7 +40,7 @@ def write_adapter(path: Path, tensors: Tensors, **settings: Any) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", **settings}
     (path / peft.CONFIG_NAME).write_text(json.dumps(config))
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path / peft.WEIGHTS_NAME)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path / WEIGHTS_NAME)
     return path
 
 
@@ -65,14 +66,14 @@ def write_adapters(case: MergeCase, rank: int = RANK) -> list[Path]:
         path.mkdir()
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": ALPHA, "bias": "none"}
         (path / peft.CONFIG_NAME).write_text(json.dumps(config))
-        save_file(factors, path / peft.WEIGHTS_NAME)
+        save_file(factors, path / WEIGHTS_NAME)
         case.candidates.append(path)
     return case.candidates
 
 
 def write_dense(case: MergeCase, adapter: Path) -> Path:
     """The model that an adapter stands for, `W + α / r B A` in float32, by hand."""
-    dense, factors = base_weights(case), load_file(adapter / peft.WEIGHTS_NAME)
+    dense, factors = base_weights(case), load_file(adapter / WEIGHTS_NAME)
     for name in [n for n in factors if ".lora_A." in n]:
         weight = name.removeprefix(peft.PREFIX).replace(".lora_A", "")
         a, b = factors[name].double(), factors[name.replace("lora_A", "lora_B")].double()

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from arm_ray.checkpoints import adapter_export
 from arm_ray.checkpoints.adapter_export import export_adapter
 from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
-from arm_ray.checkpoints.peft import CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from arm_ray.checkpoints.peft import CONFIG_NAME, open_adapter
+from arm_ray.checkpoints.peft_file import WEIGHTS_NAME
 from arm_ray.errors import CheckpointError
 from arm_ray.merging.method import open_method
 from arm_ray.merging.operator import TensorInputs

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from arm_ray.checkpoints import peft
 from arm_ray.checkpoints.formats import missing
-from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
 from arm_ray.checkpoints.peft import AdaptedCheckpoint, is_adapter, open_adapter
+from arm_ray.checkpoints.peft_file import WEIGHTS_NAME
 from arm_ray.checkpoints.validation import check_finite
 from arm_ray.config import parse_merge_config
 from arm_ray.errors import (
@@ -33,6 +34,7 @@ from arm_ray.planning.sources import open_workload
 from arm_ray.runtime.inputs import open_inputs
 from tests.builders.adapters import factors, save_base
 from tests.builders.adapters import write_adapter as write
+from tests.builders.models import tiny_model
 from tests.builders.tensors import gaussian
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -82,7 +84,7 @@ def test_weights_are_the_base_s_plus_the_scaled_product(base: Checkpoint, tmp_pa
         assert_close(adapted(found, module), expected(base, module, a, b, 2.0))
         entry = found.tensors[f"{module}.weight"]
         assert (entry.code, entry.num_bytes) == ("F32", adapted(found, module).nbytes)
-        assert entry.file == tmp_path / "a" / peft.WEIGHTS_NAME
+        assert entry.file == tmp_path / "a" / WEIGHTS_NAME
     everything = found.read(base.tensors)
     assert list(everything) == list(base.tensors)
     for name, tensor in base.read(base.tensors).items():
@@ -108,7 +110,7 @@ def test_layers_without_factors_do_not_open_the_adapter_s_file(
     base: Checkpoint, tmp_path: Path
 ) -> None:
     found = open_adapter(write(tmp_path / "a", factors(base, QUERY, 4)), base)
-    (tmp_path / "a" / peft.WEIGHTS_NAME).unlink()
+    (tmp_path / "a" / WEIGHTS_NAME).unlink()
     name = f"{KEY}.weight"
     assert torch.equal(found.read([name])[name], base.read([name])[name])
     assert found.read([]) == {}
@@ -164,6 +166,104 @@ def test_fan_in_fan_out_is_refused_although_a_square_weight_would_fit(
     open_adapter(write(tmp_path / "b", factors(base, QUERY, 4), fan_in_fan_out=False), base)
 
 
+def magnitudes(base: Checkpoint, module: str, style: str = "lora_magnitude_vector") -> Any:
+    rows = base.tensors[f"{module}.weight"].shape[0]
+    return {f"{peft.PREFIX}{module}.{style}": gaussian(rows, seed=9).abs() + 0.5}
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        "lora_magnitude_vector",
+        "lora_magnitude_vector.weight",
+        "lora_magnitude_vector.default.weight",
+    ],
+)
+def test_dora_gives_each_row_a_length(base: Checkpoint, tmp_path: Path, style: str) -> None:
+    own = {**factors(base, UP, 4), **magnitudes(base, UP, style)}
+    found = open_adapter(write(tmp_path / "a", own, use_dora=True), base)
+    a, b, lengths = own.values()
+    whole = expected(base, UP, a, b, 2.0)
+    wanted = whole / whole.norm(dim=1, keepdim=True) * lengths.double()[:, None]
+    assert_close(adapted(found, UP), wanted)
+    assert torch.allclose(adapted(found, UP).norm(dim=1), lengths, rtol=1e-5)
+
+
+def test_lengths_that_do_not_belong_to_the_settings_are_refused(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    plain, lengths = factors(base, QUERY, 4), magnitudes(base, QUERY)
+    for name, own, is_dora in (("a", plain, True), ("b", {**plain, **lengths}, False)):
+        path = write(tmp_path / name, own, use_dora=is_dora)
+        error = refused(path, base, CorruptCheckpointError, "not of one kind")
+        assert f"use_dora {is_dora}" in str(error.got)
+    short = {name: tensor[:-1] for name, tensor in lengths.items()}
+    path = write(tmp_path / "c", {**plain, **short}, use_dora=True)
+    refused(path, base, CorruptCheckpointError, "not as many as it has")
+    path = write(tmp_path / "d", lengths, use_dora=True)
+    refused(path, base, CorruptCheckpointError, "lacks one of the two factors")
+    tokens, size = base.tensors[f"{EMBED}.weight"].shape
+    table = {f"{EMBED}.lora_embedding_A": gaussian(4, tokens)}
+    table |= {f"{EMBED}.lora_embedding_B": gaussian(size, 4)}
+    path = write(tmp_path / "e", {**table, **magnitudes(base, EMBED)}, use_dora=True)
+    refused(path, base, NotACheckpointError, "DoRA of an embedding")
+
+
+@pytest.mark.parametrize("between", ["", ".base_layer"])
+def test_biases_take_the_place_of_the_base_s(
+    base: Checkpoint, tmp_path: Path, between: str
+) -> None:
+    bias = gaussian(base.tensors[f"{QUERY}.bias"].shape[0], seed=5)
+    own = {**factors(base, QUERY, 4), f"{peft.PREFIX}{QUERY}{between}.bias": bias}
+    for trained in ("all", "lora_only"):
+        found = open_adapter(write(tmp_path / trained, own, bias=trained), base)
+        assert torch.equal(found.read([f"{QUERY}.bias"])[f"{QUERY}.bias"], bias)
+        lacking = write(tmp_path / f"{trained}-lacking", factors(base, QUERY, 4), bias=trained)
+        refused(lacking, base, CorruptCheckpointError, "lacks the biases")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"use_dora": True, "bias": "all", "use_rslora": True},
+    ],
+    ids=str,
+)
+def test_what_peft_saves_is_read_as_peft_merges_it(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    library = pytest.importorskip("peft")
+    plain: Any = tiny_model("qwen2.5", seed=1)
+    plain.save_pretrained(tmp_path / "base")
+    config = library.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], **settings
+    )
+    wrapped = library.get_peft_model(plain, config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.requires_grad:
+                parameter.mul_(1.0 + 0.1 * torch.rand(parameter.shape, generator=generator))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    found = open_adapter(tmp_path / "adapter", open_checkpoint(tmp_path / "base"))
+    merged = wrapped.merge_and_unload().state_dict()
+    read = found.read(found.tensors)
+    assert read.keys() == merged.keys()
+    before = found.base.read(found.base.tensors)
+    changed = {n for n in read if not torch.equal(read[n], before[n])}
+    assert len(changed) == 9 + 9 * (settings.get("bias") == "all") + 6 * (
+        settings.get("bias") == "lora_only"
+    )
+    for name, tensor in merged.items():
+        difference = (read[name].double() - tensor.double()).norm() / tensor.double().norm()
+        assert float(difference) < 1e-6, name
+
+
 def test_an_embedding(base: Checkpoint, tmp_path: Path) -> None:
     tokens, size = base.tensors[f"{EMBED}.weight"].shape
     a, b = gaussian(4, tokens), gaussian(size, 4, seed=1)
@@ -214,7 +314,7 @@ def test_bad_numbers_are_found_where_they_are(base: Checkpoint, tmp_path: Path) 
     name = f"{QUERY}.weight"
     with pytest.raises(CorruptCheckpointError, match="NaN") as caught:
         check_finite(found.read([name])[name], name, found.tensors[name].file)
-    assert str(tmp_path / "a" / peft.WEIGHTS_NAME) in str(caught.value)
+    assert str(tmp_path / "a" / WEIGHTS_NAME) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +324,7 @@ def test_bad_numbers_are_found_where_they_are(base: Checkpoint, tmp_path: Path) 
         ({"peft_type": "LOHA"}, "of another type"),
         ({"peft_type": "PROMPT_TUNING"}, "of another type"),
         ({"peft_type": None}, "of another type"),
-        ({"use_dora": True}, "DoRA"),
-        ({"bias": "lora_only"}, "biases were trained"),
-        ({"bias": "all"}, "biases were trained"),
+        ({"bias": "some"}, "of a kind that is not known"),
         ({"lora_bias": True}, "has a bias"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "repeats layers"),
         ({"trainable_token_indices": [3]}, "rows of the embedding"),
@@ -272,7 +370,6 @@ def test_initialisations_that_leave_the_base_alone(base: Checkpoint, tmp_path: P
 
 def test_tensors_of_other_methods_are_refused(base: Checkpoint, tmp_path: Path) -> None:
     for extra in (
-        f"{QUERY}.lora_magnitude_vector.weight",
         f"{QUERY}.lora_A.second.weight",
         f"{QUERY}.lora_B.bias",
         f"{HEAD}.original_module.weight",
@@ -311,7 +408,7 @@ def test_an_adapter_of_another_base(base: Checkpoint, tmp_path: Path) -> None:
 
 def test_pickles_missing_and_broken_weights(base: Checkpoint, tmp_path: Path) -> None:
     path = write(tmp_path / "a", factors(base, QUERY, 4))
-    file = path / peft.WEIGHTS_NAME
+    file = path / WEIGHTS_NAME
     data = file.read_bytes()
     file.write_bytes(data[:-7])
     refused(path, base, CorruptCheckpointError, "truncated")
@@ -328,8 +425,8 @@ def test_an_adapter_as_torch_saves_it(base: Checkpoint, tmp_path: Path) -> None:
     own = {**factors(base, QUERY, 4), **factors(base, UP, 4)}
     expected = open_adapter(write(tmp_path / "a", own), base)
     path = write(tmp_path / "b", own)
-    torch.save(load_file(path / peft.WEIGHTS_NAME), path / "adapter_model.bin")
-    (path / peft.WEIGHTS_NAME).unlink()
+    torch.save(load_file(path / WEIGHTS_NAME), path / "adapter_model.bin")
+    (path / WEIGHTS_NAME).unlink()
     assert is_adapter(path)
     assert missing(path) is None
     found = open_adapter(path, base)
@@ -345,7 +442,7 @@ def test_a_file_that_is_still_being_written(base: Checkpoint, tmp_path: Path) ->
     """Full size, but zeros where the last tensors will be. An untrained adapter has only zeros."""
     own = {**factors(base, QUERY, 4), **factors(base, UP, 4)}
     path = write(tmp_path / "a", own)
-    file = path / peft.WEIGHTS_NAME
+    file = path / WEIGHTS_NAME
     data = file.read_bytes()
     file.write_bytes(data[:-600] + bytes(600))
     open_adapter(path, base)
@@ -457,7 +554,7 @@ def test_a_broken_adapter_is_named_as_the_configuration_does(
     base: Checkpoint, tmp_path: Path, merge_config: Callable[..., Any]
 ) -> None:
     good = write(tmp_path / "good", factors(base, QUERY, 4))
-    bad = write(tmp_path / "bad", factors(base, QUERY, 4), use_dora=True)
+    bad = write(tmp_path / "bad", factors(base, QUERY, 4), use_qalora=True)
     for opened in (open_inputs, open_workload):
-        with pytest.raises(NotACheckpointError, match=r"candidate-2: .*DoRA"):
+        with pytest.raises(NotACheckpointError, match=r"candidate-2: .*QALoRA"):
             opened(merge_config(good, bad))

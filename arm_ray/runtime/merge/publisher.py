@@ -13,7 +13,7 @@ import torch
 from ray import ObjectRef
 
 from arm_ray.checkpoints import states
-from arm_ray.checkpoints.peft import WEIGHTS_NAME
+from arm_ray.checkpoints.peft_file import WEIGHTS_NAME
 from arm_ray.checkpoints.remote import local_copy
 from arm_ray.checkpoints.weight_file import SharedWeightFile, write_weight_file
 from arm_ray.evaluation.selection import Selection

@@ -113,6 +113,8 @@ def merge(
             reporter.say(f"This run is complete: {run.model_name}")
             return MergeOutcome(run.path, run.model, run.last_iteration, "complete")
         reporter = reporter.with_events(run.events)
+        for note in inputs.notes:
+            reporter.note(note)
         here = place is None and needs_no_ray(config, method, inputs, address)
         needs = _space_needs(config, method, inputs, stop_after)
         run.check_disk_space(needs)

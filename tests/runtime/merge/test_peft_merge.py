@@ -16,6 +16,7 @@ from arm_ray.checkpoints import peft, states
 from arm_ray.checkpoints.adapter_export import adapter_bytes
 from arm_ray.checkpoints.huggingface import open_checkpoint
 from arm_ray.checkpoints.peft import AdaptedCheckpoint, open_adapter
+from arm_ray.checkpoints.peft_file import WEIGHTS_NAME
 from arm_ray.config import MergeConfig, config_difference
 from arm_ray.errors import CheckpointError, ConfigError, RunDirectoryError
 from arm_ray.events import read_events
@@ -119,7 +120,7 @@ def test_a_state_of_two_adapters_becomes_one_of_both_ranks(case: MergeCase) -> N
     # A config.json would make it look like a model.
     assert not (target / "config.json").exists()
     layout = shard.inputs.layout
-    exact = sum(t.nbytes for t in load_file(target / peft.WEIGHTS_NAME).values())
+    exact = sum(t.nbytes for t in load_file(target / WEIGHTS_NAME).values())
     assert adapter_bytes(layout.shapes, layout.rotated, 2 * RANK) == exact
 
 
@@ -194,7 +195,7 @@ def test_a_merge_publishes_an_adapter_and_goes_on_after_a_rank_that_was_too_smal
         next(e for e in events if e["event"] == name) for name in ("run_failed", "model_written")
     )
     assert failed["error"] == "CheckpointError"
-    assert published["num_bytes"] == (outcome.model / peft.WEIGHTS_NAME).stat().st_size
+    assert published["num_bytes"] == (outcome.model / WEIGHTS_NAME).stat().st_size
     assert run(config).reason == "complete"
     # Once it is published, it does not become something else.
     with pytest.raises(RunDirectoryError, match="another configuration"):
