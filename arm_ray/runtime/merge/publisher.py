@@ -18,6 +18,7 @@ from arm_ray.checkpoints.remote import local_copy
 from arm_ray.checkpoints.weight_file import SharedWeightFile, write_weight_file
 from arm_ray.evaluation.selection import Selection
 from arm_ray.events import ModelWritten, StateWritten
+from arm_ray.model.loading import loading_problems
 from arm_ray.planning.state_life import StateLife
 from arm_ray.report.model_card import write_model_card
 from arm_ray.runtime.cluster.calls import get_results, wait_for
@@ -282,4 +283,6 @@ class Publisher:
         states.write_export_index(partial, files)
         dtype = self._inputs.storage_dtypes[self._inputs.layout.groups[0].tensors[-1]]
         states.write_companions(partial, self._inputs.model_config(dtype), self._inputs.tokenizer)
+        for problem in loading_problems(partial):
+            self._job.reporter.warn(f"the merged model may not load: {problem}")
         return sum(file.num_bytes for file in files)

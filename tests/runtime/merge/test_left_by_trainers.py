@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from arm_ray.checkpoints.huggingface import SINGLE_NAME
 from arm_ray.errors import MismatchError
 from arm_ray.events import read_events
+from arm_ray.model.loading import loading_problems
 from arm_ray.planning.sources import open_workload
 from arm_ray.runtime.merge import run as module
 from arm_ray.runtime.merge.run import MergeOutcome, merge
@@ -160,6 +161,35 @@ def test_a_known_class_stays_without_a_word(case: MergeCase) -> None:
         "MistralForCausalLM"
     ]
     assert notes(outcome) == []
+
+
+def test_what_keeps_the_model_from_loading_is_said_before_it_is_published(case: MergeCase) -> None:
+    case.make()
+    (case.root / "base" / "tokenizer.json").write_text("{}")
+    outcome = run(case, "run")
+    assert outcome.model is not None
+    [line] = notes(outcome)
+    assert line.startswith("the merged model may not load: its tokenizer cannot be loaded: ")
+
+
+def test_a_tokenizer_of_another_model_is_said(case: MergeCase) -> None:
+    case.make(sizes={"vocab_size": 300})
+    [line] = notes(run(case, "run"))
+    assert "its tokenizer has 320 tokens, but the embedding only 300 rows" in line
+
+
+def test_what_is_checked_of_a_model_that_was_written(case: MergeCase) -> None:
+    case.make()
+    base = case.root / "base"
+    assert loading_problems(base) == []
+    rewrite(base, lambda weights: {n: t for n, t in weights.items() if n != "model.norm.weight"})
+    [line] = loading_problems(base)
+    assert line.endswith("the first that differs is model.norm.weight")
+    (base / "config.json").write_text('{"model_type": "llama", "architectures": ["Nothing"]}')
+    [line] = loading_problems(base)
+    assert line.startswith("its configuration or weights cannot be loaded: AttributeError")
+    (base / "config.json").write_text("{")
+    assert "cannot be loaded" in loading_problems(base)[0]
 
 
 GROWN = 8

@@ -1,0 +1,66 @@
+"""Whether other programs can load a model that was written: looked at before it is published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.huggingface import open_checkpoint
+
+
+def loading_problems(directory: Path) -> list[str]:
+    """What keeps transformers from loading a model directory, a sentence each; empty: nothing.
+
+    The configuration is read, the class that it names is built on the `meta` device and compared
+    with the tables of the weight files, and the tokenizer and the generation settings are loaded.
+    No weights are read, and no code of the directory is run.
+
+    Args:
+        directory: Of the model.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        found = _of_weights(directory, config)
+    except Exception as error:  # the library raises many types
+        return [f"its configuration or weights cannot be loaded: {_line(error)}"]
+    if (directory / "generation_config.json").is_file():
+        try:
+            GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # the same
+            found.append(f"generation_config.json cannot be loaded: {_line(error)}")
+    if states.has_tokenizer(directory):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        except Exception as error:  # the same
+            found.append(f"its tokenizer cannot be loaded: {_line(error)}")
+        else:
+            if len(tokenizer) > config.vocab_size:
+                found.append(
+                    f"its tokenizer has {len(tokenizer)} tokens, but the embedding only "
+                    f"{config.vocab_size} rows: it is not the model's"
+                )
+    return found
+
+
+def _of_weights(directory: Path, config: Any) -> list[str]:
+    """The same of the class that the configuration names, and its tensors."""
+    import transformers
+
+    [name] = config.architectures
+    with torch.device("meta"):
+        model = getattr(transformers, name)(config)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    stored = {n: entry.shape for n, entry in open_checkpoint(directory).tensors.items()}
+    if stored == shapes:
+        return []
+    other = sorted(n for n in {*shapes, *stored} if shapes.get(n) != stored.get(n))
+    return [f"{name} does not have the tensors of its files; the first that differs is {other[0]}"]
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
