@@ -59,6 +59,8 @@ def test_a_local_ray_starts_by_itself_and_is_gone_afterwards(
 ) -> None:
     case.make()
     command = [str(BIN / "arm-ray"), "merge", str(write_config(case, "run")), "keep_states=last"]
+    # One alone would be no actor.
+    command.append("runtime.layer_shards=2")
     done = subprocess.run(
         command,
         env=environment(short_directory),
@@ -68,6 +70,7 @@ def test_a_local_ray_starts_by_itself_and_is_gone_afterwards(
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert "2 layer shard(s) on cpu" in done.stderr
     assert "iteration 4/4" in done.stderr
     assert "cos of task vectors" in done.stderr
     assert (case.root / "run" / "model" / "model.safetensors").exists()

@@ -10,7 +10,9 @@ from arm_ray.errors import MismatchError
 
 Format = Literal["hf", "zero", "universal", "fsdp", "dcp", "peft"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-_EMBEDDING = "model.embed_tokens.weight"
+# The tensors that have a row for each token.
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
 # What PyTorch's wrappers put between the parts of a name.
 _WRAPPERS = frozenset(("module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"))
 FormatOrAuto = Literal["auto"] | Format
@@ -46,15 +48,15 @@ def model_names(names: Iterable[str], path: Path, *, others: bool = False) -> di
     """
     plain = {name: ".".join(p for p in name.split(".") if p not in _WRAPPERS) for name in names}
     prefixes = {
-        name.removesuffix(_EMBEDDING)
+        name.removesuffix(EMBEDDING)
         for name in plain.values()
-        if name == _EMBEDDING or name.endswith(f".{_EMBEDDING}")
+        if name == EMBEDDING or name.endswith(f".{EMBEDDING}")
     }
     if len(prefixes) > 1:
         raise MismatchError(
             "the checkpoint holds more than one model",
             where=path,
-            got=" and ".join(sorted(f"{prefix}{_EMBEDDING}" for prefix in prefixes)),
+            got=" and ".join(sorted(f"{prefix}{EMBEDDING}" for prefix in prefixes)),
             expected="one",
             hint="save the one to merge by itself",
         )

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from arm_ray.checkpoints.huggingface import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json
+from arm_ray.checkpoints.naming import EMBEDDING, LM_HEAD
 from arm_ray.checkpoints.peft_file import (
     FACTOR,
     WEIGHTS_NAME,
@@ -52,8 +53,6 @@ from arm_ray.storage.mirror import present
 
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
-_EMBEDDING = "model.embed_tokens.weight"
-_LM_HEAD = "lm_head.weight"
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 # A whole tensor instead of the base's: a trained copy, or an embedding saved along.
 _WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.(weight|bias)")
@@ -208,9 +207,9 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
     opened = AdaptedCheckpoint(
         path, base.config, base.tensors, base, config, stored, replaced, updates
     )
-    if base.config.get("tie_word_embeddings", _LM_HEAD not in base.tensors):
+    if base.config.get("tie_word_embeddings", LM_HEAD not in base.tensors):
         _check_tied(opened)
-        replaced.pop(_LM_HEAD, None)
+        replaced.pop(LM_HEAD, None)
     tensors = dict(base.tensors)
     for name, own in replaced.items():
         _check_shape(opened, name, stored[own].shape)
@@ -423,12 +422,12 @@ def _check_tied(opened: AdaptedCheckpoint) -> None:
     Raises:
         NotACheckpointError: They would differ.
     """
-    pair = [name for name in (_EMBEDDING, _LM_HEAD) if name in opened.replaced]
-    untied = [name for name in (_EMBEDDING, _LM_HEAD) if name in opened.updates]
+    pair = [name for name in (EMBEDDING, LM_HEAD) if name in opened.replaced]
+    untied = [name for name in (EMBEDDING, LM_HEAD) if name in opened.updates]
     if pair and not untied:
         own = read_own(opened.stored, [opened.replaced[name] for name in pair])
         first, *others = own.values()
-        second = others[0] if others else opened.base.read([_EMBEDDING])[_EMBEDDING]
+        second = others[0] if others else opened.base.read([EMBEDDING])[EMBEDDING]
         untied = [] if torch.equal(first, second.to(first.dtype)) else pair
     if untied:
         raise NotACheckpointError(

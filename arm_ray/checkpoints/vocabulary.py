@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.naming import EMBEDDING, LM_HEAD
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
 from arm_ray.schedule import BASE, INITIAL
-
-# The tensors that have a row for each token.
-_BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -79,13 +77,12 @@ def added_rows(checkpoints: Mapping[str, Checkpoint]) -> int:
         checkpoints: `base`, `candidate-1`, … -> checkpoint.
     """
     sizes = {
-        label: checkpoint.tensors[name].shape[0]
+        label: checkpoint.tensors[EMBEDDING].shape[0]
         for label, checkpoint in checkpoints.items()
-        for name in _BY_TOKEN[:1]
-        if name in checkpoint.tensors and label != INITIAL
+        if EMBEDDING in checkpoint.tensors and label != INITIAL
     }
     base = sizes.pop(BASE, 0)
-    if len(set(sizes.values())) != 1 or len(sizes) < 1:
+    if len(set(sizes.values())) != 1:
         return 0
     return max(0, next(iter(sizes.values())) - base)
 
@@ -101,13 +98,13 @@ def with_grown_base(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoi
         return dict(checkpoints)
     candidates = tuple(c for n, c in checkpoints.items() if n not in (BASE, INITIAL))
     tensors = dict(base.tensors)
-    for name in _BY_TOKEN:
+    for name in (EMBEDDING, LM_HEAD):
         if name in tensors and all(name in candidate.tensors for candidate in candidates):
             tensors[name] = _longer(tensors[name], count)
         else:
             # The copy of a tied head.
             tensors.pop(name, None)
-    config = {**base.config, "vocab_size": tensors[_BY_TOKEN[0]].shape[0]}
+    config = {**base.config, "vocab_size": tensors[EMBEDDING].shape[0]}
     grown = GrownBase(base.path, config, tensors, base, candidates)
     return {**checkpoints, BASE: grown}
 

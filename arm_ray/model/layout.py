@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from arm_ray.checkpoints import naming
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.weight_file import DTYPES
 from arm_ray.errors import CorruptCheckpointError, MismatchError, NotACheckpointError
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 # refused until they are tested.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-EMBEDDING = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
+EMBEDDING, LM_HEAD = naming.EMBEDDING, naming.LM_HEAD
 FINAL_NORM = "model.norm.weight"
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 # Buffers that older versions of transformers stored; they follow from the configuration.
@@ -220,6 +220,11 @@ def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> Non
     check_tensors(layout, checkpoint, where, tied=bool(config.tie_word_embeddings))
     for key in _FORWARD_SETTINGS:
         _check_setting(key, config, layout.config, where)
+
+
+def derived_tensors(checkpoint: Checkpoint) -> list[str]:
+    """Names of the stored buffers that follow from the configuration, and are not merged."""
+    return sorted(name for name in checkpoint.tensors if _DERIVED.search(name))
 
 
 def check_tensors(

@@ -25,6 +25,7 @@ from arm_ray.model.layout import (
     base_dtype,
     check_layout,
     check_tensors,
+    derived_tensors,
     load_config,
     model_layout,
 )
@@ -68,6 +69,13 @@ class MergeInputs:
     def notes(self) -> list[str]:
         """What is read, or written, otherwise than it lies there: a sentence each."""
         found = [f"{n}: {c.renamed}" for n, c in self.checkpoints.items() if c.renamed is not None]
+        for label, checkpoint in self.checkpoints.items():
+            left = derived_tensors(checkpoint)
+            if left:
+                found.append(
+                    f"{label}: {len(left)} buffer(s) follow from the configuration and are left "
+                    f"out, the first is {left[0]}"
+                )
         base, known = self.checkpoints[BASE], self._architectures
         if isinstance(base, GrownBase):
             before, after = (c.config["vocab_size"] for c in (base.base, base))
