@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ from arm_ray.checkpoints.huggingface import open_checkpoint
 
 
 def loading_problems(directory: Path) -> list[str]:
-    """What keeps transformers from loading a model directory, a sentence each; empty: nothing.
+    """What keeps transformers or vLLM from loading a model directory; empty: nothing.
 
     The configuration is read, the class that it names is built on the `meta` device and compared
     with the tables of the weight files, and the tokenizer and the generation settings are loaded.
-    No weights are read, and no code of the directory is run.
+    Where vLLM is installed, its table of classes is searched, without importing it. No weights are
+    read, and no code of the directory is run.
 
     Args:
         directory: Of the model.
+
+    Returns:
+        A sentence each.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -56,10 +61,28 @@ def _of_weights(directory: Path, config: Any) -> list[str]:
         model = getattr(transformers, name)(config)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     stored = {n: entry.shape for n, entry in open_checkpoint(directory).tensors.items()}
+    found = []
+    if not vllm_knows(name):
+        found.append(f"vLLM, as it is installed, has no class {name}")
     if stored == shapes:
-        return []
+        return found
     other = sorted(n for n in {*shapes, *stored} if shapes.get(n) != stored.get(n))
-    return [f"{name} does not have the tensors of its files; the first that differs is {other[0]}"]
+    told = f"{name} does not have the tensors of its files; the first that differs is {other[0]}"
+    return [*found, told]
+
+
+def vllm_knows(name: str) -> bool:
+    """Whether vLLM has a class for models of this architecture; also where it is not installed.
+
+    Args:
+        name: As `architectures` of a configuration has it.
+    """
+    package = importlib.util.find_spec("vllm")
+    if package is None or package.origin is None:
+        return True
+    # Importing it takes seconds, and starts what belongs to an engine.
+    table = Path(package.origin).parent / "model_executor" / "models" / "registry.py"
+    return not table.is_file() or f'"{name}"' in table.read_text(encoding="utf-8")
 
 
 def _line(error: Exception) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -216,6 +218,26 @@ def test_a_tokenizer_of_another_model_is_said(case: MergeCase) -> None:
     case.make(sizes={"vocab_size": 260})
     [line] = notes(run(case, "run"))
     assert re.search(r"its tokenizer has \d+ tokens, but the embedding only 260 rows", line)
+
+
+def test_a_class_that_vllm_does_not_have_is_said(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.make()
+    models = case.root / "site" / "vllm" / "model_executor" / "models"
+    models.mkdir(parents=True)
+    (case.root / "site" / "vllm" / "__init__.py").touch()
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda _name: SimpleNamespace(origin=str(models.parents[1] / "x")),
+    )
+    assert loading_problems(case.root / "base") == []
+    (models / "registry.py").write_text('{"MistralForCausalLM": ("mistral", "Mistral")}')
+    [line] = loading_problems(case.root / "base")
+    assert line == "vLLM, as it is installed, has no class LlamaForCausalLM"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert loading_problems(case.root / "base") == []
 
 
 def test_what_is_checked_of_a_model_that_was_written(case: MergeCase) -> None:
