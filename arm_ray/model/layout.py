@@ -116,10 +116,10 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             checkpoint.config_directory, trust_remote_code=False
         )
+        # A base whose vocabulary has grown says so itself, not in its file.
+        config.vocab_size = int(checkpoint.config.get("vocab_size", config.vocab_size))
     except Exception as error:  # each family validates in its own way
         raise _bad_config(checkpoint, error) from None
-    # A base whose vocabulary has grown says so itself, not in its file.
-    config.vocab_size = int(checkpoint.config.get("vocab_size", config.vocab_size))
     return config
 
 
