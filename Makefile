@@ -50,7 +50,7 @@ lint:
 
 bench: demo
 	$(BIN)/pip install --quiet -c constraints/tested.txt -e '.[bench]'
-	for name in rotation iteration linear scaling memory layer14b reweighting; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in rotation iteration linear scaling partition plans memory layer14b reweighting; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
