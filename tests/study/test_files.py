@@ -69,6 +69,7 @@ def test_the_example_of_the_docs_is_one() -> None:
         ("mini-rl", {"answers", "gain"}),
         ("mini-rl-qwen", {"answers", "gain"}),
         ("mini-math-code", {"scores", "best"}),
+        ("mini-code-answers", {"scores", "best"}),
         ("mini-choice", {"choice", "choice_last", "samples", "going_on", "going_on_difference"}),
     ],
 )
