@@ -67,7 +67,8 @@ class Publisher:
         if self._life is None or manifest.iteration in self._life.written:
             refs = self._storage.writing(manifest.iteration)
             self._writing.append(_Writing(manifest, refs))
-        self.publish_written()
+        scoring = self._job.scoring
+        self.publish_written(wait=scoring is not None and scoring.waits_for(manifest.iteration))
 
     def publish_written(self, *, wait: bool = False) -> None:
         """Make states visible that are written by now.

@@ -7,6 +7,7 @@ The order is such that nothing partial can be loaded: of a state or model the we
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -150,11 +151,11 @@ class RunUpload:
     def _small(self) -> list[str]:
         """Names of all files that are neither of a state nor of the model."""
         found = []
-        for path in sorted(self._local.rglob("*")):
-            parts = path.relative_to(self._local).parts
+        for name in files_below(self._local):
+            parts = name.split("/")
             is_hidden = any(part.startswith(".") for part in parts)
-            if path.is_file() and not is_hidden and parts[0] not in _OWN_ORDER:
-                found.append("/".join(parts))
+            if not is_hidden and parts[0] not in _OWN_ORDER:
+                found.append(name)
         return found
 
     def _send_small(self, name: str) -> None:
@@ -173,7 +174,7 @@ class RunUpload:
         """Upload a state or the model, whole, unless it is there."""
         if name in self._complete:
             return
-        files = [p.relative_to(local).as_posix() for p in sorted(local.rglob("*")) if p.is_file()]
+        files = files_below(local)
         early = [file for file in files if file not in LAST]
         early.sort(key=lambda file: not file.endswith(".safetensors"))
         late = [file for file in LAST if file in files]
@@ -209,6 +210,15 @@ class RunUpload:
 
     def _is_complete(self, name: str) -> bool:
         return is_complete(name, self._there)
+
+
+def files_below(directory: Path) -> list[str]:
+    """The files below a directory, by their paths from there; it may be emptied meanwhile."""
+    found = []
+    # It passes over directories that vanish, unlike `Path.rglob`.
+    for root, _, names in os.walk(directory):
+        found += [Path(root, name).relative_to(directory).as_posix() for name in names]
+    return sorted(found)
 
 
 def directories(names: Iterable[str]) -> set[str]:

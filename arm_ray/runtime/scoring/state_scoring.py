@@ -94,6 +94,10 @@ class StateScoring:
         """Whether a state is scored: every so many, and the last one."""
         return self._settings.is_due(iteration, self._config.schedule.max_iterations)
 
+    def waits_for(self, iteration: int) -> bool:
+        """Whether the merge goes on only once a state has its scores (`evaluation.wait`)."""
+        return self._settings.wait and self.is_due(iteration)
+
     def state_finished(self, iteration: int, is_last: bool = False) -> None:
         """Have a state scored whose weights are on disk."""
         if iteration in self._submitted or not (self.is_due(iteration) or is_last):

@@ -53,7 +53,7 @@ def test_merges_by_the_same_shards_have_the_bits_of_merges_by_their_own(
         case.candidates = candidates
         outcome = run(case.config(*overrides, output=name), place=kept.placed)
         assert kept._gang is not None
-        shard = kept._gang.actors[0].actor._instance
+        shard = kept._gang.actors[0].actor
         # The base stays where weights live in memory; nothing else does.
         names = {state for state, _ in shard._store._stored}
         assert names == (set() if residency == "disk" else {"base"})

@@ -162,13 +162,15 @@ def test_a_merge_goes_on_whatever_ray_says_of_a_lost_shard(
     error = ray.exceptions.RayTaskError("forward", "…", lost) if within else lost
     answers = [0]
 
-    def get(refs: list[Any], timeout: float | None = None) -> list[Any]:
+    plain, translated = calls._local, calls._of_task if within else calls._of_ray
+
+    def get(ref: Any, callee: calls.Callee) -> Any:
         answers[0] += 1
         if answers[0] == 12:
-            raise error
-        return list(ray.get(refs, timeout=timeout))
+            raise translated(error, callee)
+        return plain(ref, callee)
 
-    monkeypatch.setattr(calls, "ray", SimpleNamespace(get=get, wait=ray.wait))
+    monkeypatch.setattr(calls, "_local", get)
     outcome = merge(case.config(), console=Console(quiet=True))
     assert answers[0] > 12
     events = read_events(outcome.run / "events.jsonl")
@@ -184,9 +186,9 @@ def test_a_shard_that_is_lost_again_and_again_ends_in_our_error(
     case.make()
     lost = instance(ray.exceptions.OutOfMemoryError, "the node ran low on memory")
 
-    def get(_refs: list[Any], timeout: float | None = None) -> list[Any]:
-        raise lost
+    def get(_ref: Any, callee: calls.Callee) -> Any:
+        raise calls._of_ray(lost, callee)
 
-    monkeypatch.setattr(calls, "ray", SimpleNamespace(get=get, wait=ray.wait))
+    monkeypatch.setattr(calls, "_local", get)
     with pytest.raises(ShardLostError, match=r"low on memory(?s:.*)more runtime\.layer_shards"):
         merge(case.config(), console=Console(quiet=True))
