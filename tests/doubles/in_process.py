@@ -1,9 +1,9 @@
 """Layer shards, engines, graders and training workers in this process.
 
-Starting an actor takes seconds, in which a test of what is computed learns nothing. Shards are those
-of a merge without Ray (`placed_here`). Calls of engines and graders run at once, in the order they
-are submitted, which is the order that an actor takes them in; what they return goes through Ray's
-object store as it does from an actor.
+Starting an actor takes seconds, in which a test of what is computed learns nothing. Shards are
+those of a merge without Ray (`placed_here`). Calls of engines and graders run at once, in the order
+they are submitted, which is the order that an actor takes them in; what they return goes through
+Ray's object store as it does from an actor.
 """
 
 from __future__ import annotations
