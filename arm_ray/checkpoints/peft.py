@@ -66,9 +66,10 @@ _REFUSED = {
     "alora_invocation_tokens": "it is active for some tokens only",
     "arrow_config": "it chooses among adapters for each token",
 }
+# Which biases were trained.
+_BIASES = ("none", "all", "lora_only")
 # Initialisations that leave the base as it is. Others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) train
 # against a base from which the initial low-rank part was taken away.
-_BIASES = ("none", "all", "lora_only")
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -207,10 +208,14 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
     opened = AdaptedCheckpoint(
         path, base.config, base.tensors, base, config, stored, replaced, updates
     )
-    if base.config.get("tie_word_embeddings", LM_HEAD not in base.tensors):
+    is_tied = base.config.get("tie_word_embeddings", LM_HEAD not in base.tensors)
+    if is_tied:
         _check_tied(opened)
         replaced.pop(LM_HEAD, None)
     tensors = dict(base.tensors)
+    if is_tied:
+        # The base's copy is none of the adapter's embedding.
+        tensors.pop(LM_HEAD, None)
     for name, own in replaced.items():
         _check_shape(opened, name, stored[own].shape)
         tensors[name] = stored[own]

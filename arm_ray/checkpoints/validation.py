@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.naming import EMBEDDING, LM_HEAD
 from arm_ray.checkpoints.weight_file import TensorEntry
 from arm_ray.errors import CorruptCheckpointError, MismatchError
 
@@ -54,24 +55,22 @@ def check_zero_padding(checkpoints: Mapping[str, Checkpoint]) -> None:
                 )
 
 
-def check_tied_head(checkpoint: Checkpoint, embedding: str, head: str, where: object) -> None:
+def check_tied_head(checkpoint: Checkpoint, where: object) -> None:
     """Refuse a head that is stored with other numbers than the embedding that it is tied to.
 
     A copy is common. A head of its own would be lost: a model that ties the two reads one of them.
 
     Args:
         checkpoint: Of a model whose configuration ties them.
-        embedding: Name of the embedding.
-        head: Name of the head.
         where: For the message.
 
     Raises:
         MismatchError: Names both, and the largest difference.
     """
-    if head not in checkpoint.tensors:
+    if LM_HEAD not in checkpoint.tensors:
         return
-    found = checkpoint.read([embedding, head])
-    left, right = found[embedding], found[head]
+    found = checkpoint.read([EMBEDDING, LM_HEAD])
+    left, right = found[EMBEDDING], found[LM_HEAD]
     if left.shape == right.shape:
         rows = max(1, _PIECE // max(1, left.shape[-1]))
         pairs = zip(torch.split(left, rows), torch.split(right, rows), strict=True)
@@ -82,13 +81,13 @@ def check_tied_head(checkpoint: Checkpoint, embedding: str, head: str, where: ob
     else:
         got = f"{list(left.shape)} and {list(right.shape)}"
     raise MismatchError(
-        f"{head} is not {embedding}, although config.json ties them (tie_word_embeddings)",
+        f"{LM_HEAD} is not {EMBEDDING}, although config.json ties them (tie_word_embeddings)",
         where=where,
         got=got,
         expected="one tensor, or two equal ones",
         hint=f"if the head was trained by itself, set tie_word_embeddings to false in config.json "
-        f"of the base, which needs a {head} then, and of all candidates; if not, save the "
-        f"checkpoint without {head}",
+        f"of the base, which needs a {LM_HEAD} then, and of all candidates; if not, save the "
+        f"checkpoint without {LM_HEAD}",
     )
 
 

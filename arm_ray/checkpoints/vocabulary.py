@@ -70,7 +70,7 @@ class GrownBase(Checkpoint):
         return hashlib.sha256("".join(c.fingerprint for c in given).encode()).hexdigest()
 
 
-def added_rows(checkpoints: Mapping[str, Checkpoint]) -> int:
+def _added_rows(checkpoints: Mapping[str, Checkpoint]) -> int:
     """Rows that all candidates have more than the base; 0: none, or not equally many.
 
     Args:
@@ -93,7 +93,7 @@ def with_grown_base(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoi
     Args:
         checkpoints: `base`, `candidate-1`, … -> checkpoint.
     """
-    count, base = added_rows(checkpoints), checkpoints[BASE]
+    count, base = _added_rows(checkpoints), checkpoints[BASE]
     if not count:
         return dict(checkpoints)
     candidates = tuple(c for n, c in checkpoints.items() if n not in (BASE, INITIAL))

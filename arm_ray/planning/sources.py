@@ -17,7 +17,7 @@ from arm_ray.checkpoints.formats import (
     split_source,
 )
 from arm_ray.checkpoints.huggingface import Checkpoint
-from arm_ray.checkpoints.vocabulary import added_rows, with_grown_base
+from arm_ray.checkpoints.vocabulary import with_grown_base
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, CorruptCheckpointError, NotACheckpointError
@@ -83,8 +83,9 @@ def open_workload(
             checkpoints[label] = base
             continue
         checkpoints[label] = _open(found, label, kind, masters, base)
-    if config.vocabulary == "common" and added_rows(checkpoints):
+    if config.vocabulary == "common":
         checkpoints = with_grown_base(checkpoints)
+    if checkpoints[BASE] is not base:
         layout = model_layout(load_config(checkpoints[BASE]), config.runtime.layers_per_group)
     for label, checkpoint in checkpoints.items():
         if checkpoint is not base:

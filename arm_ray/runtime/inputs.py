@@ -19,7 +19,6 @@ from arm_ray.checkpoints.weight_file import DTYPES
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, NotACheckpointError, about
 from arm_ray.model.layout import (
-    EMBEDDING,
     LM_HEAD,
     ModelLayout,
     base_dtype,
@@ -148,8 +147,7 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
         with about(label):
             check_layout(layout, checkpoint, label)
             if LM_HEAD not in layout.shapes:
-                where = f"{label}: {checkpoint.path}"
-                check_tied_head(checkpoint, EMBEDDING, LM_HEAD, where)
+                check_tied_head(checkpoint, f"{label}: {checkpoint.path}")
     check_zero_padding(checkpoints)
     compute, storage = config.precision.compute_dtype, config.precision.storage_dtype
     return MergeInputs(

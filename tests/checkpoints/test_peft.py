@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from arm_ray.checkpoints import peft
 from arm_ray.checkpoints.formats import missing
-from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
+from arm_ray.checkpoints.huggingface import SINGLE_NAME, Checkpoint, open_checkpoint
 from arm_ray.checkpoints.peft import AdaptedCheckpoint, is_adapter, open_adapter
 from arm_ray.checkpoints.peft_file import WEIGHTS_NAME
-from arm_ray.checkpoints.validation import check_finite
+from arm_ray.checkpoints.validation import check_finite, check_tied_head
 from arm_ray.config import parse_merge_config
 from arm_ray.errors import (
     ArmRayError,
@@ -288,6 +289,23 @@ def test_whole_modules_take_the_place_of_the_base_s(
     assert torch.equal(adapted(found, HEAD), head)
     assert found.tensors[f"{HEAD}.weight"].code == "BF16"
     assert f"{QUERY}.weight" in found.updates
+
+
+def test_the_base_s_copy_of_a_tied_head_is_not_the_adapter_s(
+    tied: Checkpoint, tmp_path: Path
+) -> None:
+    weights = tied.read(tied.tensors)
+    shutil.copytree(tied.path, tmp_path / "base")
+    copied = {**weights, f"{HEAD}.weight": weights[f"{EMBED}.weight"].clone()}
+    save_file(copied, tmp_path / "base" / SINGLE_NAME, {"format": "pt"})
+    base = open_checkpoint(tmp_path / "base")
+    assert f"{HEAD}.weight" in base.tensors
+    trained = gaussian(*base.tensors[f"{EMBED}.weight"].shape).bfloat16()
+    own = {f"{peft.PREFIX}{m}.weight": trained.clone() for m in (EMBED, HEAD)}
+    found = open_adapter(write(tmp_path / "a", own, modules_to_save=["x"]), base)
+    assert torch.equal(adapted(found, EMBED), trained)
+    check_tied_head(found, "a")
+    assert f"{HEAD}.weight" not in found.tensors
 
 
 def test_an_adapter_survives_pickling(base: Checkpoint, tmp_path: Path) -> None:
