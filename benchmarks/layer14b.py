@@ -32,8 +32,9 @@ from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.rotation import activation_rotation
 from arm_ray.merging.settings import MethodSettings
 from arm_ray.merging.similarity import similarity_sums
-from arm_ray.model.group import GroupRunner, Wanted, output_shifts
-from arm_ray.model.layout import ModelLayout, is_layer_tensor, model_layout
+from arm_ray.model.activations import Wanted, output_shifts
+from arm_ray.model.group import Decoder, GroupRunner
+from arm_ray.model.layout import ModelLayout, model_layout
 from benchmarks.common import report, synchronise
 from benchmarks.random_models import SHAPES
 
@@ -192,7 +193,7 @@ def make_states(layout: ModelLayout, device: torch.device) -> list[dict[str, Ten
 
     base: dict[str, Tensor] = {}
     for name, shape in layout.shapes.items():
-        if is_layer_tensor(name):
+        if layout.is_layer_tensor(name):
             random = draw(shape, 0.02)
             base[name] = torch.ones_like(random) if "norm" in name else random
     result = [base]
@@ -314,7 +315,7 @@ def measure(
 ) -> tuple[dict[str, float], int]:
     """Median seconds of each stage of one layer, and the bytes written; without a folder none."""
     states = make_states(layout, device)
-    runner = GroupRunner(layout, layout.groups[0], device, torch.bfloat16)
+    runner = Decoder(layout, device, torch.bfloat16).runner(0)
     nothing = Wanted(means=False)
     hidden = torch.randn(
         (SAMPLES, tokens, layout.config.hidden_size),
@@ -362,7 +363,7 @@ def main() -> int:
     finally:
         shutil.rmtree(folder)
     hidden = int(layout.config.hidden_size)
-    shapes = {name: shape for name, shape in layout.shapes.items() if is_layer_tensor(name)}
+    shapes = {name: shape for name, shape in layout.shapes.items() if layout.is_layer_tensor(name)}
     work = layer_work(shapes, SAMPLES, tokens, STATES, hidden)
     total = sum(seconds.values())
     rows: list[dict[str, Any]] = [

@@ -74,6 +74,7 @@ def read_table(source: Path, _masters: bool = True) -> Table:
     files = _rank_files(source)
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     boxes: dict[str, list[Box]] = {}
+    left: set[str] = set()
     for rank, file in enumerate(files):
         content = pickles.load(file)
         if not isinstance(content, dict):
@@ -85,7 +86,8 @@ def read_table(source: Path, _masters: bool = True) -> Table:
             )
         for name, value in content.items():
             if not isinstance(value, Tensor):
-                continue  # PyTorch's extra states
+                left.add(name)  # PyTorch's extra states
+                continue
             local, box = _box(file, name, value, rank)
             known = (tuple(value.shape), code_of(local.dtype, name, file))
             if shapes.setdefault(name, known) != known:
@@ -96,7 +98,8 @@ def read_table(source: Path, _masters: bool = True) -> Table:
         name: check_covered(name, StoredTensor(shape, code, tuple(boxes.get(name, ()))), source)
         for name, (shape, code) in shapes.items()
     }
-    return Table(stored, {"ranks": len(files), "weights": "as the trainer holds them"})
+    facts = {"ranks": len(files), "weights": "as the trainer holds them"}
+    return Table(stored, facts, left=tuple(sorted(left)))
 
 
 def _rank_files(source: Path) -> list[Path]:

@@ -57,10 +57,23 @@ class Checkpoint:
         for name, entry in self.tensors.items():
             if entry.stored is not None:
                 return (
-                    f"its names are read without what a trainer's wrapper put into them: "
-                    f"{entry.stored} as {name}"
+                    f"its names are read without what a wrapper, or another version of "
+                    f"transformers, put into them: {entry.stored} as {name}"
                 )
         return None
+
+    def under(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same with other names for some of its tensors: new -> present."""
+        tensors = {n: entry for n, entry in self.tensors.items() if n not in names.values()}
+        for name, old in names.items():
+            entry = self.tensors[old]
+            tensors[name] = replace(entry, name=name, stored=entry.stored or old)
+        return replace(self, tensors=tensors)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of what lies in the files too, and is not the model's."""
+        return ()
 
     def files(self, names: Iterable[str]) -> set[Path]:
         """The files that some tensors are read from."""
@@ -172,7 +185,6 @@ def _open(path: Path, read_config: Callable[[Path], dict[str, Any]]) -> Checkpoi
         raise NotACheckpointError(
             "a checkpoint cannot be read", where=path, got=error, hint="check its permissions"
         ) from None
-    check_codes(entries.values())
     return Checkpoint(path, config, entries)
 
 

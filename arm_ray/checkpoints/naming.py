@@ -61,6 +61,9 @@ def model_names(names: Iterable[str], path: Path, *, others: bool = False) -> di
             hint="save the one to merge by itself",
         )
     prefix = prefixes.pop() if prefixes else ""
+    if not others and not all(name.startswith(prefix) for name in plain.values()):
+        # A part of the model's own names: of its text, beside its vision.
+        prefix = ""
     found: dict[str, str] = {}
     for old, name in plain.items():
         if others and not name.startswith(prefix):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch import Tensor
 from arm_ray.checkpoints import pickles
 from arm_ray.checkpoints.huggingface import Checkpoint, read_json
 from arm_ray.checkpoints.naming import model_names
-from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
+from arm_ray.checkpoints.validation import check_no_adapter
+from arm_ray.checkpoints.weight_file import DTYPES, STORED_DTYPES, TensorEntry
 from arm_ray.errors import CorruptCheckpointError, NotACheckpointError
 
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
 _BY_CONFIG = {"bfloat16": "BF16", "float16": "F16"}
 # What finds a stored tensor in the content of its file; each format has its own.
 Key = tuple[str | int, ...]
@@ -77,12 +78,14 @@ class ShardedCheckpoint(Checkpoint):
         described: The directory whose `config.json` describes the model.
         masters: Whether float32 is read as it is.
         facts: What else is known of the checkpoint, for people: stage, ranks, …
+        left: Names of what lies in the files too, and is not the model's.
     """
 
     stored: Mapping[str, StoredTensor]
     described: Path
     masters: bool
     facts: Mapping[str, Any] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read some tensors into host memory. One in a single piece stays in its file, mapped.
@@ -93,12 +96,25 @@ class ShardedCheckpoint(Checkpoint):
         """
         return {name: self._whole(name) for name in names}
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of what lies in the files too, and is not the model's."""
+        return self.left
+
+    def under(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same with other names for some of its tensors: new -> present."""
+        stored = {n: each for n, each in self.stored.items() if n not in names.values()}
+        stored |= {name: self.stored[old] for name, old in names.items()}
+        renamed = super().under(names)
+        assert isinstance(renamed, ShardedCheckpoint)
+        return replace(renamed, stored=stored)
+
     def files(self, names: Iterable[str]) -> set[Path]:
         """The files that the pieces of some tensors lie in."""
         return {piece.file for name in names for piece in self.stored[name].pieces}
 
     def _whole(self, name: str) -> Tensor:
-        stored, wanted = self.stored[name], DTYPES[self.tensors[name].code]
+        stored, wanted = self.stored[name], STORED_DTYPES[self.tensors[name].code]
         if len(stored.pieces) == 1:
             [only] = stored.pieces
             return self._part(name, only).reshape(stored.shape).to(wanted)
@@ -125,7 +141,7 @@ class ShardedCheckpoint(Checkpoint):
                 hint="a trainer may have removed it: copy checkpoints that are to be merged",
             ) from None
         stored = self.stored[name]
-        if isinstance(found, Tensor) and found.dtype == DTYPES[stored.code]:
+        if isinstance(found, Tensor) and found.dtype == STORED_DTYPES[stored.code]:
             found = found.detach()  # some are saved as parameters
             if isinstance(piece, Run):
                 part = found.reshape(-1)[piece.begin : piece.end]
@@ -137,7 +153,7 @@ class ShardedCheckpoint(Checkpoint):
             f"a file does not hold the piece of {name} that it did",
             where=piece.file,
             got=f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found),
-            expected=f"{DTYPES[stored.code]}, {piece}",
+            expected=f"{STORED_DTYPES[stored.code]}, {piece}",
             hint="the checkpoint was written again meanwhile: run it anew",
         )
 
@@ -185,6 +201,7 @@ class Table:
         stored: Name in the files -> pieces.
         facts: For people.
         codes: Name in the files -> dtype of the model itself, where the files say it.
+        left: Names of entries that are no tensors.
         holds_others: Whether tensors that are not the model's may be among them.
     """
 
@@ -192,6 +209,7 @@ class Table:
     facts: Mapping[str, Any]
     codes: Mapping[str, str] = field(default_factory=dict)
     holds_others: bool = False
+    left: tuple[str, ...] = ()
 
 
 def assemble(
@@ -218,7 +236,7 @@ def assemble(
         MismatchError: It is not clear which tensors are the model's.
         CorruptCheckpointError: The configuration is malformed.
     """
-    _check_no_adapter(table.stored, path)
+    check_no_adapter(table.stored, path)
     named = model_names(table.stored, path, others=table.holds_others)
     found = next((d for d in beside if (d / "config.json").is_file()), None)
     if found is not None:
@@ -239,27 +257,15 @@ def assemble(
         tensor = table.stored[old]
         code = tensor.code
         file = tensor.pieces[0].file if tensor.pieces else path
-        if code not in DTYPES:
+        if code not in STORED_DTYPES:
             raise _not_merged(name, file, code)
         if not masters and code == "F32":
             code = table.codes.get(old) or usual or code
-        size = math.prod(tensor.shape) * DTYPES[code].itemsize
+        size = math.prod(tensor.shape) * STORED_DTYPES[code].itemsize
         stored[name] = tensor
         tensors[name] = TensorEntry(name, code, tensor.shape, file, 0, size)
-    return kind(path, config, tensors, stored, found, masters, table.facts)
-
-
-def _check_no_adapter(names: Iterable[str], path: Path) -> None:
-    adapter = next((name for name in names if ".lora_" in name), None)
-    if adapter is not None:
-        raise NotACheckpointError(
-            "the shards are of a model with adapters",
-            where=path,
-            got=adapter,
-            expected="the parameters of a whole model",
-            hint="name the directory of the adapter that the trainer has saved, with "
-            "adapter_config.json (verl: lora_adapter)",
-        )
+    left = (*table.left, *sorted(table.stored.keys() - named.keys()))
+    return kind(path, config, tensors, stored, found, masters, table.facts, left)
 
 
 def code_of(dtype: torch.dtype, name: str, file: Path) -> str:

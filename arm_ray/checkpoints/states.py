@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arm_ray.checkpoints.huggingface import INDEX_NAME, SINGLE_NAME
+from arm_ray.checkpoints.huggingface import INDEX_NAME, SINGLE_NAME, Checkpoint
 from arm_ray.checkpoints.weight_file import (
     TensorSpec,
     read_tensors,
@@ -27,6 +27,7 @@ from arm_ray.checkpoints.weight_file import (
 )
 
 MANIFEST_NAME = "state.json"
+CARRIED_NAME = "carried.safetensors"
 # Everything beside the weights that loading a model or talking to it needs.
 _COMPANIONS = (
     "generation_config.json",
@@ -41,6 +42,25 @@ _COMPANIONS = (
     "chat_template.json",
     "chat_template.jinja",
 )
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Tensors of the base that are not merged, but are in every state and in the final model.
+
+    Attributes:
+        base: Where they are read from.
+        specs: Their names, dtypes and shapes.
+    """
+
+    base: Checkpoint
+    specs: tuple[TensorSpec, ...]
+
+    def write(self, file: Path) -> int:
+        """Write a weight file of them; returns bytes of data."""
+        tensors = (self.base.read([spec.name])[spec.name] for spec in self.specs)
+        write_weight_file(file, self.specs, tensors)
+        return sum(spec.num_bytes for spec in self.specs)
 
 
 @dataclass(frozen=True)
@@ -82,6 +102,7 @@ def publish_state(
     num_bytes: int,
     config: Mapping[str, object],
     companions: Path,
+    carried: Carried | None = None,
 ) -> None:
     """Write a state's index, configuration and tokenizer, and then its manifest.
 
@@ -92,12 +113,16 @@ def publish_state(
         num_bytes: Size of all tensors.
         config: Content of `config.json`.
         companions: Directory that the tokenizer and generation settings are copied from.
+        carried: The base's tensors that are not merged.
     """
     weight_map = {
         name: group_file(directory, index).name
         for index, names in enumerate(group_tensors)
         for name in names
     }
+    if carried is not None:
+        num_bytes += carried.write(directory / CARRIED_NAME)
+        weight_map |= dict.fromkeys((spec.name for spec in carried.specs), CARRIED_NAME)
     for stale in directory.glob(".*.partial"):
         stale.unlink(missing_ok=True)
     write_companions(directory, config, companions)
@@ -168,10 +193,12 @@ class ExportFile:
     Attributes:
         name: Its file name.
         specs: The tensors in it, in the dtype they are stored in.
+        is_carried: Whether these are the base's, and not merged.
     """
 
     name: str
     specs: tuple[TensorSpec, ...]
+    is_carried: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -180,9 +207,19 @@ class ExportFile:
 
 
 def plan_export(
-    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], max_bytes: int
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    max_bytes: int,
+    carried: Sequence[TensorSpec] = (),
 ) -> list[ExportFile]:
-    """Spread the tensors of the final model over weight files of at most `max_bytes`."""
+    """Spread the tensors of the final model over weight files of at most `max_bytes`.
+
+    Args:
+        shapes: Name -> shape of what is merged.
+        dtypes: Name -> dtype that it is stored in.
+        max_bytes: Of a file; a larger tensor has one to itself.
+        carried: The base's tensors that are not merged, which have a file of their own, the last.
+    """
     files: list[list[TensorSpec]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -192,10 +229,15 @@ def plan_export(
             size = 0
         files[-1].append(spec)
         size += spec.num_bytes
+    num_merged = len(files)
+    if carried:
+        files.append(list(carried))
     if len(files) == 1:
         return [ExportFile(SINGLE_NAME, tuple(files[0]))]
     return [
-        ExportFile(f"model-{i + 1:05d}-of-{len(files):05d}.safetensors", tuple(specs))
+        ExportFile(
+            f"model-{i + 1:05d}-of-{len(files):05d}.safetensors", tuple(specs), i >= num_merged
+        )
         for i, specs in enumerate(files)
     ]
 
@@ -226,6 +268,10 @@ def write_companions(directory: Path, config: Mapping[str, object], source: Path
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config)
     copy_companions(directory, source)
+    if "auto_map" in config:
+        # Code of the model's own, which is copied and never run.
+        for file in source.glob("*.py"):
+            shutil.copyfile(file, directory / file.name)
 
 
 def copy_companions(directory: Path, source: Path) -> None:

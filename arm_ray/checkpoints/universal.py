@@ -76,9 +76,13 @@ def read_table(source: Path, _masters: bool = True) -> Table:
     shapes: dict[str, Sequence[int]] = {
         name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()
     }
-    shapes |= {n: tuple(t.shape) for n, t in module.items() if n not in shapes and t.numel()}
     shared: Mapping[str, str] = model.get("shared_params") or {}
+    rest = {n: t for n, t in module.items() if n not in (*shapes, *shared) and t.numel()}
+    # Parameters that were not trained have a directory too; buffers have none.
+    frozen_here = {n for n in rest if (source / "zero" / n).is_dir() and "/" not in n}
+    shapes |= {name: tuple(rest.pop(name).shape) for name in sorted(frozen_here)}
     stored = {n: _parameter(source, n, s) for n, s in shapes.items() if n not in shared}
+    stored |= zero.of_module(files[0], rest)
     # Stage 3 leaves what was not trained in the files of the model.
     ranked = zero.ranked(source, _MODEL_FILES)
     frozen = zero.frozen([pickles.load(file) for file in ranked], ranked, stage=3)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from arm_ray.checkpoints.huggingface import Checkpoint
-from arm_ray.checkpoints.naming import EMBEDDING, LM_HEAD
 from arm_ray.checkpoints.weight_file import TensorEntry
-from arm_ray.errors import CorruptCheckpointError, MismatchError
+from arm_ray.errors import CorruptCheckpointError, MismatchError, NotACheckpointError
 
 _TAIL_BYTES = 4096
 _PIECE = 1 << 20
@@ -55,7 +54,25 @@ def check_zero_padding(checkpoints: Mapping[str, Checkpoint]) -> None:
                 )
 
 
-def check_tied_head(checkpoint: Checkpoint, where: object) -> None:
+def check_no_adapter(names: Iterable[str], path: Path) -> None:
+    """Refuse a model with adapters that are not merged into its weights: they would be lost.
+
+    Raises:
+        NotACheckpointError: Names the first of their tensors.
+    """
+    adapter = next((name for name in names if ".lora_" in name), None)
+    if adapter is not None:
+        raise NotACheckpointError(
+            "the checkpoint is of a model with adapters",
+            where=path,
+            got=adapter,
+            expected="the parameters of a whole model",
+            hint="name the directory of the adapter that the trainer has saved, with "
+            "adapter_config.json (verl: lora_adapter), or merge it into the model first",
+        )
+
+
+def check_tied_head(checkpoint: Checkpoint, where: object, embedding: str, head: str) -> None:
     """Refuse a head that is stored with other numbers than the embedding that it is tied to.
 
     A copy is common. A head of its own would be lost: a model that ties the two reads one of them.
@@ -63,14 +80,16 @@ def check_tied_head(checkpoint: Checkpoint, where: object) -> None:
     Args:
         checkpoint: Of a model whose configuration ties them.
         where: For the message.
+        embedding: Name of the embedding's weight.
+        head: What a copy of it as the head would be called.
 
     Raises:
         MismatchError: Names both, and the largest difference.
     """
-    if LM_HEAD not in checkpoint.tensors:
+    if head not in checkpoint.tensors:
         return
-    found = checkpoint.read([EMBEDDING, LM_HEAD])
-    left, right = found[EMBEDDING], found[LM_HEAD]
+    found = checkpoint.read([embedding, head])
+    left, right = found[embedding], found[head]
     if left.shape == right.shape:
         rows = max(1, _PIECE // max(1, left.shape[-1]))
         pairs = zip(torch.split(left, rows), torch.split(right, rows), strict=True)
@@ -81,13 +100,13 @@ def check_tied_head(checkpoint: Checkpoint, where: object) -> None:
     else:
         got = f"{list(left.shape)} and {list(right.shape)}"
     raise MismatchError(
-        f"{LM_HEAD} is not {EMBEDDING}, although config.json ties them (tie_word_embeddings)",
+        f"{head} is not {embedding}, although config.json ties them (tie_word_embeddings)",
         where=where,
         got=got,
         expected="one tensor, or two equal ones",
         hint=f"if the head was trained by itself, set tie_word_embeddings to false in config.json "
-        f"of the base, which needs a {LM_HEAD} then, and of all candidates; if not, save the "
-        f"checkpoint without {LM_HEAD}",
+        f"of the base, which needs a {head} then, and of all candidates; if not, save the "
+        f"checkpoint without {head}",
     )
 
 

@@ -31,7 +31,19 @@ DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# The same for everything that is carried over as it is.
+STORED_DTYPES: dict[str, torch.dtype] = {
+    **DTYPES,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
 _LENGTH_BYTES = 8
 # Writes bytes at a position of a file.
 Put = Callable[[memoryview, int], None]
@@ -125,7 +137,7 @@ def parse_header(
 def _entry(path: Path, name: str, row: Mapping[str, Any], header_bytes: int) -> TensorEntry:
     begin, end = (int(offset) + _LENGTH_BYTES + header_bytes for offset in row["data_offsets"])
     entry = TensorEntry(name, str(row["dtype"]), tuple(map(int, row["shape"])), path, begin, end)
-    dtype = DTYPES.get(entry.code)
+    dtype = STORED_DTYPES.get(entry.code)
     if dtype is not None and prod(entry.shape) * dtype.itemsize != entry.num_bytes:
         raise ValueError(f"{name}: {entry.num_bytes} bytes for shape {list(entry.shape)}")
     return entry

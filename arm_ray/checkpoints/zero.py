@@ -85,7 +85,7 @@ def read_table(source: Path, masters: bool) -> Table:
     shared: Mapping[str, str] = models[0].get("shared_params") or {}
     if not optimizer_files:
         facts |= {"weights": "the model's own: there is no optimizer beside it"}
-        return Table(_of_module(model_files[0], module), facts)
+        return Table(of_module(model_files[0], module), facts)
     optimizers = [_optimizer(file) for file in optimizer_files]
     # DeepSpeed's optimizer for bfloat16 with float32 gradients does not say that it is stage 1.
     stage = int(optimizers[0].get("zero_stage", 1))
@@ -96,7 +96,7 @@ def read_table(source: Path, masters: bool) -> Table:
     if stage == 3 and len(models) != len(optimizers):
         raise _missing(source, f"{len(models)} files {_MODEL_FILES}", len(optimizers))
     if stage < 3 and not masters:
-        return Table(_of_module(model_files[0], module), {**facts, "weights": "the 16-bit model"})
+        return Table(of_module(model_files[0], module), {**facts, "weights": "the 16-bit model"})
     shapes: Sequence[Mapping[str, Sequence[int]]] = models[0]["param_shapes"]
     ranks = [
         _flat_groups(file, state, _FLAT.get(stage, _FLAT_BELOW_3))
@@ -107,8 +107,9 @@ def read_table(source: Path, masters: bool) -> Table:
     else:
         found = _of_stage_2(shapes, ranks, optimizers[0].get("param_alignment_paddings"))
     found |= frozen(models, model_files, stage)
-    buffers = [name for name in models[0].get("buffer_names") or () if name in module]
-    found |= _of_module(model_files[0], {name: module[name] for name in buffers})
+    # Buffers, and whatever else lies there: at stage 3 what is empty is a parameter.
+    rest = {n: t for n, t in module.items() if n not in (*found, *shared) and t.numel()}
+    found |= of_module(model_files[0], rest)
     found = {name: check_covered(name, tensor, source) for name, tensor in found.items()}
     # A tied head is written once; a state_dict has it under both names.
     found |= {name: found[owner] for name, owner in shared.items() if owner in found}
@@ -189,7 +190,7 @@ def ranked(source: Path, pattern: str) -> list[Path]:
     return sorted(source.glob(pattern), key=numbers)
 
 
-def _of_module(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+def of_module(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
     """Tensors that lie whole in a file of the model.
 
     Raises:

@@ -177,6 +177,12 @@ class MergeConfig(Section):
     embedding and head, because tokens were added. common: the rows in common are merged, the others
     are the candidates' mean (in place of the base they have that mean). Sets `tokenizer: auto` to
     the last candidate's."""
+    unknown_tensors: Literal["merge", "base", "refuse"] = "merge"
+    """What becomes of tensors that the model's class does not have, such as vision towers, layers
+    that predict several tokens, and counters. merge: those that all checkpoints have, in floating
+    point and of one shape, are merged without activations, and the base's others are carried over.
+    base: all of the base's are carried over. refuse: there must be none. What only a candidate has
+    is left out. What was done is said before the merge."""
     preset: Annotated[str | None, NOTHING] = None
     """Where keys that are not given come from, instead of the defaults: see `arm_ray.presets`."""
     calibration: CalibrationConfig | None = None
@@ -205,6 +211,11 @@ class MergeConfig(Section):
     def selects_by_task(self) -> bool:
         """Whether the scores of the evaluation choose the model."""
         return self.evaluation is not None and self.evaluation.select.by != "last"
+
+    @property
+    def runs_forward(self) -> bool:
+        """Whether calibration samples are run through the models."""
+        return self.method.needs_calibration or self.schedule.searches_step or self.compares_losses
 
     def with_compute_dtype(self, dtype: str) -> MergeConfig:
         """The same with `precision.compute_dtype` settled."""

@@ -1,228 +1,238 @@
 """A layer group as a function of its weights, which also tells of its modules' inputs.
 
-The architecture is Hugging Face's own: the decoder is built once on the `meta` device with as many
-layers as the group has, and called with the group's tensors. No decoder is written by hand.
-
-**Activations.** ARM needs, for each linear module, the mean over a sample's tokens of the
-module's output. A linear module's mean output is its output at the mean input:
-`mean_t(W x_t + b) = W mean_t(x_t) + b`. So only mean inputs are collected while the forward
-pass runs, once for modules that share an input (q/k/v; gate/up), and the outputs follow with one
-small product per weight (`output_shifts`).
+The architecture is Hugging Face's own: the model is built once on the `meta` device, and its
+decoder is called with the layers of one group and with the group's tensors. No decoder is written
+by hand. Whatever it does before its first layer, such as scaling the embedding, is done in the
+first group; in the others its result is replaced by the hidden states that come from the group
+before. Nothing after the group's last layer is run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from arm_ray.model.layout import EMBEDDING, LayerGroup, ModelLayout, is_layer_tensor
+from arm_ray.model.activations import GroupOutput, MaskedMeans, Wanted
+from arm_ray.model.architecture import Architecture, Weight, architecture_of
+from arm_ray.model.experts import ExpertInputs
+from arm_ray.model.layout import LayerGroup, ModelLayout
 
-# Elements of an activation that are in float32 at once, in a buffer that is used again: writing to
-# new memory would cost more than the sum itself. Few on a CPU, so that they stay in cache; many on
-# a GPU, where each operation costs a launch.
-_FLOAT32_ELEMENTS, _FLOAT32_ELEMENTS_GPU = 1 << 20, 1 << 27
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a forward pass is to leave behind.
-
-    Attributes:
-        means: Mean inputs of the linear modules.
-        magnitudes: Mean magnitudes of the inputs of linear modules and norms.
-        outputs: What each layer's MLP adds to the residual stream.
-    """
-
-    means: bool = True
-    magnitudes: bool = False
-    outputs: bool = False
+_MEANS, _NOTHING = Wanted(), torch.empty(0)
 
 
-@dataclass
-class GroupOutput:
-    """What one micro-batch gave; names are those of weights.
-
-    Attributes:
-        hidden: `[batch, tokens, hidden]`, after the group.
-        means: Rotated weight -> mean input `[batch, d_in]` float32 over the real tokens.
-        magnitudes: Weight of a linear module or norm -> mean of the input's magnitudes
-            `[batch, d]` float32 over the real tokens.
-        outputs: Weight of a `down_proj` -> the module's output `[batch, tokens, hidden]`.
-    """
-
-    hidden: Tensor
-    means: dict[str, Tensor] = field(default_factory=dict)
-    magnitudes: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-class DecoderTemplate:
-    """Hugging Face's decoder for some layers, without weights, which it is called with.
-
-    One template serves every state, and every group of as many layers of the same types.
+class Decoder:
+    """Runs the layer groups of a model, its last norm and its head, without holding weights.
 
     Args:
         layout: The model.
-        group: A group of the kind.
-        device: Where the forward pass runs.
-        dtype: Of weights and hidden states in the forward pass.
+        device: Where the forward passes run.
+        dtype: Of weights and hidden states in them.
+
+    Attributes:
+        device: Where the forward passes run.
+        dtype: Of weights and hidden states in them.
     """
 
-    def __init__(
-        self, layout: ModelLayout, group: LayerGroup, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._decoder, self._norm = _meta_decoder(layout, group, device, dtype)
+    def __init__(self, layout: ModelLayout, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self._layout = device, dtype, layout
         self._averages = MaskedMeans()
-        self._wanted = Wanted()
-        self._output = GroupOutput(torch.empty(0))
-        for name, module in self._decoder.named_modules():
-            if name.startswith("layers.") and hasattr(module, "weight"):
-                weight = f"{name}.weight"
-                is_linear = f"model.{_shifted(weight, group.first_layer)}" in layout.rotated
-                module.register_forward_pre_hook(self._input_hook(weight, is_linear))
-                if name.endswith(".down_proj"):
-                    module.register_forward_hook(self._output_hook(weight))
+        self._runners: dict[int, GroupRunner] = {}
+
+    @functools.cached_property
+    def architecture(self) -> Architecture:
+        """The model on the `meta` device, which the weights are put into for a call.
+
+        It is built when it is first wanted: merges without forward passes never do.
+        """
+        architecture = architecture_of(self._layout.config, self._layout.class_name, self.dtype)
+        architecture.on(self.device)
+        return architecture
+
+    @functools.cached_property
+    def _weights(self) -> dict[str, Weight]:
+        """First name in the files -> tensor of the model."""
+        return {w.stored[0]: w for w in self.architecture.weights(self._layout.shapes)[0]}
+
+    def runner(self, index: int) -> GroupRunner:
+        """What runs a layer group."""
+        if index not in self._runners:
+            group = self._layout.groups[index]
+            weights = [self._weights[name] for name in group.tensors if name in self._weights]
+            self._runners[index] = GroupRunner(self.architecture, group, weights, self._averages)
+        return self._runners[index]
+
+    def form(
+        self, names: Collection[str], read: Callable[[str, torch.dtype], Tensor]
+    ) -> dict[str, Tensor]:
+        """A layer group's tensors as forward passes take them.
+
+        Args:
+            names: Of the tensors in the files.
+            read: Gives one of them in a dtype, on the device.
+
+        Returns:
+            Name -> tensor: that of the file, or, where several tensors of a file are one of the
+            model, that of the model.
+        """
+        formed: dict[str, Tensor] = {}
+        for weight in [self._weights[name] for name in names if name in self._weights]:
+            strict = any(map(self.architecture.kept_in_float32, weight.names))
+            dtype = torch.float32 if strict else self.dtype
+            if weight.make is None:
+                formed[weight.stored[0]] = read(weight.stored[0], dtype)
+            else:
+                formed |= weight.make({name: read(name, dtype) for name in weight.stored})
+        return formed
 
     @torch.no_grad()
-    def forward(
-        self, weights: Mapping[str, Tensor], hidden: Tensor, lengths: Tensor, wanted: Wanted
-    ) -> GroupOutput:
-        """Run the layers; names count layers from the group's first. See `GroupRunner.forward`."""
-        self._averages.start(hidden, lengths)
-        self._wanted, self._output = wanted, GroupOutput(hidden)
-        # Padding is on the right and attention is causal: no real token sees it, so no mask.
+    def embed(self, rows: Tensor, batch: tuple[int, int]) -> Tensor:
+        """Hidden states `[batch, tokens, hidden]` before the decoder.
+
+        Args:
+            rows: `[batch * tokens, hidden]` in the compute dtype: of the embedding, for each token.
+            batch: Number of samples, and of tokens of each.
+        """
+        name, _, _ = self.architecture.embedding.rpartition(".")
+        module = self.architecture.model.get_submodule(name)
+        ids = torch.arange(len(rows), device=rows.device).view(batch)
+        result: Tensor = torch.func.functional_call(module, {"weight": rows}, (ids,), strict=False)
+        return result
+
+    @torch.no_grad()
+    def final_norm(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """What the decoder does after its last layer, of the shape of `hidden`.
+
+        Args:
+            weights: Those of `ModelLayout.tail`, in the compute dtype, on the device.
+            hidden: `[batch, tokens, hidden]`, the last layer's output.
+        """
+        architecture = self.architecture
+        last = architecture.num_layers - 1
+        clone, [layer] = _with_layers(architecture, range(last, last + 1))
+        # Whatever this layer is given, what follows gets `hidden`.
+        given = self.runner(len(self._layout.groups) - 1).like_output(hidden)
+        layer.forward = lambda *_args, **_kwargs: given
         result = torch.func.functional_call(
-            self._decoder,
-            dict(weights),
+            clone,
+            {self._inside(name): tensor for name, tensor in self._by_model(weights).items()},
             kwargs={"inputs_embeds": hidden, "use_cache": False},
             strict=False,
         )
-        output, self._output = self._output, GroupOutput(hidden)
-        self._averages.end()
-        output.hidden = result.last_hidden_state
-        return output
+        found: Tensor = result.last_hidden_state
+        return found
 
     @torch.no_grad()
-    def final_norm(self, weight: Tensor, hidden: Tensor) -> Tensor:
-        """The model's last norm, of the shape of `hidden`."""
-        result: Tensor = torch.func.functional_call(self._norm, {"weight": weight}, (hidden,))
-        return result
+    def logits(self, weights: Mapping[str, Tensor], normed: Tensor) -> Tensor:
+        """The head's `[batch, tokens, vocabulary]`, with whatever the model does to them.
 
-    def _input_hook(self, name: str, is_linear: bool) -> Any:
-        def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if self._wanted.means and is_linear:
-                self._output.means[name] = self._averages.mean(args[0])
-            if self._wanted.magnitudes:
-                self._output.magnitudes[name] = self._averages.magnitude(args[0])
+        Args:
+            weights: Those of `ModelLayout.head`, in the compute dtype, on the device.
+            normed: `[batch, tokens, hidden]`, what `final_norm` gave.
+        """
+        architecture = self.architecture
+        owner, _, name = architecture.head_module.rpartition(".")
+        model = copy.copy(architecture.model.get_submodule(owner))
+        model._modules = dict(model._modules)
+        inside = architecture.decoder.removeprefix(owner).lstrip(".")
+        setattr(model, inside.partition(".")[0], _Known(normed))
+        # A tied head's weight has the embedding's name.
+        by_name = {
+            f"{name}.{old.rpartition('.')[2]}": tensor
+            for old, tensor in self._by_model(weights).items()
+        }
+        kwargs = {"inputs_embeds": normed, "use_cache": False}
+        found: Tensor = torch.func.functional_call(
+            model, by_name, None, kwargs, strict=False
+        ).logits
+        return found
 
-        return record
+    def _by_model(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same under the model's names."""
+        return {self._weights[name].names[0]: tensor for name, tensor in weights.items()}
 
-    def _output_hook(self, name: str) -> Any:
-        def record(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            if self._wanted.outputs:
-                self._output.outputs[name] = output
-
-        return record
-
-
-class MaskedMeans:
-    """Means over each sample's real tokens, in float32; of each tensor only once."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0)
-        self._weights = torch.empty(0)
-        self._last: dict[bool, tuple[Tensor, Tensor]] = {}
-
-    def start(self, hidden: Tensor, lengths: Tensor) -> None:
-        """Set the samples: `hidden` `[batch, tokens, …]`, and their real tokens `[batch]`."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)
-        real = (positions < lengths[:, None]).to(torch.float32)
-        self._weights = (real / lengths[:, None])[:, None, :]
-        self._last = {}
-
-    def end(self) -> None:
-        """Let go of the last tensors."""
-        self._last = {}
-
-    def mean(self, value: Tensor) -> Tensor:
-        """`[batch, d]` of `[batch, tokens, d]`."""
-        return self._once(value, absolute=False)
-
-    def magnitude(self, value: Tensor) -> Tensor:
-        """`[batch, d]`: mean of the magnitudes of `[batch, tokens, d]`, or `[…, heads, d]`."""
-        return self._once(value, absolute=True)
-
-    def _once(self, value: Tensor, absolute: bool) -> Tensor:
-        # q/k/v, and gate and up, are given one and the same tensor.
-        last = self._last.get(absolute)
-        if last is None or last[0] is not value:
-            last = (value, self._compute(value, absolute))
-            self._last[absolute] = last
-        return last[1]
-
-    def _compute(self, value: Tensor, absolute: bool) -> Tensor:
-        if value.ndim == 4:
-            value = value.to(torch.float32).abs().mean(2)
-        if value.dtype == torch.float32:
-            whole = value.abs() if absolute else value
-            return torch.bmm(self._weights, whole)[:, 0, :]
-        batch, tokens, width = value.shape
-        elements = _FLOAT32_ELEMENTS if value.device.type == "cpu" else _FLOAT32_ELEMENTS_GPU
-        step = max(1, min(batch, elements // (tokens * width)))
-        if self._buffer.numel() < step * tokens * width or self._buffer.device != value.device:
-            self._buffer = torch.empty(step * tokens * width, device=value.device)
-        mean = value.new_empty(batch, 1, width, dtype=torch.float32)
-        for start in range(0, batch, step):
-            part = value[start : start + step]
-            floats = self._buffer[: part.numel()].view(part.shape).copy_(part)
-            if absolute:
-                floats.abs_()
-            torch.bmm(self._weights[start : start + step], floats, out=mean[start : start + step])
-        return mean[:, 0, :]
+    def _inside(self, name: str) -> str:
+        return name.removeprefix(f"{self.architecture.decoder}.")
 
 
-_MEANS = Wanted()
-# Number of layers and their types -> template.
-Templates = dict[tuple[object, ...], DecoderTemplate]
+class _Known(nn.Module):
+    """Stands for a decoder whose output is known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> _Output:
+        return _Output(self._hidden)
+
+
+class _Output:
+    """What a decoder returns: its hidden states, and nothing of what families have beside them."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, _name: str) -> None:
+        return None
+
+
+class _FinishedError(Exception):
+    """The last layer of a group has been run."""
 
 
 class GroupRunner:
     """Runs the decoder layers of one group.
 
     Args:
-        layout: The model.
+        architecture: The model.
         group: The group.
-        device: Where the forward pass runs.
-        dtype: Of weights and hidden states in the forward pass.
-        templates: Those made so far, for groups that can share one.
+        weights: The group's tensors, in the model and in the files.
+        averages: Makes means of activations; one for all groups, whose buffer they share.
     """
 
     def __init__(
         self,
-        layout: ModelLayout,
+        architecture: Architecture,
         group: LayerGroup,
-        device: torch.device,
-        dtype: torch.dtype,
-        templates: Templates | None = None,
+        weights: Sequence[Weight],
+        averages: MaskedMeans,
     ) -> None:
-        templates = {} if templates is None else templates
-        self.group = group
-        kind = (group.end_layer - group.first_layer, *_layer_types(layout, group))
-        if kind not in templates:
-            templates[kind] = DecoderTemplate(layout, group, device, dtype)
-        self._template = templates[kind]
-        self._local_names = {
-            name: _shifted(name.removeprefix("model."), -group.first_layer)
-            for name in group.tensors
-            if is_layer_tensor(name)
-        }
-        self._names = {local: name for name, local in self._local_names.items()}
+        self._averages, self._wanted, self._output = averages, Wanted(), GroupOutput(_NOTHING)
+        self._given, self._tuple_size = _NOTHING, 0
+        span = range(group.first_layer, group.end_layer)
+        self._decoder, layers = _with_layers(architecture, span)
+        inside = architecture.layers.removeprefix(architecture.decoder).strip(".")
+        # Name in the decoder's layers here -> what `Decoder.form` calls it.
+        self._names: dict[str, str] = {}
+        self._experts: dict[str, tuple[tuple[str, ...], ...]] = {}
+        files: dict[str, tuple[str, ...]] = {}
+        for weight in weights:
+            for name in weight.names:
+                number = architecture.layer_number(name)
+                if number is None:
+                    continue
+                rest = name.removeprefix(f"{architecture.layers}.{number}.")
+                local = f"{inside}.{number - group.first_layer}.{rest}"
+                self._names[local] = weight.stored[0] if weight.make is None else name
+                files[name] = weight.stored
+                if weight.experts:
+                    self._experts[local] = weight.experts
+        for number, layer in zip(span, layers, strict=True):
+            self._watch(layer, number, f"{architecture.layers}.{number}", files)
+        if group.first_layer > 0:
+            layers[0].register_forward_pre_hook(self._replace_input, with_kwargs=True)
+        layers[-1].register_forward_hook(self._end)
 
+    @torch.no_grad()
     def forward(
         self,
         weights: Mapping[str, Tensor],
@@ -233,93 +243,116 @@ class GroupRunner:
         """Run the group on one micro-batch.
 
         Args:
-            weights: The group's tensors, in the compute dtype, on the device.
-            hidden: `[batch, tokens, hidden]` hidden states; right-padded.
+            weights: The group's tensors as `Decoder.form` gives them.
+            hidden: `[batch, tokens, hidden]`: the embedding's, or the group's before; right-padded.
             lengths: `[batch]` int64 number of real tokens of each sample.
             wanted: What to keep beside the hidden states.
         """
-        local = {self._local_names[name]: weights[name] for name in self._local_names}
-        output = self._template.forward(local, hidden, lengths, wanted)
-        for part in ("means", "magnitudes", "outputs"):
-            found = getattr(output, part)
-            setattr(output, part, {self._names[name]: value for name, value in found.items()})
+        self._averages.start(hidden, lengths)
+        self._wanted, self._output, self._given = wanted, GroupOutput(hidden), hidden
+        local = {local: weights[name] for local, name in self._names.items()}
+        watched: Any = contextlib.nullcontext()
+        if self._experts and wanted.means:
+            experts = [(local[name], parts) for name, parts in self._experts.items()]
+            watched = ExpertInputs(experts, lengths, hidden.shape[1])
+        # Padding is on the right and attention is causal: no real token sees it, so no mask.
+        with contextlib.suppress(_FinishedError), watched:
+            kwargs = {"inputs_embeds": hidden, "use_cache": False}
+            torch.func.functional_call(self._decoder, local, None, kwargs, strict=False)
+        self._averages.end()
+        if isinstance(watched, ExpertInputs):
+            self._output.means |= watched.means
+            self._output.seen |= watched.seen
+        output, self._output, self._given = self._output, GroupOutput(_NOTHING), _NOTHING
         return output
 
-    def final_norm(self, weight: Tensor, hidden: Tensor) -> Tensor:
-        """The model's last norm, of the shape of `hidden`."""
-        return self._template.final_norm(weight, hidden)
+    def like_output(self, hidden: Tensor) -> Any:
+        """Hidden states as the group's last layer gives them; known once it was run."""
+        return (hidden, *[None] * (self._tuple_size - 1)) if self._tuple_size else hidden
+
+    def _watch(
+        self, layer: nn.Module, number: int, place: str, files: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """Have a layer's modules tell of their inputs, under the names of the files."""
+        for name, module in layer.named_modules():
+            stored = files.get(f"{place}.{name}.weight")
+            if stored and (isinstance(module, nn.Linear) or module.weight.ndim == 1):
+                hook = self._input_hook(stored, isinstance(module, nn.Linear))
+                module.register_forward_pre_hook(hook)
+        parts = [
+            child
+            for child in layer.children()
+            if any(isinstance(module, nn.Linear) for module in child.modules())
+        ]
+        if parts:
+            parts[-1].register_forward_hook(self._output_hook(number))
+
+    def _input_hook(self, names: tuple[str, ...], is_linear: bool) -> Any:
+        def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not args or not self._averages.fits(args[0]):
+                return
+            if self._wanted.means and is_linear:
+                mean = self._averages.mean(args[0])
+                self._output.means |= dict.fromkeys(names, mean)
+            if self._wanted.magnitudes:
+                magnitude = self._averages.magnitude(args[0])
+                self._output.magnitudes |= dict.fromkeys(names, magnitude)
+
+        return record
+
+    def _output_hook(self, number: int) -> Any:
+        def record(_module: nn.Module, _args: Any, output: Any) -> None:
+            if self._wanted.outputs:
+                self._output.outputs[number] = _first(output)
+
+        return record
+
+    def _replace_input(
+        self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self._given, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._given}
+
+    def _end(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+        self._output.hidden = _first(output)
+        self._tuple_size = len(output) if isinstance(output, tuple) else 0
+        raise _FinishedError
 
 
-def _shifted(name: str, by: int) -> str:
-    """`layers.3.mlp…` with another layer number; other names as they are."""
-    head, dot, rest = name.partition("layers.")
-    number, _, tail = rest.partition(".")
-    return f"{head}layers.{int(number) + by}.{tail}" if dot and number.isdigit() else name
+def _first(output: Any) -> Tensor:
+    """What a module gives, where it gives something else beside it."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
-def _layer_types(layout: ModelLayout, group: LayerGroup) -> list[str]:
-    types = getattr(layout.config, "layer_types", None) or []
-    return list(types[group.first_layer : group.end_layer])
+def _with_layers(architecture: Architecture, span: range) -> tuple[nn.Module, list[Any]]:
+    """The decoder with some of its layers, as a copy that shares their tensors; and its layers."""
+    decoder: Any = architecture.model.get_submodule(architecture.decoder)
+    clone = copy.copy(decoder)
+    clone._modules = dict(decoder._modules)
+    layers = []
+    for number in span:
+        layer = copy.copy(architecture.layer_list[number])
+        # Hooks of its own.
+        layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
+        layers.append(layer)
+    name = architecture.layers.removeprefix(architecture.decoder).strip(".")
+    setattr(clone, name, nn.ModuleList(layers))
+    clone.config = _cut(decoder.config, span, architecture.num_layers)
+    return clone, layers
 
 
-def embed(weights: Mapping[str, Tensor], input_ids: Tensor) -> Tensor:
-    """First hidden states `[batch, tokens, hidden]` of token ids `[batch, tokens]`."""
-    return nn.functional.embedding(input_ids, weights[EMBEDDING])
+def _cut(config: Any, span: range, num_layers: int) -> Any:
+    """A configuration for some layers: with their entries of every list that has one for each."""
+    found = copy.copy(config)
+    for key, value in vars(config).items():
+        if isinstance(value, list) and len(value) == num_layers:
+            object.__setattr__(found, key, value[span.start : span.stop])
+    object.__setattr__(found, _own_key(config, "num_hidden_layers"), len(span))
+    return found
 
 
-def output_shifts(
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None], mean_inputs: Sequence[Tensor]
-) -> list[Tensor]:
-    """`ΔA_i = (W_i X̄_i + b_i) − (W_0 X̄_0 + b_0)` for every model after the first.
-
-    Computed as `ΔW_i X̄_i + W_0 ΔX̄_i + Δb_i`: each product is as small as what it stands for. The
-    difference of two outputs would carry the rounding of the outputs themselves, which are far
-    larger, and would so give a low-rank shift a full set of small singular values: noise that turns
-    into rotation.
-
-    Args:
-        weights: `[d_out, d_in]`, as the forward passes used them; the reference's first.
-        biases: `[d_out]` or None.
-        mean_inputs: `X̄ᵀ` `[N, d_in]` float32.
-
-    Returns:
-        `[d_out, N]` float32 each.
-    """
-    first, *others = (weight.to(torch.float32) for weight in weights)
-    first_inputs, *inputs = mean_inputs
-    if not others:
-        return []
-    # One product with the reference's weight for all.
-    changes = torch.cat([each - first_inputs for each in inputs])
-    from_inputs = torch.split(first @ changes.T, [len(each) for each in inputs], dim=1)
-    shifts = []
-    for weight, each, shift, bias in zip(others, inputs, from_inputs, biases[1:], strict=True):
-        shift = torch.addmm(shift, weight - first, each.T)
-        if bias is not None and biases[0] is not None:
-            shift += (bias.to(torch.float32) - biases[0].to(torch.float32))[:, None]
-        shifts.append(shift)
-    return shifts
-
-
-def _meta_decoder(
-    layout: ModelLayout, group: LayerGroup, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, nn.Module]:
-    """The decoder for the group's layers, and the norm after the model's last one."""
-    # Seconds of imports, which merges without forward passes do not need.
-    from transformers import AutoModel
-
-    config = copy.deepcopy(layout.config)
-    config.num_hidden_layers = group.end_layer - group.first_layer
-    if _layer_types(layout, group):
-        config.layer_types = _layer_types(layout, group)
-    config.use_cache = False
-    with torch.device("meta"):
-        decoder: nn.Module = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    norm = decoder.get_submodule("norm")
-    decoder.norm = nn.Identity()
-    decoder.embed_tokens = nn.Identity()
-    # Rotary frequencies are no parameters: they are made anew where the pass runs.
-    rotary: Any = type(decoder.rotary_emb)
-    with torch.device(device):
-        decoder.rotary_emb = rotary(config=config)
-    return decoder.eval(), norm.eval()
+def _own_key(config: Any, key: str) -> str:
+    """What a family calls a setting."""
+    return str((getattr(config, "attribute_map", None) or {}).get(key, key))

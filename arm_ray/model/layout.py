@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from arm_ray.checkpoints import naming
-from arm_ray.checkpoints.huggingface import Checkpoint
-from arm_ray.checkpoints.weight_file import DTYPES
-from arm_ray.errors import CorruptCheckpointError, MismatchError, NotACheckpointError
+from arm_ray.model.architecture import EXPERT_COUNTS, EXPERTS_CHOSEN, architecture_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Families whose decoder gives the same bits run group by group as run whole
-# (tests/model/test_group.py). Others scale embeddings or share weights between layers, and are
-# refused until they are tested.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
-EMBEDDING, LM_HEAD = naming.EMBEDDING, naming.LM_HEAD
-FINAL_NORM = "model.norm.weight"
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 # Buffers that older versions of transformers stored; they follow from the configuration.
-_DERIVED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-# Settings that change what a forward pass computes although every tensor has the same shape.
-_FORWARD_SETTINGS = (
-    "hidden_act",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
-    "layer_types",
-    "sliding_window",
-    "tie_word_embeddings",
-)
-_OWN_BASE = "merge checkpoints of one training run, and its own base"
+DERIVED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
 @dataclass(frozen=True)
@@ -69,230 +39,241 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """The tensors of a model, from its configuration alone.
+    """The tensors of a model, under their names in the files of the base.
 
     Attributes:
         config: The model's configuration.
-        shapes: Name -> shape, in the model's order; a tied `lm_head` is left out.
+        class_name: transformers' class of the model, as the base names it; None: the family's.
+        shapes: Name -> shape of what is merged, in the model's order; a tied head is left out.
         rotated: Names of the 2-D weights of linear modules inside the decoder layers.
         groups: The layer groups, in order.
+        layer_numbers: Name -> decoder layer, 0-based, of the tensors inside the layers.
+        embedding: Name of the embedding's weight.
+        head: Names of the head's tensors; the embedding, where they are tied.
+        tail: Names of the tensors between the last layer and the head: those of the last norm.
+        tied_copy: What a copy of the embedding as the head is called in files; None: the head has
+            weights of its own.
+        unknown: Names of tensors of the base that the model does not have, merged or carried.
+        carried: Name -> shape of tensors that are not merged, but copied from the base.
+        experts: Names of the rotated weights that are an expert's of a mixture.
+        no_forward: Why no forward passes can be run; None: they can.
     """
 
     config: PretrainedConfig
+    class_name: str | None
     shapes: Mapping[str, tuple[int, ...]]
     rotated: frozenset[str]
     groups: tuple[LayerGroup, ...]
+    layer_numbers: Mapping[str, int]
+    embedding: str
+    head: tuple[str, ...]
+    tail: tuple[str, ...]
+    tied_copy: str | None = None
+    unknown: tuple[str, ...] = ()
+    carried: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: frozenset[str] = frozenset()
+    no_forward: str | None = None
 
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return self.groups[-1].end_layer
 
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder, which may be a part of the model's."""
+        return self.config.get_text_config(decoder=True)
 
-def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """Read a checkpoint's configuration, with the defaults that its family fills in.
+    @property
+    def expert_share(self) -> float:
+        """The part of a layer's experts that a token is sent to."""
+        config = self.text_config
+        counts = [getattr(config, key, None) for key in EXPERT_COUNTS]
+        chosen = [getattr(config, key, None) for key in EXPERTS_CHOSEN]
+        total, most = (next((n for n in given if n), None) for given in (counts, chosen))
+        return float(most) / float(total) if total and most else 1.0
 
-    Raises:
-        NotACheckpointError: The family is not supported.
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the head is not the embedding."""
+        return self.tied_copy is None
+
+    @property
+    def head_group(self) -> int:
+        """Index of the layer group that holds the head."""
+        return len(self.groups) - 1 if self.has_own_head else 0
+
+    def is_layer_tensor(self, name: str) -> bool:
+        """Whether a tensor belongs to a decoder layer."""
+        return name in self.layer_numbers
+
+    def layer_of(self, name: str) -> int:
+        """The decoder layer that a tensor is nearest to: its own, the first, or the last."""
+        default = 0 if name == self.embedding else self.num_layers - 1
+        return self.layer_numbers.get(name, default)
+
+    def rotated_as(self, ends: Collection[str]) -> frozenset[str]:
+        """The rotated weights of the layers with one of these ends of their names."""
+        return frozenset(n for n in self.rotated if any(n.endswith(f".{end}") for end in ends))
+
+    def carrying(self, names: Collection[str]) -> ModelLayout:
+        """The same, with some of the unknown tensors copied from the base and not merged."""
+        groups = []
+        for group in self.groups:
+            kept = tuple(name for name in group.tensors if name not in names)
+            groups.append(replace(group, tensors=kept, num_bytes=_bytes(kept, self.shapes)))
+        return replace(
+            self,
+            shapes={n: shape for n, shape in self.shapes.items() if n not in names},
+            groups=tuple(groups),
+            carried={n: shape for n, shape in self.shapes.items() if n in names},
+        )
+
+
+def model_layout(
+    config: PretrainedConfig,
+    layers_per_group: int = 1,
+    stored: Mapping[str, tuple[int, ...]] | None = None,
+    class_name: str | None = None,
+) -> ModelLayout:
+    """List a model's tensors by building it on the `meta` device, which holds no data.
+
+    Args:
+        config: The model's configuration.
+        layers_per_group: Decoder layers of a group.
+        stored: Name -> shape of the tensors in the base's files; None: they are as transformers
+            would write them.
+        class_name: transformers' class of the model; None: the family's.
     """
-    family = checkpoint.config.get("model_type")
-    if family not in FAMILIES:
-        raise NotACheckpointError(
-            "the model's family is not supported",
-            where=checkpoint.config_directory / "config.json",
-            got=f"model_type {family!r}",
-            expected=", ".join(FAMILIES),
-        )
-    if checkpoint.config.get("quantization_config") is not None:
-        raise NotACheckpointError(
-            "the checkpoint is quantised",
-            where=checkpoint.config_directory / "config.json",
-            expected="weights in float32, bfloat16 or float16",
-            hint="merge the full-precision checkpoints, and quantise the result",
-        )
-    from transformers import AutoConfig
+    architecture = architecture_of(config, class_name)
+    written = architecture.written_shapes() if stored is None else stored
+    weights, rest = architecture.weights(written)
+    in_files = {name: weight for weight in weights for name in weight.names}
+    shapes: dict[str, tuple[int, ...]] = {}
+    layer_numbers: dict[str, int] = {}
+    for name, shape in architecture.shapes.items():
+        weight = in_files.get(name)
+        number = architecture.layer_number(name)
+        # One that the files lack is missed by the model's name (`check_tensors`).
+        for each in (name,) if weight is None else weight.stored:
+            whole = weight is None or weight.make is None
+            shapes.setdefault(each, shape if whole else written[each])
+            if number is not None:
+                layer_numbers[each] = number
+    tied_copy = architecture.tied_copy
+    unknown = {
+        name: written[name]
+        for name in sorted(rest)
+        if not DERIVED.search(name) and name != tied_copy
+    }
+    linear = architecture.linear
+    experts = {
+        name
+        for weight in weights
+        for names in weight.experts
+        for name in names
+        if len(shapes[name]) == 2 and name in layer_numbers
+    }
+    rotated = experts | {
+        name
+        for weight in weights
+        for name in weight.stored
+        if linear.issuperset(weight.names) and len(shapes[name]) == 2
+    }
 
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            checkpoint.config_directory, trust_remote_code=False
-        )
-        # A base whose vocabulary has grown says so itself, not in its file.
-        config.vocab_size = int(checkpoint.config.get("vocab_size", config.vocab_size))
-    except Exception as error:  # each family validates in its own way
-        raise _bad_config(checkpoint, error) from None
-    return config
+    def names_of(members: Collection[str]) -> tuple[str, ...]:
+        return tuple(in_files[n].stored[0] if n in in_files else n for n in members)
 
-
-def _bad_config(checkpoint: Checkpoint, error: Exception) -> CorruptCheckpointError:
-    return CorruptCheckpointError(
-        "the configuration of a checkpoint is refused by its family",
-        where=checkpoint.config_directory / "config.json",
-        got=" ".join(str(error).split())[:300],
-        hint="restore config.json from the training run",
+    [embedding] = names_of([architecture.embedding])
+    groups = _groups(
+        shapes, unknown, layer_numbers, embedding, architecture.num_layers, layers_per_group
     )
-
-
-def model_layout(config: PretrainedConfig, layers_per_group: int = 1) -> ModelLayout:
-    """List a model's tensors by building it on the `meta` device, which holds no data."""
-    # Seconds of imports, which only the driver needs.
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    rotated = frozenset(
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and _LAYER.match(name)
+    return ModelLayout(
+        config,
+        class_name,
+        {**shapes, **unknown},
+        frozenset(rotated),
+        groups,
+        layer_numbers,
+        embedding,
+        names_of(architecture.head_tensors),
+        names_of(architecture.tail),
+        tied_copy,
+        tuple(unknown),
+        experts=frozenset(experts),
     )
-    groups = _groups(shapes, int(config.num_hidden_layers), layers_per_group)
-    return ModelLayout(config, shapes, rotated, groups)
 
 
 def _groups(
-    shapes: Mapping[str, tuple[int, ...]], num_layers: int, layers_per_group: int
+    shapes: Mapping[str, tuple[int, ...]],
+    unknown: Mapping[str, tuple[int, ...]],
+    layer_numbers: Mapping[str, int],
+    embedding: str,
+    num_layers: int,
+    layers_per_group: int,
 ) -> tuple[LayerGroup, ...]:
     starts = list(range(0, num_layers, layers_per_group))
     members: list[list[str]] = [[] for _ in starts]
     for name in shapes:
-        layer = _LAYER.match(name)
-        if layer:
-            members[int(layer[1]) // layers_per_group].append(name)
+        if name in layer_numbers:
+            members[layer_numbers[name] // layers_per_group].append(name)
         else:
-            members[0 if name == EMBEDDING else -1].append(name)
+            members[0 if name == embedding else -1].append(name)
+    sizes = [_bytes(names, shapes) for names in members]
+    # They are read by no forward pass: each goes where there is least.
+    for name, shape in unknown.items():
+        index = sizes.index(min(sizes))
+        members[index].append(name)
+        sizes[index] += 4 * prod(shape)
     return tuple(
-        LayerGroup(
-            index,
-            start,
-            min(start + layers_per_group, num_layers),
-            tuple(names),
-            sum(4 * prod(shapes[name]) for name in names),
-        )
-        for index, (start, names) in enumerate(zip(starts, members, strict=True))
+        LayerGroup(index, start, min(start + layers_per_group, num_layers), tuple(names), size)
+        for index, (start, names, size) in enumerate(zip(starts, members, sizes, strict=True))
     )
 
 
-def is_layer_tensor(name: str) -> bool:
-    """Whether a tensor belongs to a decoder layer."""
-    return layer_number(name) is not None
+def _bytes(names: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(4 * prod(shapes[name]) for name in names)
 
 
-def layer_number(name: str) -> int | None:
-    """The decoder layer that a tensor belongs to, 0-based; None: to none."""
-    found = _LAYER.match(name)
-    return int(found[1]) if found else None
+# A layer's number in the name of a tensor, of a family that nothing is known of.
+_NUMBER = re.compile(r"^(.*?)\.(\d+)\.")
 
 
-def layer_of(name: str, num_layers: int) -> int:
-    """The decoder layer that a tensor is nearest to: its own, the first, or the last."""
-    number = layer_number(name)
-    if number is not None:
-        return number
-    return 0 if name == EMBEDDING else num_layers - 1
-
-
-def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> None:
-    """Check that a checkpoint has the tensors and the forward pass of `layout`.
+def table_layout(
+    config: PretrainedConfig,
+    layers_per_group: int,
+    stored: Mapping[str, tuple[int, ...]],
+    no_forward: str,
+) -> ModelLayout:
+    """List a model's tensors from the tables of its files alone, for merges without forward passes.
 
     Args:
-        layout: From the base.
-        checkpoint: The base itself, or a candidate.
-        label: How the configuration calls it, for messages.
-
-    Raises:
-        MismatchError: A setting, a tensor or a shape differs; names the first.
-        NotACheckpointError: The family is not supported.
+        config: The model's configuration, of any family.
+        layers_per_group: Decoder layers of a group.
+        stored: Name -> shape of the tensors in the base's files.
+        no_forward: Why no forward passes can be run.
     """
-    where = f"{label}: {checkpoint.path}"
-    family, expected_family = checkpoint.config.get("model_type"), layout.config.model_type
-    if family != expected_family:
-        raise _mismatch("the architecture differs from the base's", where, family, expected_family)
-    config = load_config(checkpoint)
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
-        hint = _OWN_BASE
-        if key == "vocab_size" and config.vocab_size > layout.config.vocab_size:
-            hint = (
-                "if tokens were added to all candidates, set vocabulary to common: the rows in "
-                "common are merged, the others are the candidates' mean"
-            )
-        _check_setting(key, config, layout.config, where, hint)
-    check_tensors(layout, checkpoint, where, tied=bool(config.tie_word_embeddings))
-    for key in _FORWARD_SETTINGS:
-        _check_setting(key, config, layout.config, where)
-
-
-def derived_tensors(checkpoint: Checkpoint) -> list[str]:
-    """Names of the stored buffers that follow from the configuration, and are not merged."""
-    return sorted(name for name in checkpoint.tensors if _DERIVED.search(name))
-
-
-def check_tensors(
-    layout: ModelLayout,
-    checkpoint: Checkpoint,
-    where: str,
-    *,
-    tied: bool,
-    hint: str = _OWN_BASE,
-) -> None:
-    """Check that a directory of weight files has the tensors of `layout`, whatever they mean.
-
-    Args:
-        layout: From the base.
-        checkpoint: The directory.
-        where: How messages call it.
-        tied: Whether a copy of the head is tolerated.
-        hint: What to do where they differ.
-
-    Raises:
-        MismatchError: A tensor or a shape differs; names the first.
-    """
-    names = {
-        name
-        for name in checkpoint.tensors
-        if not _DERIVED.search(name) and not (tied and name == LM_HEAD)
-    }
-    for name, shape in layout.shapes.items():
-        if name not in names:
-            got = f"no {name}{_instead(name, names - layout.shapes.keys())}"
-            raise _mismatch("a tensor is missing", where, got, f"{name} {list(shape)}", hint)
-        found = checkpoint.tensors[name].shape
-        if found != shape:
-            raise _mismatch(f"the shape of {name} differs", where, list(found), list(shape), hint)
-    extra = sorted(names - set(layout.shapes))
-    if extra:
-        raise _mismatch(
-            "a tensor is there that the model does not have",
-            where,
-            extra[0],
-            "the base's tensors",
-            hint,
-        )
-
-
-def _instead(name: str, others: Collection[str]) -> str:
-    """What may be there in place of a tensor, among those that the model does not have."""
-    longer = [other for other in sorted(others) if other.endswith(f".{name}")]
-    near = longer[:1] or difflib.get_close_matches(name, sorted(others), n=1, cutoff=0.8)
-    return f", but {near[0]}" if near else ""
-
-
-def _check_setting(key: str, config: Any, expected: Any, where: str, hint: str = _OWN_BASE) -> None:
-    found, wanted = getattr(config, key, None), getattr(expected, key, None)
-    if found != wanted:
-        raise _mismatch(f"{key} differs from the base's", where, str(found), str(wanted), hint)
-
-
-def _mismatch(
-    what: str, where: str, got: object, expected: object, hint: str = _OWN_BASE
-) -> MismatchError:
-    return MismatchError(what, where=where, got=got, expected=expected, hint=hint)
-
-
-def base_dtype(layout: ModelLayout, base: Checkpoint) -> torch.dtype:
-    """The dtype that most of the base's rotated weights are stored in."""
-    sizes: dict[str, int] = {}
-    for name in layout.rotated:
-        entry = base.tensors[name]
-        sizes[entry.code] = sizes.get(entry.code, 0) + entry.num_bytes
-    return DTYPES[max(sizes, key=lambda code: (sizes[code], code))]
+    shapes = {name: stored[name] for name in sorted(stored) if not DERIVED.search(name)}
+    found = {name: match for name in shapes if (match := _NUMBER.match(name))}
+    # Of several numbered lists, that which holds most is the one of the layers.
+    sizes = Counter[str]()
+    for name, match in found.items():
+        sizes[match[1]] += prod(shapes[name])
+    layers = sizes.most_common(1)[0][0] if sizes else None
+    layer_numbers = {name: int(match[2]) for name, match in found.items() if match[1] == layers}
+    num_layers = max(layer_numbers.values(), default=0) + 1
+    in_layers = {name: shape for name, shape in shapes.items() if name in layer_numbers}
+    others = {name: shape for name, shape in shapes.items() if name not in layer_numbers}
+    matrices = (n for n, shape in in_layers.items() if len(shape) == 2 and n.endswith(".weight"))
+    return ModelLayout(
+        config,
+        None,
+        shapes,
+        frozenset(matrices),
+        _groups(in_layers, others, layer_numbers, "", num_layers, layers_per_group),
+        layer_numbers,
+        "",
+        (),
+        (),
+        no_forward=no_forward,
+    )

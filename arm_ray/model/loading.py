@@ -6,10 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import open_checkpoint
+from arm_ray.errors import NotACheckpointError
+from arm_ray.model.architecture import architecture_of
 
 
 def loading_problems(directory: Path) -> list[str]:
@@ -44,10 +44,11 @@ def loading_problems(directory: Path) -> list[str]:
         except Exception as error:  # the same
             found.append(f"its tokenizer cannot be loaded: {_line(error)}")
         else:
-            if len(tokenizer) > config.vocab_size:
+            rows = config.get_text_config(decoder=True).vocab_size
+            if len(tokenizer) > rows:
                 found.append(
-                    f"its tokenizer has {len(tokenizer)} tokens, but the embedding only "
-                    f"{config.vocab_size} rows: it is not the model's"
+                    f"its tokenizer has {len(tokenizer)} tokens, but the embedding only {rows} "
+                    "rows: it is not the model's"
                 )
     return found
 
@@ -57,18 +58,27 @@ def _of_weights(directory: Path, config: Any) -> list[str]:
     import transformers
 
     [name] = config.architectures
-    with torch.device("meta"):
-        model = getattr(transformers, name)(config)
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    stored = {n: entry.shape for n, entry in open_checkpoint(directory).tensors.items()}
+    if not hasattr(transformers, name):
+        return [f"transformers, as it is installed, has no class {name}"]
     found = []
     if not vllm_knows(name):
         found.append(f"vLLM, as it is installed, has no class {name}")
-    if stored == shapes:
-        return found
-    other = sorted(n for n in {*shapes, *stored} if shapes.get(n) != stored.get(n))
-    told = f"{name} does not have the tensors of its files; the first that differs is {other[0]}"
-    return [*found, told]
+    try:
+        architecture = architecture_of(config, name)
+    except NotACheckpointError:
+        return found  # no causal language model, and its tensors are those of the base
+    stored = {n: entry.shape for n, entry in open_checkpoint(directory).tensors.items()}
+    weights, _ = architecture.weights(stored)
+    made = {each for weight in weights for each in weight.names}
+    other = sorted(architecture.shapes.keys() - made)
+    for weight in weights:
+        if weight.make is None and stored[weight.stored[0]] != architecture.shapes[weight.names[0]]:
+            other.append(weight.stored[0])
+    if other:
+        found.append(
+            f"{name} does not have the tensors of its files; the first that differs is {other[0]}"
+        )
+    return found
 
 
 def vllm_knows(name: str) -> bool:

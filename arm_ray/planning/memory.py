@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from arm_ray.config import RuntimeConfig
-from arm_ray.model.layout import EMBEDDING, is_layer_tensor
 from arm_ray.model.partition import chunks_of
 from arm_ray.planning.devices import GB
 from arm_ray.planning.workload import (
@@ -200,18 +199,14 @@ class _Walk:
         rounds, check = most_trials(workload.schedule, len(use.plan.contributors))
         most = max(*rounds, check, 1) if workload.step_samples else 1
         item = workload.compute_dtype.itemsize
-        layers = sum(
-            workload.elements(name)
-            for group in chunk
-            for name in workload.layout.groups[group].tensors
-            if is_layer_tensor(name)
-        )
+        layers = sum(map(workload.layer_elements, chunk))
+        embedding = workload.elements(workload.layout.embedding) * (FLOAT32 + item)
         samples = max(workload.step_samples, workload.check_samples, *workload.compared_samples)
         hidden = most * workload.micro_batches_of(samples) * workload.hidden_bytes
         # One state's embedding at a time, which also is the head, and its logits.
-        head = workload.elements(EMBEDDING) * (FLOAT32 + item) if self._is_first else 0
+        head = embedding if self._is_first else 0
         if self._is_last:
-            head = workload.elements(EMBEDDING) * (FLOAT32 + item) + 2 * FLOAT32 * LOGITS
+            head = embedding + 2 * FLOAT32 * LOGITS
         return {
             COMPUTE: copies + most * layers * item,
             MEANS: means,
@@ -310,21 +305,12 @@ class _Walk:
 
     def _compute(self, plan: IterationPlan, group: int) -> int:
         """Copies of the layers in the compute dtype, where they are not the stored ones."""
-        workload, total = self._workload, 0
         moves = self._on_gpu and self._residency != "device"
-        for name in workload.layout.groups[group].tensors:
-            if is_layer_tensor(name):
-                size = workload.elements(name) * workload.compute_dtype.itemsize
-                for state in plan.inputs:
-                    if moves or workload.dtype(state, name) != workload.compute_dtype:
-                        total += size
-        return total
+        return sum(_compute_copy(self._workload, state, group, moves) for state in plan.inputs)
 
     def _means(self, plan: IterationPlan, group: int) -> int:
-        workload = self._workload
-        names = workload.layout.groups[group].tensors
-        widths = [workload.layout.shapes[n][1] for n in names if n in workload.layout.rotated]
-        return FLOAT32 * workload.samples * sum(widths) * len(plan.inputs)
+        widths = _widths(self._workload, group)
+        return FLOAT32 * self._workload.samples * widths * len(plan.inputs)
 
     def _hidden(self, plan: IterationPlan) -> int:
         """Hidden states of one iteration that arrived, that wait inside, and that were sent.
@@ -345,7 +331,7 @@ class _Walk:
 
     def _activations(self) -> int:
         """Of one decoder layer on one micro-batch, at its largest instant."""
-        config = self._workload.layout.config
+        config = self._workload.layout.text_config
         item = self._workload.compute_dtype.itemsize
         tokens = self._workload.rows * self._workload.tokens
         hidden, inner = int(config.hidden_size), int(config.intermediate_size)
@@ -376,3 +362,25 @@ def _larger(peak: Peak, terms: Terms, when: str) -> Peak:
 @functools.lru_cache(maxsize=100_000)
 def _group_bytes(workload: Workload, state: str, group: int, layers_only: bool) -> int:
     return workload.group_bytes(state, group, layers_only=layers_only)
+
+
+@functools.cache
+def _compute_copy(workload: Workload, state: str, group: int, moves: bool) -> int:
+    """Bytes of the copies of one state's layers in the compute dtype.
+
+    Experts that lie one by one in the files are always put together in another place.
+    """
+    layout, dtype = workload.layout, workload.compute_dtype
+    return sum(
+        workload.elements(name) * dtype.itemsize
+        for name in layout.groups[group].tensors
+        if layout.is_layer_tensor(name)
+        and (moves or workload.dtype(state, name) != dtype or name in layout.experts)
+    )
+
+
+@functools.cache
+def _widths(workload: Workload, group: int) -> int:
+    """The widths of the inputs of a group's rotated weights, together."""
+    layout = workload.layout
+    return sum(layout.shapes[n][1] for n in layout.groups[group].tensors if n in layout.rotated)

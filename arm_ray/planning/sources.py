@@ -22,7 +22,9 @@ from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, CorruptCheckpointError, NotACheckpointError
 from arm_ray.hardware import Units
-from arm_ray.model.layout import ModelLayout, base_dtype, check_layout, load_config, model_layout
+from arm_ray.model.checks import base_dtype, layout_of
+from arm_ray.model.layout import ModelLayout
+from arm_ray.model.unknown import check_all
 from arm_ray.planning.workload import Workload
 from arm_ray.schedule import BASE, INITIAL, candidate_name
 from arm_ray.steps import step_samples
@@ -64,8 +66,7 @@ def open_workload(
         )
     if path is None:
         base = _open_url(config.base, BASE, config)
-        layout = model_layout(load_config(base), config.runtime.layers_per_group)
-        check_layout(layout, base, BASE)
+        layout = layout_of(base, config.runtime.layers_per_group)
     else:
         layout, base = _open_base(path, kind, masters, config.runtime.layers_per_group, notes)
     checkpoints = {BASE: base}
@@ -86,10 +87,9 @@ def open_workload(
     if config.vocabulary == "common":
         checkpoints = with_grown_base(checkpoints)
     if checkpoints[BASE] is not base:
-        layout = model_layout(load_config(checkpoints[BASE]), config.runtime.layers_per_group)
-    for label, checkpoint in checkpoints.items():
-        if checkpoint is not base:
-            check_layout(layout, checkpoint, label)
+        layout = layout_of(checkpoints[BASE], config.runtime.layers_per_group)
+    layout, checkpoints, unknown = check_all(layout, checkpoints, config)
+    notes += unknown
     return workload_of(config, layout, checkpoints, tokens_per_sample, units, notes), notes
 
 
@@ -161,8 +161,7 @@ def _calibration(
     config: MergeConfig, tokens_per_sample: int | None, notes: list[str]
 ) -> tuple[int, int]:
     """Samples of an iteration, and tokens of each."""
-    takes_losses = config.schedule.searches_step or config.compares_losses
-    if config.calibration is None or not (config.method.needs_calibration or takes_losses):
+    if config.calibration is None or not config.runs_forward:
         return 0, 1
     samples = config.calibration.batch_size if config.method.needs_calibration else 0
     if tokens_per_sample is None:
@@ -217,16 +216,14 @@ def _open_base(
 ) -> tuple[ModelLayout, Checkpoint]:
     if not (path / "config.json").is_file() or _has_weights(path):
         base = _open(path, BASE, kind, masters)  # with its own words for what is missing
-        layout = model_layout(load_config(base), layers_per_group)
-        check_layout(layout, base, BASE)
-        return layout, base
+        return layout_of(base, layers_per_group), base
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CorruptCheckpointError(
             "base: config.json cannot be read", where=path / "config.json", got=error
         ) from None
-    layout = model_layout(load_config(Checkpoint(path, content, {})), layers_per_group)
+    layout = layout_of(Checkpoint(path, content, {}), layers_per_group)
     name = content.get("dtype") or content.get("torch_dtype") or "bfloat16"
     code = _CODES.get(str(name), "BF16")
     notes.append(f"base: no weights at {path.name}; taken to be stored in {_name(code)}")

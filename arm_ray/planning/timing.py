@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from arm_ray.config import RuntimeConfig
-from arm_ray.model.layout import EMBEDDING, is_layer_tensor
 from arm_ray.model.partition import call_order, chunks_of, receivers
 from arm_ray.planning.devices import Device
 from arm_ray.planning.simulator import ChunkTimes, IterationTimes, ShardTimes
@@ -134,17 +133,13 @@ class Clock:
         calls = subjects * workload.micro_batches_of(samples)
         name = str(workload.compute_dtype).removeprefix("torch.")
         rate = self._device.forward_efficiency * self._device.flops[name]
-        head = 2.0 * workload.layout.shapes[EMBEDDING][0] * workload.layout.shapes[EMBEDDING][1]
+        head = 2.0 * workload.elements(workload.layout.embedding)
         shards = []
         for index, groups in enumerate(self._placement.shards):
             flops = moved = made = 0.0
             for group in groups:
                 work = forward_work(workload, workload.layout.groups[group], samples)
-                layers = sum(
-                    workload.elements(n)
-                    for n in workload.layout.groups[group].tensors
-                    if is_layer_tensor(n)
-                )
+                layers = workload.layer_elements(group)
                 flops += work.forward_flops
                 moved += workload.compute_dtype.itemsize * layers
                 # Each input's rows are read and cast, added, and written.
@@ -243,9 +238,7 @@ class Clock:
         factor_rate = device.factor_efficiency * device.flops["float64"]
         names = workload.layout.groups[group].tensors
         elements = sum(map(workload.elements, names))
-        layer_bytes = workload.compute_dtype.itemsize * sum(
-            workload.elements(n) for n in names if is_layer_tensor(n)
-        )
+        layer_bytes = workload.compute_dtype.itemsize * workload.layer_elements(group)
         call = 0.0
         if calls:
             products = work.forward_flops / calls / forward_rate

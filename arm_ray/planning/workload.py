@@ -14,7 +14,7 @@ from math import ceil, prod
 import torch
 
 from arm_ray.config import ScheduleConfig
-from arm_ray.model.layout import LayerGroup, ModelLayout, is_layer_tensor
+from arm_ray.model.layout import LayerGroup, ModelLayout
 from arm_ray.schedule import (
     BASE,
     IterationPlan,
@@ -119,7 +119,7 @@ class Workload:
     @property
     def hidden_bytes(self) -> int:
         """Hidden states of one micro-batch of one state."""
-        hidden = int(self.layout.config.hidden_size)
+        hidden = int(self.layout.text_config.hidden_size)
         return self.rows * self.tokens * hidden * self.compute_dtype.itemsize
 
     def dtype(self, state: str, name: str) -> torch.dtype:
@@ -137,11 +137,11 @@ class Workload:
 
     def group_bytes(self, state: str, group: int, *, layers_only: bool = False) -> int:
         """Stored bytes of a layer group of a state, or of its decoder-layer tensors alone."""
-        return sum(
-            self.elements(name) * self.dtype(state, name).itemsize
-            for name in self.layout.groups[group].tensors
-            if is_layer_tensor(name) or not layers_only
-        )
+        return _group_bytes(self, state, group, layers_only)
+
+    def layer_elements(self, group: int) -> int:
+        """Numbers in the decoder-layer tensors of a layer group."""
+        return _layer_elements(self, group)
 
     def plan(self, iteration: int) -> IterationPlan:
         """What an iteration merges."""
@@ -238,6 +238,24 @@ class GroupWork:
         return self.factor_flops + self.apply_flops
 
 
+# A mixture of experts has tens of thousands of tensors, which a plan asks about again and again.
+@functools.cache
+def _group_bytes(workload: Workload, state: str, group: int, layers_only: bool) -> int:
+    layout = workload.layout
+    return sum(
+        workload.elements(name) * workload.dtype(state, name).itemsize
+        for name in layout.groups[group].tensors
+        if not layers_only or layout.is_layer_tensor(name)
+    )
+
+
+@functools.cache
+def _layer_elements(workload: Workload, group: int) -> int:
+    layout = workload.layout
+    names = layout.groups[group].tensors
+    return sum(workload.elements(name) for name in names if layout.is_layer_tensor(name))
+
+
 @functools.cache
 def group_work(workload: Workload, group: int, num_states: int) -> GroupWork:
     """The work of one layer group in an iteration with so many input states."""
@@ -253,22 +271,28 @@ def group_work(workload: Workload, group: int, num_states: int) -> GroupWork:
 
 def forward_work(workload: Workload, group: LayerGroup, passes: int) -> GroupWork:
     """The forward pass of one layer group over so many samples, each state's counted."""
-    config = workload.layout.config
+    config = workload.layout.text_config
     layers = group.end_layer - group.first_layer
     heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
     tokens = passes * workload.tokens
     weights = [name for name in group.tensors if name in workload.layout.rotated]
+    layout = workload.layout
     parameters = sum(map(workload.elements, weights))
+    # A token is multiplied by the weights of the experts that it is sent to.
+    experts = sum(workload.elements(name) for name in weights if name in layout.experts)
+    used = parameters - experts * (1.0 - layout.expert_share)
     # q, k and v share an input, and so do gate and up: of seven inputs four are different.
     shared = ("k_proj", "v_proj", "up_proj")
     widths = sum(
-        workload.layout.shapes[name][1] for name in weights if name.split(".")[-2] not in shared
+        layout.shapes[name][1] * (layout.expert_share if name in layout.experts else 1.0)
+        for name in weights
+        if name.split(".")[-2] not in shared
     )
     itemsize = workload.compute_dtype.itemsize
     cast = 0 if itemsize == FLOAT32 else 2 * FLOAT32
     return GroupWork(
-        linear_flops=2.0 * parameters * tokens,
+        linear_flops=2.0 * used * tokens,
         # Q Kᵀ and the product with V, 4·L²·(heads·head_dim) a sample; half of it is masked away.
         attention_flops=2.0 * layers * tokens * workload.tokens * heads * head_dim,
         capture_flops=2.0 * widths * tokens + 2.0 * parameters * passes,

@@ -23,7 +23,7 @@ def _pieces(workload: Workload, name: str) -> list[int]:
     elements = workload.elements(name)
     if name in workload.layout.rotated and workload.samples:
         return [elements]
-    rows = workload.layout.shapes[name][0]
+    rows = (*workload.layout.shapes[name], 1)[0]
     width = max(1, elements // max(1, rows))
     piece = max(1, PIECE // width) * width
     whole, rest = divmod(elements, piece)

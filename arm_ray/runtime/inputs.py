@@ -15,19 +15,12 @@ from arm_ray.checkpoints.formats import open_given
 from arm_ray.checkpoints.huggingface import Checkpoint, open_tensors, resolve_path
 from arm_ray.checkpoints.validation import check_tied_head, check_zero_padding
 from arm_ray.checkpoints.vocabulary import GrownBase, with_grown_base
-from arm_ray.checkpoints.weight_file import DTYPES
+from arm_ray.checkpoints.weight_file import DTYPES, STORED_DTYPES, TensorSpec
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, NotACheckpointError, about
-from arm_ray.model.layout import (
-    LM_HEAD,
-    ModelLayout,
-    base_dtype,
-    check_layout,
-    check_tensors,
-    derived_tensors,
-    load_config,
-    model_layout,
-)
+from arm_ray.model.checks import base_dtype, check_tensors, derived_tensors, layout_of
+from arm_ray.model.layout import ModelLayout
+from arm_ray.model.unknown import check_all
 from arm_ray.schedule import BASE, INITIAL, candidate_name
 
 _DTYPE_BY_NAME = {
@@ -49,6 +42,8 @@ class MergeInputs:
         storage_dtypes: Name -> dtype in the final model.
         tokenizer: Directory of the tokenizer, chat template and generation settings.
         second_moments: Name of a candidate -> its second moments; empty unless configured.
+        unknown: What becomes of tensors that the model does not have: a sentence each.
+        carried: The base's that are taken over; None: none.
     """
 
     checkpoints: Mapping[str, Checkpoint]
@@ -57,6 +52,8 @@ class MergeInputs:
     storage_dtypes: Mapping[str, torch.dtype]
     tokenizer: Path
     second_moments: Mapping[str, Checkpoint]
+    unknown: tuple[str, ...] = ()
+    carried: states.Carried | None = None
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -69,12 +66,18 @@ class MergeInputs:
         """What is read, or written, otherwise than it lies there: a sentence each."""
         found = [f"{n}: {c.renamed}" for n, c in self.checkpoints.items() if c.renamed is not None]
         for label, checkpoint in self.checkpoints.items():
-            left = derived_tensors(checkpoint)
-            if left:
+            derived = derived_tensors(checkpoint)
+            if derived:
                 found.append(
-                    f"{label}: {len(left)} buffer(s) follow from the configuration and are left "
-                    f"out, the first is {left[0]}"
+                    f"{label}: {len(derived)} buffer(s) follow from the configuration and are left "
+                    f"out, the first is {derived[0]}"
                 )
+            if checkpoint.left_out:
+                found.append(
+                    f"{label}: {len(checkpoint.left_out)} entries of its files are not the "
+                    f"model's, and are left out: the first is {checkpoint.left_out[0]}"
+                )
+        found += self.unknown
         base, known = self.checkpoints[BASE], self._architectures
         if isinstance(base, GrownBase):
             before, after = (c.config["vocab_size"] for c in (base.base, base))
@@ -83,7 +86,7 @@ class MergeInputs:
                 "in common are merged, the others are the candidates' mean (vocabulary: common)"
             )
         stored = base.config.get("architectures")
-        if stored != known:
+        if stored != known and known:
             given = f"names {stored}" if stored else "names no class"
             found.append(
                 f"base: config.json {given}, which nothing can load; the merged model is written "
@@ -101,7 +104,11 @@ class MergeInputs:
         names = stored if isinstance(stored, list) else []
         if names and all(isinstance(n, str) and hasattr(transformers, n) for n in names):
             return names
-        return [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[str(self.layout.config.model_type)]]
+        family = str(self.layout.config.model_type)
+        if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            # The class is in the checkpoint's own code, or of a newer transformers.
+            return names
+        return [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
 
     def model_config(self, dtype: torch.dtype) -> dict[str, Any]:
         """Content of `config.json` for weights in `dtype`; everything else as in the base."""
@@ -109,7 +116,8 @@ class MergeInputs:
         name = str(dtype).removeprefix("torch.")
         # transformers 5 writes `dtype`; version 4 wrote, and still reads, `torch_dtype`.
         key = "dtype" if "dtype" in config else "torch_dtype"
-        return {**config, key: name, "architectures": self._architectures}
+        known = self._architectures
+        return {**config, key: name, **({"architectures": known} if known else {})}
 
 
 def open_inputs(config: MergeConfig) -> MergeInputs:
@@ -142,12 +150,14 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
     if config.vocabulary == "common":
         checkpoints = with_grown_base(checkpoints)
     base = checkpoints[BASE]
-    layout = model_layout(load_config(base), config.runtime.layers_per_group)
+    with about(BASE):
+        layout = layout_of(base, config.runtime.layers_per_group)
+    layout, checkpoints, unknown = check_all(layout, checkpoints, config)
     for label, checkpoint in checkpoints.items():
         with about(label):
-            check_layout(layout, checkpoint, label)
-            if LM_HEAD not in layout.shapes:
-                check_tied_head(checkpoint, f"{label}: {checkpoint.path}")
+            if layout.tied_copy is not None:
+                where = f"{label}: {checkpoint.path}"
+                check_tied_head(checkpoint, where, layout.embedding, layout.tied_copy)
     check_zero_padding(checkpoints)
     compute, storage = config.precision.compute_dtype, config.precision.storage_dtype
     return MergeInputs(
@@ -160,6 +170,21 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
         },
         _tokenizer_source(config, checkpoints),
         _open_second_moments(config, layout),
+        tuple(unknown),
+        _carried(layout, base),
+    )
+
+
+def _carried(layout: ModelLayout, base: Checkpoint) -> states.Carried | None:
+    if not layout.carried:
+        return None
+    codes = {name: base.tensors[name].code for name in layout.carried}
+    return states.Carried(
+        base,
+        tuple(
+            TensorSpec(name, STORED_DTYPES[codes[name]], shape)
+            for name, shape in layout.carried.items()
+        ),
     )
 
 
@@ -192,7 +217,6 @@ def _open_second_moments(config: MergeConfig, layout: ModelLayout) -> dict[str, 
                 layout,
                 opened[candidate],
                 f"{label}: {opened[candidate].path}",
-                tied=LM_HEAD not in layout.shapes,
                 hint="save exp_avg_sq of every weight under its name; zeros for one that was "
                 "frozen",
             )

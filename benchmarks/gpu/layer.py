@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from arm_ray.model.layout import is_layer_tensor
 from benchmarks.gpu.rates import Rates
 from benchmarks.layer14b import SAMPLES, STATES, layer_work, make_layout, measure
 from benchmarks.random_models import SHAPES
@@ -32,7 +31,7 @@ def _measure(device: torch.device, rates: Rates, name: str, quick: bool) -> dict
     layout = make_layout(SHAPES[name])
     tokens = QUICK_TOKENS if quick else TOKENS
     seconds, _ = measure(layout, tokens, 1 if quick else 5, None, device)
-    shapes = {n: shape for n, shape in layout.shapes.items() if is_layer_tensor(n)}
+    shapes = {n: shape for n, shape in layout.shapes.items() if layout.is_layer_tensor(n)}
     work = layer_work(shapes, SAMPLES, tokens, STATES, int(layout.config.hidden_size))
     elements = sum(prod(shape) for shape in shapes.values())
     forward_floor = work.forward_flops / rates.bf16

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from arm_ray.checkpoints import peft
 from arm_ray.checkpoints.huggingface import Checkpoint, open_checkpoint
 from arm_ray.checkpoints.peft_file import WEIGHTS_NAME
-from arm_ray.model.layout import load_config, model_layout
+from arm_ray.model.checks import layout_of
 from tests.builders.merge_case import MergeCase
 from tests.builders.models import tiny_model
 from tests.builders.tensors import gaussian
@@ -51,7 +51,7 @@ def base_weights(case: MergeCase) -> Tensors:
 def write_adapters(case: MergeCase, rank: int = RANK) -> list[Path]:
     """Two adapters of all linear modules of the layers over the base, in place of candidates."""
     base = base_weights(case)
-    linear = model_layout(load_config(open_checkpoint(case.root / "base"))).rotated
+    linear = layout_of(open_checkpoint(case.root / "base")).rotated
     case.candidates = []
     for index in range(2):
         generator = torch.Generator().manual_seed(20 + index)

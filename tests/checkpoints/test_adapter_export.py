@@ -18,7 +18,8 @@ from arm_ray.errors import CheckpointError
 from arm_ray.merging.method import open_method
 from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.settings import MethodSettings
-from arm_ray.model.layout import ModelLayout, load_config, model_layout
+from arm_ray.model.checks import layout_of
+from arm_ray.model.layout import ModelLayout
 from tests.builders.models import tiny_model
 
 Weights = dict[str, torch.Tensor]
@@ -37,7 +38,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def layout(base: Checkpoint) -> ModelLayout:
-    return model_layout(load_config(base))
+    return layout_of(base)
 
 
 def moved(weight: torch.Tensor, rank: int, seed: int, scale: float = 1e-3) -> torch.Tensor:

@@ -30,7 +30,7 @@ from arm_ray.errors import (
 from arm_ray.merging.method import open_method
 from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.settings import MethodSettings
-from arm_ray.model.layout import check_layout, load_config, model_layout
+from arm_ray.model.checks import check_layout, layout_of
 from arm_ray.planning.sources import open_workload
 from arm_ray.runtime.inputs import open_inputs
 from tests.builders.adapters import factors, save_base
@@ -304,7 +304,7 @@ def test_the_base_s_copy_of_a_tied_head_is_not_the_adapter_s(
     own = {f"{peft.PREFIX}{m}.weight": trained.clone() for m in (EMBED, HEAD)}
     found = open_adapter(write(tmp_path / "a", own, modules_to_save=["x"]), base)
     assert torch.equal(adapted(found, EMBED), trained)
-    check_tied_head(found, "a")
+    check_tied_head(found, "a", f"{EMBED}.weight", f"{HEAD}.weight")
     assert f"{HEAD}.weight" not in found.tensors
 
 
@@ -550,7 +550,7 @@ def test_a_merge_of_an_adapter_and_a_model(
     assert isinstance(inputs.checkpoints["candidate-1"], AdaptedCheckpoint)
     assert inputs.compute_dtype == torch.bfloat16
     assert len(set(inputs.fingerprints.values())) == 3
-    layout = model_layout(load_config(base))
+    layout = layout_of(base)
     check_layout(layout, inputs.checkpoints["candidate-1"], "candidate-1")
     method = open_method(MethodSettings(operator="task_arithmetic", coefficient=0.5), 2)
     for name in layout.shapes:

@@ -20,7 +20,7 @@ from arm_ray.merging.operator import MergedTensor, TensorInputs
 from arm_ray.merging.rotation import Rotation, activation_rotation
 from arm_ray.merging.settings import MethodSettings, RotationSettings, SignRule
 from arm_ray.merging.similarity import SimilaritySums, cosines, similarity_sums
-from arm_ray.model.group import output_shifts
+from arm_ray.model.activations import output_shifts
 from tests.builders.reference import dense_rotation
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)

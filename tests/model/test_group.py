@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from arm_ray.model import group as group_module
-from arm_ray.model.group import GroupRunner, embed, output_shifts
+from arm_ray.model import activations
+from arm_ray.model.activations import output_shifts
+from arm_ray.model.group import Decoder
 from arm_ray.model.layout import model_layout
 from tests.builders.models import FAMILIES, tiny_model
 
@@ -15,6 +16,13 @@ LENGTHS = torch.tensor([20, 13, 1, 7])
 
 def _inputs() -> torch.Tensor:
     return torch.randint(0, 320, (4, 20), generator=torch.Generator().manual_seed(3))
+
+
+def _embedded(
+    decoder: Decoder, weights: dict[str, torch.Tensor], ids: torch.Tensor
+) -> torch.Tensor:
+    rows = weights[decoder.architecture.embedding][ids.flatten()]
+    return decoder.embed(rows, (ids.shape[0], ids.shape[1]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,10 +38,10 @@ def test_groups_give_the_hidden_states_of_the_whole_model(
         model(input_ids=ids)
     layout = model_layout(model.config, layers_per_group)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    hidden = embed(weights, ids)
+    decoder = Decoder(layout, CPU, torch.float32)
+    hidden = _embedded(decoder, weights, ids)
     for group in layout.groups:
-        runner = GroupRunner(layout, group, CPU, torch.float32)
-        hidden = runner.forward(weights, hidden, LENGTHS).hidden
+        hidden = decoder.runner(group.index).forward(weights, hidden, LENGTHS).hidden
     assert torch.equal(hidden, whole[0])
 
 
@@ -43,10 +51,11 @@ def test_shifts_are_differences_of_the_masked_means_of_hooked_outputs(family: st
     layout = model_layout(models[0].config)
     hooked = [_mean_outputs(model, layout.rotated) for model in models]
     weights = [{name: p.detach() for name, p in model.named_parameters()} for model in models]
-    hidden = [embed(each, _inputs()) for each in weights]
+    decoder = Decoder(layout, CPU, torch.float32)
+    hidden = [_embedded(decoder, each, _inputs()) for each in weights]
     seen = set()
     for group in layout.groups:
-        runner = GroupRunner(layout, group, CPU, torch.float32)
+        runner = decoder.runner(group.index)
         means = []
         for index, each in enumerate(weights):
             output = runner.forward(each, hidden[index], LENGTHS)
@@ -93,19 +102,16 @@ def test_mean_inputs_in_bfloat16_are_summed_in_float32(
     layout = model_layout(model.config)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     lengths = LENGTHS[:1].repeat(batch) - torch.arange(batch)
-    hidden = embed(weights, _inputs()[:1].repeat(batch, 1))
-    whole = GroupRunner(layout, layout.groups[0], CPU, torch.bfloat16)
+    decoder = Decoder(layout, CPU, torch.bfloat16)
+    hidden = _embedded(decoder, weights, _inputs()[:1].repeat(batch, 1))
+    whole = decoder.runner(0)
     seen: list[torch.Tensor] = []
-    for name, module in whole._template._decoder.named_modules():
+    for name, module in whole._decoder.named_modules():
         if name.endswith("down_proj"):
             module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     means = whole.forward(weights, hidden, lengths).means
-    monkeypatch.setattr(group_module, "_FLOAT32_ELEMENTS", 2000)
-    in_parts = (
-        GroupRunner(layout, layout.groups[0], CPU, torch.bfloat16)
-        .forward(weights, hidden, lengths)
-        .means
-    )
+    monkeypatch.setattr(activations, "_FLOAT32_ELEMENTS", 2000)
+    in_parts = whole.forward(weights, hidden, lengths).means
     [name] = [name for name in means if name.endswith("down_proj.weight")]
     for row, length in enumerate(lengths.tolist()):
         expected = seen[0][row, :length].double().mean(0)

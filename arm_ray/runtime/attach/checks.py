@@ -9,7 +9,7 @@ from arm_ray.config import read_yaml
 from arm_ray.errors import ArmRayError
 from arm_ray.following.config import AttachConfig
 from arm_ray.identity import differences, identity
-from arm_ray.model.layout import check_layout, load_config, model_layout
+from arm_ray.model.checks import check_layout, layout_of
 from arm_ray.runtime.cluster.joining import outliving
 from arm_ray.runtime.output.claim import CONFIG_NAME, refuse_other, write_config
 from arm_ray.schedule import BASE
@@ -56,6 +56,6 @@ def check_base(config: AttachConfig) -> None:
     """
     try:
         base = open_given(config.merge.base)
-        check_layout(model_layout(load_config(base), 1), base, BASE)
+        check_layout(layout_of(base), base, BASE)
     except ArmRayError as error:
         raise error.of("merge.base") from None

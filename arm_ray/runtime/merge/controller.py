@@ -176,7 +176,7 @@ class MergeController:
         config, inputs = job.config, job.inputs
         longest = config.calibration.max_length if config.calibration is not None else 0
         tokens = max(config.runtime.micro_batch_tokens, longest)
-        width = int(inputs.layout.config.hidden_size)
+        width = int(inputs.layout.text_config.hidden_size)
         check_object_store(gang, tokens * width * inputs.compute_dtype.itemsize)
         with activity("checking the weights for NaN and infinity"):
             dispatcher.check_weights()

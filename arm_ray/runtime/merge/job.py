@@ -9,7 +9,6 @@ from arm_ray.calibration.stream import CalibrationStream
 from arm_ray.checkpoints.states import StateManifest
 from arm_ray.config import MergeConfig
 from arm_ray.merging.method import Method
-from arm_ray.model.layout import LM_HEAD
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.output.run_directory import RunDirectory
 from arm_ray.runtime.scoring.state_scoring import StateScoring
@@ -64,7 +63,7 @@ class MergeJob:
     @property
     def needs_all_layers(self) -> bool:
         """Whether all layers must be known before the first is merged."""
-        return self.method.needs_all_layers(has_own_head=LM_HEAD in self.inputs.layout.shapes)
+        return self.method.needs_all_layers(has_own_head=self.inputs.layout.has_own_head)
 
     def plan(self, iteration: int) -> IterationPlan:
         """What an iteration merges."""

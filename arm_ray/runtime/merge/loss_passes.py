@@ -19,7 +19,7 @@ from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.merge.samples import NO_SAMPLES, Draw
 from arm_ray.runtime.shards.captures import forward_states
 from arm_ray.runtime.shards.layer_shard import LayerShard, call_losses
-from arm_ray.runtime.shards.losses import ShardLosses, Trial, head_of
+from arm_ray.runtime.shards.losses import ShardLosses, Trial
 from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.schedule import IterationPlan
@@ -127,7 +127,7 @@ class LossPasses:
         columns: NDArray[np.int64],
         hidden: dict[tuple[str, int], ObjectRef[Any]],
     ) -> list[ObjectRef[NDArray[np.float64]]]:
-        group, _ = head_of(self._specs[0].layout)
+        group = self._specs[0].layout.head_group
         owner = next(
             shard
             for shard, spec in zip(self._gang.actors, self._specs, strict=True)

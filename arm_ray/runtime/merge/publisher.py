@@ -153,6 +153,7 @@ class Publisher:
             states.total_bytes(layout.shapes, torch.float32.itemsize),
             self._inputs.model_config(torch.float32),
             self._inputs.tokenizer,
+            self._inputs.carried,
         )
 
     def finished(self, manifest: states.StateManifest) -> None:
@@ -200,6 +201,7 @@ class Publisher:
         files = [
             SharedWeightFile(self._run.partial_model / file.name, file.specs)
             for file in self._model_files()
+            if not file.is_carried
         ]
         for file in files:
             file.create()
@@ -211,6 +213,7 @@ class Publisher:
             self._inputs.layout.shapes,
             self._inputs.storage_dtypes,
             int(self._config.runtime.max_weight_file_gb * 1e9),
+            () if self._inputs.carried is None else self._inputs.carried.specs,
         )
 
     def publish_model(self, selection: Selection) -> Path:
@@ -270,17 +273,20 @@ class Publisher:
         the model is a checkpoint.
         """
         partial, files = self._run.partial_model, self._model_files()
+        merged = [file for file in files if not file.is_carried]
         if selection.iteration is None:
             # Tensor by tensor, by this process, which has the checkpoints open.
             self._is_exported = True
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             read = self._reader(selection)
-            for file in files:
+            for file in merged:
                 tensors = (read(0, spec.name) for spec in file.specs)
                 write_weight_file(partial / file.name, file.specs, tensors)
         if not self._is_exported:
-            self._storage.write_model(files, selection.iteration or 0)
+            self._storage.write_model(merged, selection.iteration or 0)
+        if self._inputs.carried is not None:
+            self._inputs.carried.write(partial / files[-1].name)
         states.write_export_index(partial, files)
         dtype = self._inputs.storage_dtypes[self._inputs.layout.groups[0].tensors[-1]]
         states.write_companions(partial, self._inputs.model_config(dtype), self._inputs.tokenizer)

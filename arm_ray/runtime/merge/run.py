@@ -249,7 +249,8 @@ def _space_needs(
     if config.output_format == "adapter":
         model_bytes = adapter_bytes(layout.shapes, layout.rotated, config.adapter_rank)
     else:
-        exported = states.plan_export(layout.shapes, dtypes, 2**62)
+        carried = () if inputs.carried is None else inputs.carried.specs
+        exported = states.plan_export(layout.shapes, dtypes, 2**62, carried)
         model_bytes = sum(file.num_bytes for file in exported)
     return SpaceNeeds(states.total_bytes(layout.shapes, 4), model_bytes, count, life)
 

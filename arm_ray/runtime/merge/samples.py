@@ -85,7 +85,7 @@ def open_calibration(
         has_labels=method.tries_steps or method.takes_losses,
         here=_reads_here(config),
     )
-    vocabulary = int(inputs.layout.config.vocab_size)
+    vocabulary = int(inputs.layout.text_config.vocab_size)
     if stream.max_token_id >= vocabulary:
         raise CalibrationError(
             "the tokenizer does not belong to the model",

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from arm_ray.errors import NumericalError, ShardLostError
 from arm_ray.merging.method import Method
-from arm_ray.model.group import GroupOutput, GroupRunner, MaskedMeans, Wanted, output_shifts
-from arm_ray.model.layout import EMBEDDING, FINAL_NORM, LM_HEAD, ModelLayout, layer_number
+from arm_ray.model.activations import GroupOutput, MaskedMeans, Wanted, output_shifts
+from arm_ray.model.group import Decoder
+from arm_ray.model.layout import ModelLayout
 from arm_ray.runtime.shards.weights import WeightStore
 from arm_ray.schedule import BASE, IterationPlan
 
@@ -71,6 +72,8 @@ class _Iteration:
     # (state, layer group) -> samples that have come by.
     arrived: Counter[tuple[str, int]] = field(default_factory=Counter)
     means: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    # (state, expert's weight) -> which samples send it a token.
+    seen: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     # (contributor, place) -> information; (place, micro-batch) -> the reference's labels.
     information: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -101,51 +104,70 @@ class Captures:
         found.arrived[micro.state, group] += len(micro.positions)
         for name, mean in output.means.items():
             _put(found.means, (micro.state, name), micro, mean)
+        for name, seen in output.seen.items():
+            _put(found.seen, (micro.state, name), micro, seen)
         for name, magnitude in output.magnitudes.items():
             _put(found.magnitudes, name, micro, magnitude)
-        for name, value in output.outputs.items():
-            self._inform(micro, _place_of(name), value)
+        for layer, value in output.outputs.items():
+            self._inform(micro, f"layer {layer}", value)
 
     def collect_embedding(self, micro: MicroPass, hidden: Tensor) -> None:
         """The same for the embedding's output `[batch, tokens, hidden]`."""
         if wanted_of(self._method, micro.plan, micro.state).outputs:
             self._of(micro)
-            self._inform(micro, EMBEDDING, hidden)
+            self._inform(micro, self._layout.embedding, hidden)
 
-    def collect_tail(self, micro: MicroPass, hidden: Tensor, runner: GroupRunner) -> None:
+    def collect_tail(self, micro: MicroPass, hidden: Tensor, decoder: Decoder) -> None:
         """The same for the last norm and the head, given the last layer's output."""
         wanted = wanted_of(self._method, micro.plan, micro.state)
         if not (wanted.magnitudes or wanted.outputs):
             return
-        found = self._of(micro)
-        normed = runner.final_norm(self._tail_weight(micro.state, FINAL_NORM), hidden)
+        found, layout = self._of(micro), self._layout
+        normed = decoder.final_norm(self._at_end(micro.state, layout.tail), hidden)
         if wanted.magnitudes:
             self._averages.start(hidden, micro.lengths)
-            for name, value in ((FINAL_NORM, hidden), (LM_HEAD, normed)):
-                _put(found.magnitudes, name, micro, self._averages.magnitude(value))
+            for name in layout.tail:
+                _put(found.magnitudes, name, micro, self._averages.magnitude(hidden))
+            # Also of a tied head, which whoever holds the embedding asks for.
+            head = self._averages.magnitude(normed)
+            _put(found.magnitudes, layout.tied_copy or layout.head[0], micro, head)
             self._averages.end()
         coefficients = self._method.layer_coefficients
         if wanted.outputs and coefficients is not None:
-            self._inform(micro, FINAL_NORM, normed)
-            if LM_HEAD in self._layout.shapes:
-                head = self._tail_weight(micro.state, LM_HEAD)
+            for name in layout.tail:
+                self._inform(micro, name, normed)
+            if layout.has_own_head:
+                weights = self._at_end(micro.state, layout.head)
                 # The vocabulary is wide: only as many tokens as are looked at.
-                tokens = max(1, coefficients.max_elements // head.shape[0])
-                self._inform(micro, LM_HEAD, normed[:, :tokens] @ head.T)
+                tokens = max(1, coefficients.max_elements // len(weights[layout.head[0]]))
+                logits = decoder.logits(weights, normed[:, :tokens])
+                for name in layout.head:
+                    self._inform(micro, name, logits)
 
-    def _tail_weight(self, state: str, name: str) -> Tensor:
-        return self._store.in_compute_dtype(state, len(self._layout.groups) - 1, name)
+    def _at_end(self, state: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors behind the layers, as the forward pass takes them."""
+        last = len(self._layout.groups) - 1
+        return {name: self._store.in_compute_dtype(state, last, name) for name in names}
 
     def shifts(
-        self, plan: IterationPlan, group: int, name: str, whole: Sequence[Tensor]
+        self,
+        plan: IterationPlan,
+        group: int,
+        name: str,
+        whole: Sequence[Tensor],
+        columns: NDArray[np.int64],
     ) -> list[Tensor]:
-        """`ΔA_i` `[d_out, different samples]` float32 of the contributors, for one weight.
+        """`ΔA_i` `[d_out, N]` float32 of the contributors, for one weight.
+
+        An expert's has no column for a sample that sends it no token in one of the two models:
+        there is nothing to compare. Without any column its shift is zero.
 
         Args:
             plan: The iteration.
             group: Index of the weight's layer group.
             name: The weight.
             whole: It, float32, of the reference and of the contributors.
+            columns: `[N]`: which of the different samples each sample of the mini-batch is.
         """
         layers = [self._store.layers(state, group) for state in plan.inputs]
         bias = name.removesuffix("weight") + "bias"
@@ -167,7 +189,16 @@ class Captures:
                     hint="set precision.compute_dtype to float32 or bfloat16",
                     subject=state,
                 )
-        return shifts
+        chosen = torch.from_numpy(columns.copy()).to(self._store.device)
+        seen = self._iterations[plan.iteration].seen
+        if (plan.reference, name) not in seen:
+            return [shift[:, chosen] for shift in shifts]
+        found = []
+        for state, shift in zip(plan.contributors, shifts, strict=True):
+            both = (seen[plan.reference, name] & seen[state, name])[chosen]
+            kept = shift[:, chosen[both]]
+            found.append(kept if kept.shape[1] else shift.new_zeros(shift.shape[0], 1))
+        return found
 
     def relaxation(
         self, plan: IterationPlan, name: str, columns: NDArray[np.int64]
@@ -194,9 +225,12 @@ class Captures:
             return []
         chosen = torch.from_numpy(columns)
         information = self._iterations[plan.iteration].information
+        place = self._place_of(name)
+        if (plan.contributors[0], place) not in information:
+            return []  # no activation goes through a tensor that the model does not have
         return [
             step.coefficient(
-                information[state, _place_of(name)][chosen],
+                information[state, place][chosen],
                 None if largest is None else largest[state],
             )
             for state in plan.contributors
@@ -209,6 +243,11 @@ class Captures:
         for (state, _), values in (found.information if found else {}).items():
             largest[state] = max(largest.get(state, 0.0), float(values.max()))
         return largest
+
+    def _place_of(self, name: str) -> str:
+        """Where the activations that a tensor's ACM coefficient follows are taken."""
+        layer = self._layout.layer_numbers.get(name)
+        return name if layer is None else f"layer {layer}"
 
     def check(self, plan: IterationPlan, group: int) -> None:
         """Refuse to merge a layer group that not all samples of all states have come to.
@@ -238,6 +277,7 @@ class Captures:
             found.magnitudes.pop(name, None)
             for state in plan.inputs:
                 found.means.pop((state, name), None)
+                found.seen.pop((state, name), None)
 
     def drop_iteration(self, iteration: int) -> None:
         """Let go of all of an iteration."""
@@ -272,12 +312,6 @@ class Captures:
             dtype=torch.float64,
         )
         _put(found.information, (micro.state, place), micro, information)
-
-
-def _place_of(name: str) -> str:
-    """Where the activations that a tensor's ACM coefficient follows are taken: layer, or ends."""
-    layer = layer_number(name)
-    return name if layer is None else f"layer {layer}"
 
 
 def _put(into: dict[_K, Tensor], key: _K, micro: MicroPass, rows: Tensor) -> None:

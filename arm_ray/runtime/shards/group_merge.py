@@ -17,7 +17,6 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import TensorSpec
 from arm_ray.merging.operator import AnyRotation, MergedTensor, TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
-from arm_ray.model.layout import EMBEDDING, layer_of
 from arm_ray.planning.workload import PIECE, linear_piece
 from arm_ray.runtime.shards.captures import Captures
 from arm_ray.runtime.shards.facts import ModelFacts
@@ -32,7 +31,7 @@ from arm_ray.runtime.shards.pieces import (
     tensor_inputs,
 )
 from arm_ray.runtime.shards.spec import ShardSpec
-from arm_ray.runtime.shards.weights import WeightStore, room_for
+from arm_ray.runtime.shards.weights import WeightStore, room_for, rows_of
 from arm_ray.schedule import BASE, IterationPlan
 
 # Elements that numbers over the whole model are taken of at once: few enough to stay in cache.
@@ -115,7 +114,7 @@ class GroupMerge:
             # Pieces of one tensor come from several threads.
             room = room_for(spec.shape, self.store.residency, self.store.device)
             whole = made.setdefault(spec.name, room)
-        whole[rows].copy_(piece)
+        rows_of(whole, rows).copy_(piece)
 
     def _merge_into_file(
         self, found: MergedGroup, plan: IterationPlan, group: int, pieces: Iterator[Piece]
@@ -179,9 +178,9 @@ class GroupMerge:
 
         def work(piece: Piece) -> None:
             spec, make_inputs = piece
-            inputs, num_layers = make_inputs(), self.spec.layout.num_layers
+            inputs = make_inputs()
             by_step = [
-                replace(self._of_step(inputs, plan, num_layers), statistics=known.statistics)
+                replace(self._of_step(inputs, plan), statistics=known.statistics)
                 for plan, known in zip(plans, facts, strict=True)
             ]
             merged = self.spec.method.merge_steps(by_step)
@@ -249,7 +248,7 @@ class GroupMerge:
             weights[1:],
             facts.statistics,
         )
-        inputs = self._of_step(inputs, plan, self.spec.layout.num_layers)
+        inputs = self._of_step(inputs, plan)
         if columns is None or not self.spec.method.needs_activations:
             return inputs
         shifts: list[Tensor] = []
@@ -260,21 +259,19 @@ class GroupMerge:
             and spec.name in self.spec.layout.rotated
             and not (is_known and not self.spec.method.operator.activations)
         ):
-            chosen = torch.from_numpy(columns.copy()).to(self.store.device)
-            whole = self.captures.shifts(plan, group, spec.name, weights)
-            shifts = [shift[:, chosen] for shift in whole]
+            shifts = self.captures.shifts(plan, group, spec.name, weights, columns)
         relaxation = self.captures.relaxation(plan, spec.name, columns)
-        if spec.name == EMBEDDING and facts.head_relaxation is not None:
+        if spec.name == self.spec.layout.embedding and facts.head_relaxation is not None:
             relaxation = facts.head_relaxation.to(self.store.device)
         scales = self.captures.scales(plan, spec.name, columns, facts.largest_information)
         return replace(
             inputs, shifts=shifts, relaxation=relaxation, scales=scales, rotations=rotations
         )
 
-    def _of_step(self, inputs: TensorInputs, plan: IterationPlan, num_layers: int) -> TensorInputs:
+    def _of_step(self, inputs: TensorInputs, plan: IterationPlan) -> TensorInputs:
         if plan.step is None:
             return inputs
-        layer = layer_of(inputs.name, num_layers)
+        layer, num_layers = self.spec.layout.layer_of(inputs.name), self.spec.layout.num_layers
         return replace(
             inputs,
             coefficient=plan.step.coefficient,

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from arm_ray.calibration.minibatch import MicroBatch
 from arm_ray.checkpoints.weight_file import SharedWeightFile
-from arm_ray.model.group import GroupRunner, Templates
-from arm_ray.model.layout import LM_HEAD
+from arm_ray.model.group import Decoder
 from arm_ray.runtime.cluster.actors import Handle
 from arm_ray.runtime.cluster.node_files import NodeFiles
 from arm_ray.runtime.shards.captures import Captures, MicroPass, wanted_of
@@ -66,11 +65,9 @@ class LayerShard:
         self._begin()
         if spec.method.needs_forward:
             # Here the imports of the model's code take no time of an iteration.
-            self._runner(spec.groups[0])
+            self._decoder.runner(spec.groups[0])
 
     def _begin(self) -> None:
-        self._runners: dict[int, GroupRunner] = {}
-        self._templates: Templates = {}
         self._hidden: dict[tuple[int, str, int], Tensor] = {}
         self._last_wanted = sys.maxsize
 
@@ -92,12 +89,12 @@ class LayerShard:
         spec, last = files.spec, self._last_spec
         before = self._store if last is not None and spec.is_of_same_base(last) else None
         self._files, self._spec, self._last_spec = files, spec, spec
+        self._decoder = Decoder(spec.layout, self._device, spec.compute_dtype)
         self._store = WeightStore(
             spec.layout,
             spec.checkpoints,
             spec.run,
-            self._device,
-            spec.compute_dtype,
+            self._decoder,
             spec.residency,
             spec.second_moments,
             self._disk,
@@ -109,7 +106,7 @@ class LayerShard:
         self._merging = GroupMerge(
             spec, self._store, self._captures, self._workers, self._behind, self._flushes
         )
-        self._losses = ShardLosses(spec, self._store, self._merging, self._runner)
+        self._losses = ShardLosses(spec, self._store, self._merging, self._decoder)
 
     def on(self, part: str, method: str, *arguments: Any) -> Any:
         """Call a method of a part of the shard; see `call_losses`, `call_files`, `call_states`.
@@ -200,11 +197,11 @@ class LayerShard:
         wanted = wanted_of(self._spec.method, plan, state)
         for index in chunk:
             weights = self._store.layers(state, index)
-            output = self._runner(index).forward(weights, current, lengths, wanted)
+            output = self._decoder.runner(index).forward(weights, current, lengths, wanted)
             self._captures.collect(micro, index, output)
             current = output.hidden
         if chunk[-1] == len(self._spec.layout.groups) - 1:
-            self._captures.collect_tail(micro, current, self._runner(chunk[-1]))
+            self._captures.collect_tail(micro, current, self._decoder)
         self._meter.count(forward_seconds=time.monotonic() - started)
         if is_end or not self._spec.sends_after(chunk):
             if not is_end and chunk.stop in self._spec.groups:
@@ -276,10 +273,10 @@ class LayerShard:
     def summarise(self, plan: IterationPlan, columns: NDArray[np.int64]) -> ModelFacts:
         """What other shards need of this one's activations, once all forward passes are over."""
         # Only an embedding that is also the head waits for what the last layers know.
-        is_tied, step = LM_HEAD not in self._spec.layout.shapes, self._spec.method.relaxation
+        tied, step = self._spec.layout.tied_copy, self._spec.method.relaxation
         relaxation = None
-        if is_tied and step is not None and step.relaxes_tied_head:
-            relaxation = self._captures.relaxation(plan, LM_HEAD, columns)
+        if tied is not None and step is not None and step.relaxes_tied_head:
+            relaxation = self._captures.relaxation(plan, tied, columns)
         return ModelFacts(
             head_relaxation=None if relaxation is None else relaxation.cpu(),
             largest_information=self._captures.largest_information(plan),
@@ -362,18 +359,6 @@ class LayerShard:
     def peak_bytes(self) -> int:
         """Largest resident memory of the process so far."""
         return peak_bytes()
-
-    def _runner(self, index: int) -> GroupRunner:
-        if index not in self._runners:
-            spec = self._spec
-            self._runners[index] = GroupRunner(
-                spec.layout,
-                spec.layout.groups[index],
-                self._device,
-                spec.compute_dtype,
-                self._templates,
-            )
-        return self._runners[index]
 
     def _read_ahead(self, plan: IterationPlan, chunk: range) -> None:
         following = next((group for group in self._spec.groups if group >= chunk.stop), None)

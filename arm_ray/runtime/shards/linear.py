@@ -36,7 +36,7 @@ from arm_ray.runtime.shards.pieces import (
     tensor_inputs,
 )
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
-from arm_ray.runtime.shards.weights import WeightStore
+from arm_ray.runtime.shards.weights import WeightStore, rows_of
 from arm_ray.schedule import BASE, IterationPlan
 
 # Elements at once where numbers of a whole tensor are taken.
@@ -150,7 +150,7 @@ class _GroupMerge:
                 if plan.iteration in self.writers:
                     files.append(self.writers[plan.iteration].write)
                 if plan.output in whole:
-                    whole[plan.output][rows] = result
+                    rows_of(whole[plan.output], rows).copy_(result)
                 if plan.iteration == self.last:
                     files += [file.write for file in self.files if tensor.name in file]
                 for write in files:
@@ -240,7 +240,7 @@ class _GroupMerge:
         self, state: str, tensor: TensorSpec, rows: slice, made: Mapping[str, Tensor]
     ) -> Tensor:
         if state in made:
-            return made[state][rows]
+            return rows_of(made[state], rows)
         return self.store.rows(state, self.group, tensor.name, rows)
 
     def _run_piece(

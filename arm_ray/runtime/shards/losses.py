@@ -8,7 +8,7 @@ normalised hidden states of the tokens that count, nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from arm_ray.calibration.minibatch import MicroBatch
 from arm_ray.errors import NumericalError
-from arm_ray.model.group import GroupRunner, Wanted
-from arm_ray.model.layout import EMBEDDING, FINAL_NORM, LM_HEAD, ModelLayout, is_layer_tensor
+from arm_ray.model.activations import Wanted
+from arm_ray.model.group import Decoder
 from arm_ray.planning.workload import LOGITS
 from arm_ray.runtime.shards.facts import ModelFacts
 from arm_ray.runtime.shards.group_merge import GroupMerge
@@ -51,13 +51,6 @@ class Trial:
         return replace(plan, step=self.step)
 
 
-def head_of(layout: ModelLayout) -> tuple[int, str]:
-    """The layer group that holds the head, and the head's name there."""
-    if LM_HEAD in layout.shapes:
-        return len(layout.groups) - 1, LM_HEAD
-    return 0, EMBEDDING
-
-
 class ShardLosses:
     """Runs samples through a shard's layers of some states, without keeping activations.
 
@@ -65,7 +58,7 @@ class ShardLosses:
         spec: The shard's.
         store: Its weights; layers of states that are tried are put there.
         merging: Makes these.
-        runner: Layer group -> what runs it.
+        decoder: Runs the forward passes.
     """
 
     def __init__(
@@ -73,9 +66,9 @@ class ShardLosses:
         spec: ShardSpec,
         store: WeightStore,
         merging: GroupMerge,
-        runner: Callable[[int], GroupRunner],
+        decoder: Decoder,
     ) -> None:
-        self._spec, self._store, self._merging, self._runner = spec, store, merging, runner
+        self._spec, self._store, self._merging, self._decoder = spec, store, merging, decoder
         self._hidden: dict[tuple[str, int], Tensor] = {}
 
     def make(
@@ -95,8 +88,9 @@ class ShardLosses:
         """
         torch.set_num_threads(self._spec.threads)
         for group in chunk:
-            tensors = self._spec.layout.groups[group].tensors
-            small = [n for n in tensors if is_layer_tensor(n) or n not in (EMBEDDING, LM_HEAD)]
+            layout = self._spec.layout
+            large = {layout.embedding, *layout.head, *layout.unknown}
+            small = [name for name in layout.groups[group].tensors if name not in large]
             for trial, made in zip(
                 trials, self._made(plan, group, trials, small, columns), strict=True
             ):
@@ -105,12 +99,12 @@ class ShardLosses:
     def make_embedding(self, plan: IterationPlan, trial: Trial, columns: NDArray[np.int64]) -> None:
         """Make the embedding of a state that is tried; only the first shard has one."""
         torch.set_num_threads(self._spec.threads)
-        [made] = self._made(plan, 0, [trial], [EMBEDDING], columns)
+        [made] = self._made(plan, 0, [trial], [self._spec.layout.embedding], columns)
         self._store.hold(trial.name, 0, made)
 
     def release_embedding(self, name: str) -> None:
         """Let go of the embedding of a state that was tried."""
-        self._store.let_go(name, 0, EMBEDDING)
+        self._store.let_go(name, 0, self._spec.layout.embedding)
 
     def release(self, chunk: range, tried: Sequence[str], others: Sequence[str]) -> None:
         """Let go of what `make` has made, and of weights that do not stay.
@@ -162,10 +156,14 @@ class ShardLosses:
         lengths = torch.from_numpy(micro_batch.lengths.copy()).to(device)
         for group in chunk:
             weights = self._store.layers(state, group)
-            current = self._runner(group).forward(weights, current, lengths, _NOTHING).hidden
+            runner = self._decoder.runner(group)
+            current = runner.forward(weights, current, lengths, _NOTHING).hidden
         if chunk[-1] == len(self._spec.layout.groups) - 1:
-            norm = self._store.in_compute_dtype(state, chunk[-1], FINAL_NORM)
-            normed = self._runner(chunk[-1]).final_norm(norm, current)
+            tail = {
+                name: self._store.in_compute_dtype(state, chunk[-1], name)
+                for name in self._spec.layout.tail
+            }
+            normed = self._decoder.final_norm(tail, current)
             return pack_tensor(normed[:, :-1][_counts(micro_batch).to(device)])
         if not self._spec.sends_after(chunk):
             self._hidden[key] = current
@@ -197,17 +195,18 @@ class ShardLosses:
             NumericalError: A loss is not finite, of a state that is not only tried.
         """
         torch.set_num_threads(self._spec.threads)
-        group, name = head_of(self._spec.layout)
+        group, names = self._spec.layout.head_group, self._spec.layout.head
         if isinstance(state, Trial):
-            head = self._made(plan, group, [state], [name], columns)[0][name]
+            [head] = self._made(plan, group, [state], names, columns)
         else:
-            head = self._store.in_compute_dtype(state, group, name)
+            head = {name: self._store.in_compute_dtype(state, group, name) for name in names}
+        device = head[names[0]].device
         found = np.zeros((sum(len(batch.lengths) for batch in micro_batches), 2))
         for batch, packed in zip(micro_batches, hidden, strict=True):
             assert batch.labels is not None
-            before = unpack_tensor(packed, self._spec.compute_dtype).to(head.device)
+            before = unpack_tensor(packed, self._spec.compute_dtype).to(device)
             targets = torch.from_numpy(batch.input_ids[:, 1:][batch.labels[:, 1:]])
-            values = _negative_log_likelihoods(head, before, targets.to(head.device)).cpu()
+            values = self._negative_log_likelihoods(head, before, targets.to(device)).cpu()
             counts = batch.labels.sum(1)
             owner = np.repeat(np.arange(len(counts)), counts)
             # On the host, in the order of the tokens: the same bits everywhere.
@@ -236,22 +235,23 @@ class ShardLosses:
         dtype = self._spec.compute_dtype
         return self._merging.trials(plans, group, names, columns, facts, dtype)
 
+    def _negative_log_likelihoods(
+        self, head: Mapping[str, Tensor], hidden: Tensor, targets: Tensor
+    ) -> Tensor:
+        """`[labels]` float32 of `targets`, given `hidden` `[labels, hidden]`; in blocks."""
+        step = max(1, LOGITS // len(head[self._spec.layout.head[0]]))
+        parts = [
+            torch.nn.functional.cross_entropy(
+                self._decoder.logits(head, hidden[None, start : start + step])[0].float(),
+                targets[start : start + step],
+                reduction="none",
+            )
+            for start in range(0, len(targets), step)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
 
 def _counts(batch: MicroBatch) -> Tensor:
     """`[rows, length - 1]`: at which positions the next token counts."""
     assert batch.labels is not None
     return torch.from_numpy(batch.labels[:, 1:].copy())
-
-
-def _negative_log_likelihoods(head: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-    """`[labels]` float32 of `targets`, given `hidden` `[labels, hidden]`; in blocks of labels."""
-    step = max(1, LOGITS // head.shape[0])
-    parts = [
-        torch.nn.functional.cross_entropy(
-            (hidden[start : start + step] @ head.T).float(),
-            targets[start : start + step],
-            reduction="none",
-        )
-        for start in range(0, len(targets), step)
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0)

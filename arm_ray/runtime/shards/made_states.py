@@ -37,7 +37,7 @@ from arm_ray.runtime.shards.pieces import (
     row_pieces,
 )
 from arm_ray.runtime.shards.spec import ShardSpec
-from arm_ray.runtime.shards.weights import WeightStore, put_aside
+from arm_ray.runtime.shards.weights import WeightStore, put_aside, rows_of
 from arm_ray.schedule import (
     BASE,
     IterationPlan,
@@ -226,7 +226,7 @@ class MadeStates:
         spec, rows = piece
         [file] = [file for file in files if spec.name in file]
         # Cast where the weights are: less is copied.
-        cast = tensors[spec.name][rows].to(file.dtype(spec.name))
+        cast = rows_of(tensors[spec.name], rows).to(file.dtype(spec.name))
         writes += self._behind.write(file.write, spec.name, rows.start, cast)
         return cast.nbytes
 
@@ -250,7 +250,7 @@ class MadeStates:
                 for spec in group_specs(self._spec.layout, group):
                     if spec.name in writer:
                         for rows in row_pieces(spec, CHUNK_BYTES // spec.dtype.itemsize):
-                            tensor = tensors[spec.name][rows]
+                            tensor = rows_of(tensors[spec.name], rows)
                             total += writer.write(spec.name, rows.start, tensor)
             self._store.release_unless_resident(group)
         ray.get(list(pending))
@@ -270,7 +270,7 @@ class MadeStates:
             writes: list[Future[None]] = []
             try:
                 for spec, rows in self._pieces(group):
-                    piece = tensors[spec.name][rows]
+                    piece = rows_of(tensors[spec.name], rows)
                     writes += self._behind.write(writer.write, spec.name, rows.start, piece)
             finally:
                 wait(writes)

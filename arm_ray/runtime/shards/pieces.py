@@ -49,7 +49,7 @@ def group_writer(
 
 def row_pieces(spec: TensorSpec, elements: int) -> list[slice]:
     """Consecutive rows of a tensor, of about so many elements at a time."""
-    rows = spec.shape[0]
+    rows = spec.shape[0] if spec.shape else 1
     width = max(1, spec.num_bytes // spec.dtype.itemsize // max(1, rows))
     step = max(1, elements // width)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -65,7 +65,7 @@ def pieces_of(
     )
     if takes_rows:
         return row_pieces(tensor, elements)
-    return [slice(0, tensor.shape[0])]
+    return [slice(0, tensor.shape[0] if tensor.shape else 1)]
 
 
 def tensor_inputs(

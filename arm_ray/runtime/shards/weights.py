@@ -24,7 +24,8 @@ from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.validation import check_second_moments
 from arm_ray.errors import about
 from arm_ray.merging.alignment import aligned
-from arm_ray.model.layout import EMBEDDING, ModelLayout, is_layer_tensor
+from arm_ray.model.group import Decoder
+from arm_ray.model.layout import ModelLayout
 from arm_ray.model.partition import Residency
 from arm_ray.runtime.shards.meter import RateLimit
 from arm_ray.schedule import BASE, iteration_of
@@ -37,8 +38,7 @@ class WeightStore:
         layout: The model.
         checkpoints: State name -> checkpoint, for the base and the candidates.
         run: The run directory, which holds the merged states.
-        device: Where the weights are computed with.
-        compute_dtype: Of the forward pass.
+        decoder: What runs the forward passes: on its device the weights are computed with.
         residency: Where stored weights live meanwhile.
         second_moments: Name of a candidate -> Adam's second moments, where an operator wants them.
             They live where the candidate does, and as long.
@@ -54,14 +54,15 @@ class WeightStore:
         layout: ModelLayout,
         checkpoints: Mapping[str, Checkpoint],
         run: Path,
-        device: torch.device,
-        compute_dtype: torch.dtype,
+        decoder: Decoder,
         residency: Residency,
         second_moments: Mapping[str, Checkpoint] | None = None,
         disk: RateLimit | None = None,
     ) -> None:
+        self._decoder = decoder
         self._layout, self._checkpoints, self._run = layout, checkpoints, run
-        self.device, self.residency, self._compute_dtype = device, residency, compute_dtype
+        self.device, self.residency = decoder.device, residency
+        self._compute_dtype = decoder.dtype
         self._second_moments = second_moments or {}
         self._disk = disk or RateLimit(None)
         self._stored: dict[tuple[str, int], dict[str, Tensor]] = {}
@@ -73,21 +74,24 @@ class WeightStore:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def layers(self, state: str, group: int) -> dict[str, Tensor]:
-        """The group's decoder-layer tensors on the device in the compute dtype."""
+        """The group's decoder-layer tensors on the device as `Decoder.form` gives them."""
         key = (state, group)
         if key not in self._compute:
-            self._compute[key] = {
-                name: _aligned(self._moved(tensor, self._compute_dtype))
-                for name, tensor in self._group(state, group).items()
-                if is_layer_tensor(name)
-            }
+            self._compute[key] = self._formed(self._group(state, group))
         return self._compute[key]
+
+    def _formed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._decoder.form(
+            [name for name in tensors if self._layout.is_layer_tensor(name)],
+            lambda name, dtype: _aligned(self._moved(tensors[name], dtype)),
+        )
 
     def embed(self, state: str, input_ids: Tensor) -> Tensor:
         """Hidden states before the first layer `[batch, tokens, hidden]`; looks up, then casts."""
-        table = self._group(state, 0)[EMBEDDING]
-        hidden = nn.functional.embedding(input_ids.to(table.device), table)
-        return self._moved(hidden, self._compute_dtype)
+        table = self._group(state, 0)[self._layout.embedding]
+        rows = nn.functional.embedding(input_ids.flatten().to(table.device), table)
+        batch, tokens = input_ids.shape
+        return self._decoder.embed(self._moved(rows, self._compute_dtype), (batch, tokens))
 
     def in_compute_dtype(self, state: str, group: int, name: str) -> Tensor:
         """One whole tensor outside of the layers, on the device, as the forward pass takes it."""
@@ -95,10 +99,10 @@ class WeightStore:
 
     def hold(self, state: str, group: int, tensors: Mapping[str, Tensor]) -> None:
         """Take tensors of a state that is on no disk, in the compute dtype, until `let_go`."""
-        in_layers = {n: _aligned(t) for n, t in tensors.items() if is_layer_tensor(n)}
+        in_layers = {n: t for n, t in tensors.items() if self._layout.is_layer_tensor(n)}
         outside = {name: tensor for name, tensor in tensors.items() if name not in in_layers}
         if in_layers:
-            self._compute[state, group] = in_layers
+            self._compute[state, group] = self._formed(in_layers)
         if outside:
             self._stored[state, group] = self._stored.get((state, group), {}) | outside
 
@@ -112,7 +116,7 @@ class WeightStore:
 
     def rows(self, state: str, group: int, name: str, rows: slice) -> Tensor:
         """Rows of one tensor, float32, on the device."""
-        return self._moved(self._group(state, group)[name][rows], torch.float32)
+        return self._moved(rows_of(self._group(state, group)[name], rows), torch.float32)
 
     def second_moments(self, state: str, group: int, name: str, rows: slice) -> Tensor:
         """Rows of the second moments of one tensor of a candidate, float32, on the device.
@@ -127,7 +131,7 @@ class WeightStore:
                 if key not in self._moments:
                     names = self._layout.groups[group].tensors
                     self._moments[key] = self._placed(source.read(names))
-        found = self._moved(self._moments[key][name][rows], torch.float32)
+        found = self._moved(rows_of(self._moments[key][name], rows), torch.float32)
         where = f"second moments of {state}: {source.tensors[name].file}"
         with about(state):
             check_second_moments(found, name, rows.start or 0, where)
@@ -142,11 +146,14 @@ class WeightStore:
             name: The weight.
             whole: What `rows` gave for all of it; taken where the forward pass rounded nothing.
         """
-        computed = self.layers(state, group)[name]
-        if computed.dtype == torch.float32:
+        computed = self.layers(state, group).get(name)
+        if computed is not None and computed.dtype == torch.float32:
             return computed
-        stored = self._group(state, group)[name]
-        return whole if stored.dtype == computed.dtype else computed.to(torch.float32)
+        dtype = self._compute_dtype if computed is None else computed.dtype
+        if dtype == torch.float32 or self._group(state, group)[name].dtype == dtype:
+            return whole
+        # A part of what the forward pass took was rounded as this is.
+        return (whole.to(dtype) if computed is None else computed).to(torch.float32)
 
     def keep(self, state: str, group: int, tensors: Mapping[str, Tensor]) -> None:
         """Take over a group of a state, in memory where weights live (`room_for`)."""
@@ -224,7 +231,7 @@ class WeightStore:
         # Layers are read here and now, perhaps ahead of their turn. The embedding and the head stay
         # mapped: they are larger than a layer, and used a few rows at a time.
         return {
-            name: _on_host(tensor, self.device) if is_layer_tensor(name) else tensor
+            name: _on_host(tensor, self.device) if self._layout.is_layer_tensor(name) else tensor
             for name, tensor in mapped.items()
         }
 
@@ -233,11 +240,16 @@ class WeightStore:
         return tensor.to(self.device).to(dtype)
 
 
+def rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    """Rows of a tensor; a single number is its own only row."""
+    return tensor[rows] if tensor.ndim else tensor
+
+
 def room_for(shape: Sequence[int], residency: Residency, device: torch.device) -> Tensor:
     """Memory for a float32 tensor of a new state, where weights live."""
     if residency == "device":
-        return torch.empty(*shape, device=device)
-    return torch.empty(*shape, pin_memory=device.type == "cuda")
+        return torch.empty(tuple(shape), device=device)
+    return torch.empty(tuple(shape), pin_memory=device.type == "cuda")
 
 
 def put_aside(store: WeightStore, group: int, chosen: Callable[[str], bool]) -> None:

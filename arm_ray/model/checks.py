@@ -1,0 +1,236 @@
+"""Whether checkpoints have the tensors and the forward pass of one model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from arm_ray.checkpoints.huggingface import Checkpoint, check_codes
+from arm_ray.checkpoints.weight_file import DTYPES
+from arm_ray.errors import (
+    ArmRayError,
+    CorruptCheckpointError,
+    MismatchError,
+    NotACheckpointError,
+)
+from arm_ray.model.layout import DERIVED, ModelLayout, model_layout, table_layout
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Settings that change what a forward pass computes although every tensor has the same shape.
+_FORWARD_SETTINGS = (
+    "hidden_act",
+    "hidden_activation",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "norm_eps",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "no_rope_layers",
+    "layer_types",
+    "sliding_window",
+    "attention_chunk_size",
+    "query_pre_attn_scalar",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "logit_scale",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "n_group",
+    "topk_group",
+    "tie_word_embeddings",
+)
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_experts",
+    "n_routed_experts",
+    "num_local_experts",
+    "moe_intermediate_size",
+)
+_OWN_BASE = "merge checkpoints of one training run, and its own base"
+
+
+def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """Read a checkpoint's configuration, with the defaults that its family fills in.
+
+    A family that transformers does not have keeps what its file says, and nothing else.
+
+    Raises:
+        NotACheckpointError: The weights are quantised, or no family is named.
+        CorruptCheckpointError: The family refuses its settings.
+    """
+    where, family = checkpoint.config_directory / "config.json", checkpoint.config.get("model_type")
+    if checkpoint.config.get("quantization_config") is not None:
+        raise NotACheckpointError(
+            "the checkpoint is quantised",
+            where=where,
+            expected="weights in float32, bfloat16 or float16",
+            hint="merge the full-precision checkpoints, and quantise the result",
+        )
+    if not isinstance(family, str):
+        raise NotACheckpointError(
+            "the configuration names no family of models",
+            where=where,
+            got=f"model_type {family!r}",
+            expected='such as "model_type": "qwen2"',
+            hint="restore config.json from the training run",
+        )
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+    try:
+        if family not in CONFIG_MAPPING:
+            return PretrainedConfig.from_dict(dict(checkpoint.config))
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            checkpoint.config_directory, trust_remote_code=False
+        )
+        # A base whose vocabulary has grown says so itself, not in its file.
+        text = config.get_text_config(decoder=True)
+        if "vocab_size" in checkpoint.config:
+            text.vocab_size = int(checkpoint.config["vocab_size"])
+    except Exception as error:  # each family validates in its own way
+        raise _bad_config(checkpoint, error) from None
+    return config
+
+
+def _bad_config(checkpoint: Checkpoint, error: Exception) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        "the configuration of a checkpoint is refused by its family",
+        where=checkpoint.config_directory / "config.json",
+        got=" ".join(str(error).split())[:300],
+        hint="restore config.json from the training run",
+    )
+
+
+def layout_of(checkpoint: Checkpoint, layers_per_group: int = 1) -> ModelLayout:
+    """The layout of a base, from what transformers knows of its family, or from its tables alone.
+
+    Args:
+        checkpoint: The base; without tensors, they are as transformers would write them.
+        layers_per_group: Decoder layers of a group.
+
+    Raises:
+        NotACheckpointError: Nothing is known of the family, and there are no tensors either.
+        CorruptCheckpointError: The configuration is wrong.
+    """
+    config, classes = load_config(checkpoint), checkpoint.config.get("architectures")
+    stored = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    name = classes[0] if isinstance(classes, list) and classes else None
+    try:
+        return model_layout(config, layers_per_group, stored or None, name)
+    except NotACheckpointError as error:
+        if not stored:
+            raise
+        return table_layout(config, layers_per_group, stored, error.got or error.what)
+    except ArmRayError:
+        raise
+    except Exception as error:  # the same
+        raise _bad_config(checkpoint, error) from None
+
+
+def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> None:
+    """Check that a checkpoint has the tensors and the forward pass of `layout`.
+
+    Args:
+        layout: From the base.
+        checkpoint: The base itself, or a candidate.
+        label: How the configuration calls it, for messages.
+
+    Raises:
+        MismatchError: A setting, a tensor or a shape differs; names the first.
+    """
+    where = f"{label}: {checkpoint.path}"
+    family, expected_family = checkpoint.config.get("model_type"), layout.config.model_type
+    if family != expected_family:
+        raise _mismatch("the architecture differs from the base's", where, family, expected_family)
+    config, known = load_config(checkpoint), layout.text_config
+    text = config.get_text_config(decoder=True)
+    for key in _SIZES:
+        hint = _OWN_BASE
+        if key == "vocab_size" and getattr(text, key, 0) > getattr(known, key, 0):
+            hint = (
+                "if tokens were added to all candidates, set vocabulary to common: the rows in "
+                "common are merged, the others are the candidates' mean"
+            )
+        _check_setting(key, text, known, where, hint)
+    check_tensors(layout, checkpoint, where)
+    for key in _FORWARD_SETTINGS:
+        _check_setting(key, text, known, where)
+        _check_setting(key, config, layout.config, where)
+
+
+def derived_tensors(checkpoint: Checkpoint) -> list[str]:
+    """Names of the stored buffers that follow from the configuration, and are not merged."""
+    return sorted(name for name in checkpoint.tensors if DERIVED.search(name))
+
+
+def check_tensors(
+    layout: ModelLayout,
+    checkpoint: Checkpoint,
+    where: str,
+    hint: str = _OWN_BASE,
+) -> None:
+    """Check that a directory of weight files has the tensors of `layout`, whatever they mean.
+
+    Args:
+        layout: From the base.
+        checkpoint: The directory.
+        where: How messages call it.
+        hint: What to do where they differ.
+
+    Raises:
+        MismatchError: A tensor or a shape differs; names the first.
+    """
+    names = {name for name in checkpoint.tensors if not DERIVED.search(name)}
+    for name, shape in layout.shapes.items():
+        if name not in names:
+            got = f"no {name}{_instead(name, names - layout.shapes.keys())}"
+            raise _mismatch("a tensor is missing", where, got, f"{name} {list(shape)}", hint)
+        found = checkpoint.tensors[name].shape
+        if found != shape:
+            raise _mismatch(f"the shape of {name} differs", where, list(found), list(shape), hint)
+    check_codes(checkpoint.tensors[name] for name in layout.shapes)
+
+
+def _instead(name: str, others: Collection[str]) -> str:
+    """What may be there in place of a tensor, among those that the model does not have."""
+    longer = [other for other in sorted(others) if other.endswith(f".{name}")]
+    near = longer[:1] or difflib.get_close_matches(name, sorted(others), n=1, cutoff=0.8)
+    return f", but {near[0]}" if near else ""
+
+
+def _check_setting(key: str, config: Any, expected: Any, where: str, hint: str = _OWN_BASE) -> None:
+    found, wanted = getattr(config, key, None), getattr(expected, key, None)
+    if found != wanted:
+        raise _mismatch(f"{key} differs from the base's", where, str(found), str(wanted), hint)
+
+
+def _mismatch(
+    what: str, where: str, got: object, expected: object, hint: str = _OWN_BASE
+) -> MismatchError:
+    return MismatchError(what, where=where, got=got, expected=expected, hint=hint)
+
+
+def base_dtype(layout: ModelLayout, base: Checkpoint) -> torch.dtype:
+    """The dtype that most of the base's rotated weights are stored in."""
+    sizes: dict[str, int] = {}
+    for name in layout.rotated or layout.shapes:
+        entry = base.tensors[name]
+        sizes[entry.code] = sizes.get(entry.code, 0) + entry.num_bytes
+    return DTYPES[max(sizes, key=lambda code: (sizes[code], code))]

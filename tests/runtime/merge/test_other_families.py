@@ -1,0 +1,277 @@
+"""Whole merges of mixtures of experts, of models with vision, and of families unknown to anyone."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from arm_ray.checkpoints.huggingface import SINGLE_NAME
+from arm_ray.errors import MismatchError, NotACheckpointError
+from arm_ray.events import read_events
+from arm_ray.runtime.merge import run as module
+from arm_ray.runtime.merge.run import MergeOutcome, merge
+from tests.builders.checkpoints import assert_same_bits, load_all
+from tests.builders.families_on_disk import write_family
+from tests.builders.merge_case import MergeCase
+from tests.builders.reference import batches, dense_rotation
+
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "is_up_or_named", lambda _address: False)
+
+
+def run(case: MergeCase, output: str, *overrides: str) -> MergeOutcome:
+    return merge(case.config(*overrides, output=output), console=Console(quiet=True))
+
+
+def notes(outcome: MergeOutcome) -> list[str]:
+    events = read_events(outcome.run / "events.jsonl")
+    return [event["message"] for event in events if event["event"] == "warning"]
+
+
+def read(path: Path) -> Weights:
+    return {name: tensor.float() for name, tensor in load_all(path).items()}
+
+
+# --- mixtures of experts ----------------------------------------------------------------------
+
+
+def in_model(weights: Weights, layers: int, experts: int) -> Weights:
+    """Qwen3-MoE's weights as its module has them, from those of the files."""
+    found = {n: t for n, t in weights.items() if ".experts." not in n}
+    for layer in range(layers):
+        place = f"model.layers.{layer}.mlp.experts"
+        parts = {
+            kind: torch.stack([weights[f"{place}.{e}.{kind}_proj.weight"] for e in range(experts)])
+            for kind in ("gate", "up", "down")
+        }
+        found[f"{place}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        found[f"{place}.down_proj"] = parts["down"]
+    return found
+
+
+def mean_outputs(model: Any, samples: list[torch.Tensor]) -> dict[str, dict[int, torch.Tensor]]:
+    """Weight in the files -> sample -> mean output; of an expert, over the tokens it is sent."""
+    means: dict[str, dict[int, torch.Tensor]] = {}
+    handles, sample = [], 0
+
+    def record_linear(name: str) -> Any:
+        def record(_m: Any, _a: Any, out: torch.Tensor) -> None:
+            means.setdefault(f"{name}.weight", {})[sample] = out.reshape(-1, out.shape[-1]).mean(0)
+
+        return record
+
+    def record_experts(name: str) -> Any:
+        def record(experts: Any, args: Any) -> None:
+            hidden, chosen, _ = args
+            for e in range(experts.num_experts):
+                rows = (chosen == e).any(1)
+                if not rows.any():
+                    continue
+                both = hidden[rows] @ experts.gate_up_proj[e].T
+                gate, up = both.chunk(2, dim=-1)
+                down = (nn.functional.silu(gate) * up) @ experts.down_proj[e].T
+                for kind, value in (("gate", gate), ("up", up), ("down", down)):
+                    at = means.setdefault(f"{name}.{e}.{kind}_proj.weight", {})
+                    at[sample] = value.mean(0)
+
+        return record
+
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear) and ".layers." in name:
+            handles.append(part.register_forward_hook(record_linear(name)))
+        if name.endswith("mlp.experts"):
+            handles.append(part.register_forward_pre_hook(record_experts(name)))
+    with torch.no_grad():
+        for number, ids in enumerate(samples):
+            sample = number
+            model(input_ids=ids[None])
+    for handle in handles:
+        handle.remove()
+    return means
+
+
+def shift_of(
+    reference: dict[int, torch.Tensor], other: dict[int, torch.Tensor]
+) -> torch.Tensor | None:
+    columns = [other[s] - reference[s] for s in sorted(reference.keys() & other.keys())]
+    return torch.stack(columns, dim=1) if columns else None
+
+
+def streamed(case: MergeCase, iterations: int) -> list[Weights]:
+    """Anchored ARM on Qwen3-MoE as a plain program over whole models."""
+    kind = transformers.Qwen3MoeForCausalLM
+    model = kind.from_pretrained(case.root / "base", experts_implementation="eager").eval()
+    state, candidates = read(case.root / "base"), [read(path) for path in case.candidates]
+    layers, experts = model.config.num_hidden_layers, model.config.num_experts
+    history = []
+    for samples in batches(case.content(), iterations):
+        activations = []
+        for weights in (state, *candidates):
+            model.load_state_dict(in_model(weights, layers, experts))
+            activations.append(mean_outputs(model, samples))
+        new = {}
+        for name, weight in state.items():
+            total = torch.zeros_like(weight)
+            for other, found in zip(candidates, activations[1:], strict=True):
+                delta = other[name] - weight
+                shift = None
+                if name in activations[0] and name in found:
+                    shift = shift_of(activations[0][name], found[name])
+                if shift is not None:
+                    u = dense_rotation(shift, "positive_diagonal", 1e-6)
+                    delta = delta if u is None else (u @ delta.double()).float()
+                total += delta
+            new[name] = weight + 0.7 / len(candidates) * total
+        state = new
+        history.append(new)
+    return history
+
+
+def test_arm_on_experts_equals_a_plain_program(tmp_path: Path) -> None:
+    case = write_family(tmp_path, "qwen3_moe")
+    fixed = ("schedule.anchor_iterations=2", "schedule.max_iterations=2")
+    outcome = run(case, "run", *fixed, "runtime.layers_per_group=2")
+    expected = streamed(case, 2)
+    for iteration, weights in enumerate(expected, start=1):
+        found = read(outcome.run / "states" / f"{iteration:04d}")
+        assert found.keys() == weights.keys()
+        for name, tensor in weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+    assert outcome.model is not None
+    assert transformers.Qwen3MoeForCausalLM.from_pretrained(outcome.model) is not None
+
+
+def test_experts_are_rotated_each_by_itself(tmp_path: Path) -> None:
+    """One candidate's expert that is turned changes that expert's merged weight alone."""
+    case = write_family(tmp_path, "mixtral")
+    one = ("schedule.anchor_iterations=1", "schedule.max_iterations=1")
+    turned = read(run(case, "arm", *one).model or Path())
+    plain = read(run(case, "ta", *one, "method.operator=task_arithmetic").model or Path())
+    changed = {n for n in turned if not torch.allclose(turned[n], plain[n], atol=1e-6)}
+    experts = {name for name in turned if re.search(r"experts\.\d+\.w[123]\.weight$", name)}
+    assert len(experts & changed) > len(experts) // 2
+    routers = {name for name in turned if name.endswith("block_sparse_moe.gate.weight")}
+    assert routers
+    assert not routers & changed
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
+def test_experts_give_the_same_bits_wherever_they_live(tmp_path: Path, residency: str) -> None:
+    case = write_family(tmp_path, "glm4_moe")
+    plain = load_all(run(case, "plain").model or Path())
+    other = run(case, "other", f"runtime.residency={residency}", "runtime.layers_per_group=3")
+    assert_same_bits(plain, load_all(other.model or Path()))
+
+
+def test_experts_that_are_stored_in_two_forms_are_refused(tmp_path: Path) -> None:
+    case = write_family(tmp_path, "qwen3_moe")
+    weights = read(case.candidates[1])
+    config = json.loads((case.candidates[1] / "config.json").read_text())
+    fused = in_model(weights, config["num_hidden_layers"], config["num_local_experts"])
+    save_file(
+        {n: t.contiguous() for n, t in fused.items()},
+        case.candidates[1] / SINGLE_NAME,
+        {"format": "pt"},
+    )
+    with pytest.raises(MismatchError, match="stored in another form") as caught:
+        run(case, "run")
+    assert (caught.value.got or "").startswith("model.layers.0.mlp.experts.")
+    assert (caught.value.expected or "").startswith("8 tensors, the first model.layers.0.mlp.")
+    assert caught.value.subject == "candidate-2"
+
+
+def test_another_number_of_experts_is_refused(tmp_path: Path) -> None:
+    case = write_family(tmp_path, "qwen3_moe")
+    file = case.candidates[0] / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "num_local_experts": 4}))
+    with pytest.raises(MismatchError, match="experts differs"):
+        run(case, "run")
+
+
+# --- models of several parts ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "qwen2_5_vl"])
+def test_a_model_with_vision_is_merged_whole(tmp_path: Path, family: str) -> None:
+    case = write_family(tmp_path, family)
+    one = ("schedule.anchor_iterations=1", "schedule.max_iterations=1")
+    outcome = run(case, "arm", *one)
+    plain = run(case, "ta", *one, "method.operator=task_arithmetic")
+    base, found = read(case.root / "base"), read(outcome.model or Path())
+    assert found.keys() == base.keys()
+    expected = read(plain.model or Path())
+    vision = {name for name in base if "vis" in name}
+    assert vision
+    for name in vision:
+        assert torch.equal(found[name], expected[name])
+        assert not torch.equal(found[name], base[name])
+    turned = {n for n in found if not torch.allclose(found[n], expected[n], atol=1e-6)}
+    assert {n.split(".")[-2] for n in turned} >= {"q_proj", "down_proj"}
+    # As transformers loads it: no tensor is missing, and none is left over.
+    [name] = json.loads((outcome.model / "config.json").read_text())["architectures"]
+    _, told = getattr(transformers, name).from_pretrained(outcome.model, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert not [line for line in notes(outcome) if "may not load" in line]
+
+
+# --- families that transformers does not have, or no decoder -----------------------------------
+
+
+def rename_family(case: MergeCase, family: str) -> None:
+    for directory in (case.root / "base", *case.candidates):
+        file = directory / "config.json"
+        content = json.loads(file.read_text())
+        content |= {"model_type": family, "architectures": ["OtherForCausalLM"]}
+        file.write_text(json.dumps(content))
+
+
+def test_a_family_that_transformers_does_not_have_is_merged_without_activations(
+    case: MergeCase,
+) -> None:
+    case.make()
+    known = read(run(case, "known", "method.operator=task_arithmetic").model or Path())
+    rename_family(case, "not-a-family")
+    with pytest.raises(NotACheckpointError, match="activations cannot be taken") as caught:
+        run(case, "arm")
+    assert "not-a-family" in (caught.value.got or "")
+    outcome = run(case, "ta", "method.operator=task_arithmetic", "calibration=null")
+    found = read(outcome.model or Path())
+    assert found.keys() == known.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in known.items())
+    config = json.loads((outcome.model / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("not-a-family", ["OtherForCausalLM"])
+
+
+def test_an_encoder_is_merged_without_activations(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2
+    )
+    case = MergeCase(tmp_path)
+    torch.manual_seed(0)
+    for name in ("base", "a", "b"):
+        transformers.BertForMaskedLM(config).save_pretrained(tmp_path / name)
+    case.candidates = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(NotACheckpointError, match="activations cannot be taken"):
+        run(case, "arm")
+    outcome = run(case, "ta", "method.operator=task_arithmetic", "calibration=null")
+    loaded = transformers.BertForMaskedLM.from_pretrained(outcome.model)
+    base, a, b = (load_file(tmp_path / n / SINGLE_NAME) for n in ("base", "a", "b"))
+    name = "bert.encoder.layer.1.output.dense.weight"
+    assert name in base
+    assert loaded.config.model_type == "bert"
+    assert read(outcome.model or Path()).keys() == base.keys()
+    assert not torch.equal(read(outcome.model or Path())[name], base[name])
+    assert not torch.equal(a[name], b[name])
