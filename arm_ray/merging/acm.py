@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arm_ray.merging.settings import AcmSettings
+from arm_ray.merging.operator_settings import AcmSettings
 
 _CODES = 1 << 16
 

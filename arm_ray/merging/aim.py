@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arm_ray.merging.settings import AimSettings
+from arm_ray.merging.operator_settings import AimSettings
 
 
 def relaxation(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from arm_ray.merging.blocks import weighted_sum_
 from arm_ray.merging.operator import Operator, TaskVectors
-from arm_ray.merging.settings import AverageSettings, MethodSettings
+from arm_ray.merging.operator_settings import AverageSettings
+from arm_ray.merging.settings import MethodSettings
 
 
 def update(given: TaskVectors, settings: MethodSettings) -> Tensor:
@@ -30,9 +32,16 @@ def member_weights(settings: AverageSettings, count: int) -> list[float]:
 
     `ema` starts from the first of them and step `t = 1, 2, …` merges another one with decay
     `α_t`: `M_t = α_t M_(t−1) + (1 − α_t) W_t`.
+
+    `wsm`: had the steps from model `j` to `j + 1` been as much smaller as a falling learning rate
+    makes them, `r_(j+1)` of what they were, the run would have ended in `Σ (r_j − r_(j+1)) W_j`.
     """
     used = min(count, settings.last or count)
-    if settings.kind == "ema":
+    if settings.kind == "wsm":
+        # What a learning rate that falls over the checkpoints does to the steps between them.
+        rates = [_rate(i / used, settings.fall) for i in range(used + 1)]
+        weights = [first - second for first, second in pairwise(rates)]
+    elif settings.kind == "ema":
         weights = [1.0]
         for t in range(1, used):
             decay = min(settings.decay, (t + 1) / (t + 10)) if settings.warm_up else settings.decay
@@ -49,6 +58,11 @@ def member_weights(settings: AverageSettings, count: int) -> list[float]:
     return [0.0] * (count - used) + weights
 
 
+def _rate(progress: float, fall: str) -> float:
+    """The learning rate's part that is left, 1 at the beginning and 0 at the end."""
+    return 1.0 - (progress if fall == "linear" else math.sqrt(progress))
+
+
 def _check(settings: MethodSettings, num_models: int) -> list[str]:
     average = settings.average
     problems = []
@@ -57,12 +71,12 @@ def _check(settings: MethodSettings, num_models: int) -> list[str]:
             f"method.average.last: got {average.last}, expected at most the {num_models} models"
             " of an iteration"
         )
-    for key in ("decay", "warm_up"):
+    for key, kind in (("decay", "ema"), ("warm_up", "ema"), ("fall", "wsm")):
         value = getattr(average, key)
-        if average.kind != "ema" and value != getattr(AverageSettings(), key):
+        if average.kind != kind and value != getattr(AverageSettings(), key):
             problems.append(
                 f"method.average.{key}: got {value} with kind {average.kind!r},"
-                " expected kind 'ema', which alone reads it"
+                f" expected kind {kind!r}, which alone reads it"
             )
     if average.kind != "weighted":
         if average.weights is not None:

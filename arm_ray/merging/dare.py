@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arm_ray.merging.blocks import in_blocks
-from arm_ray.merging.settings import DareSettings
+from arm_ray.merging.operator_settings import DareSettings
 
 # Words that one step of Philox' counter gives.
 _WORDS = 8
@@ -50,15 +50,14 @@ def drop(
         return vector
     vector = vector.contiguous()
     scale = 1.0 / (1.0 - settings.drop_rate) if settings.rescale == "exact" else 1.0
-    label = json.dumps([settings.seed, iteration, name, contributor])
-    key = int.from_bytes(hashlib.sha256(label.encode()).digest()[:16], "little")
+    key = stream(settings.seed, iteration, name, contributor)
     limit = math.ceil(settings.drop_rate * 2.0**32)
     position = (rows.start or 0) * math.prod(shape[1:])
     before, after = [], []
     for (block,) in in_blocks([vector], _BLOCK):
-        words = _words(key, position, len(block))
+        drawn = words(key, position, len(block))
         position += len(block)
-        kept = torch.from_numpy(words >= limit).to(block.device)
+        kept = torch.from_numpy(drawn >= limit).to(block.device)
         if settings.rescale == "l1":
             before.append(block.abs().sum(dtype=torch.float64))
         block.mul_(kept)
@@ -73,10 +72,16 @@ def drop(
     return vector
 
 
-def _words(key: int, position: int, count: int) -> np.ndarray:
+def stream(seed: int, iteration: int, name: str, contributor: str) -> int:
+    """The key of the stream of random words of a contributor's tensor in an iteration."""
+    label = json.dumps([seed, iteration, name, contributor])
+    return int.from_bytes(hashlib.sha256(label.encode()).digest()[:16], "little")
+
+
+def words(key: int, position: int, count: int) -> np.ndarray:
     """Words `position …` of a key's stream, `[count]` uint32."""
     counter, skipped = divmod(position, _WORDS)
     steps = -(-(skipped + count) // _WORDS)
-    stream = np.random.Philox(key=key, counter=counter)
-    words = stream.random_raw(steps * _WORDS // 2).astype("<u8", copy=False).view("<u4")
-    return words[skipped : skipped + count]
+    generator = np.random.Philox(key=key, counter=counter)
+    raw = generator.random_raw(steps * _WORDS // 2).astype("<u8", copy=False).view("<u4")
+    return raw[skipped : skipped + count]

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arm_ray.merging.settings import AlphaRLSettings, MethodSettings, PomeSettings, TimberSettings
+from arm_ray.merging.operator_settings import AlphaRLSettings, PomeSettings, TimberSettings
+from arm_ray.merging.settings import MethodSettings
 from arm_ray.merging.svd import row_blocks, singular_values_and_vectors, upright
 
 

@@ -5,7 +5,7 @@ All methods share one sequence of steps. Only the operator's is required:
     ΔW_i  = W_i − W_ref
     ΔW_i ← U_i ΔW_i                  rotation by the activation shift (ARM)
     ΔW_i ← edit(ΔW_i)                low-rank edit
-    ΔW_i ← drop(ΔW_i)                DARE
+    ΔW_i ← drop(ΔW_i)                DARE, DELLA, Breadcrumbs
     ΔW_i ← λ_i ΔW_i                  ACM
     W_new = W_ref + r ⊙ update(ΔW_1, …, ΔW_k)         the operator; AIM's relaxation r
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from arm_ray.errors import ConfigError
-from arm_ray.merging import dare
+from arm_ray.merging import thinning
 from arm_ray.merging.acm import LayerCoefficients
 from arm_ray.merging.aim import Relaxation
 from arm_ray.merging.edits import edit
@@ -126,7 +126,7 @@ class Method:
             return False
         if is_linear and self.needs_outputs:
             return False
-        if self._thins and self.settings.dare.rescale == "l1":
+        if thinning.needs_whole_tensors(self.settings, ndim):
             return False
         return ndim < 2 or self.settings.edit == "none"
 
@@ -210,25 +210,11 @@ class Method:
                     result.rank_deficient.append((rotation.rank, rotation.full_rank))
         if self.settings.edit != "none":
             vectors = [edit(v, inputs.name, inputs.is_linear, self.settings) for v in vectors]
-        if self._thins:
-            vectors = _thinned(self.settings, inputs, vectors)
+        if thinning.thins(self.settings):
+            vectors = thinning.thinned(self.settings, inputs, vectors)
         for vector, scale in zip(vectors, inputs.scales, strict=False):
             vector *= scale
         return vectors, result
-
-    @property
-    def _thins(self) -> bool:
-        return "dare" in self.settings.steps
-
-
-def _thinned(settings: MethodSettings, inputs: TensorInputs, vectors: list[Tensor]) -> list[Tensor]:
-    shape = tuple(inputs.reference.shape) if inputs.shape is None else inputs.shape
-    # Without names, contributors are told apart by their place.
-    names = inputs.contributor_names or tuple(map(str, range(len(vectors))))
-    return [
-        dare.drop(vector, inputs.rows, shape, inputs.name, name, inputs.iteration, settings.dare)
-        for vector, name in zip(vectors, names, strict=True)
-    ]
 
 
 def _settings_of(settings: MethodSettings, inputs: TensorInputs) -> MethodSettings:
@@ -291,7 +277,7 @@ def open_method(
         + " does not read it; remove it, or change method.operator"
         for name in settings.unused_sections
     ]
-    problems += _coefficient_problems(settings, operator)
+    problems += _coefficient_problems(settings, operator) + thinning.problems(settings)
     if step != "fixed" and not (operator.uses_coefficient or "acm" in settings.steps):
         problems.append(
             f"schedule.step: is {step!r}, but operator {operator.name!r} has no coefficient whose"

@@ -15,8 +15,13 @@ from arm_ray.merging import (
     alpharl_prediction,
     average,
     lore,
+    model_stock,
+    nearswap,
     opcm,
     ota,
+    ram,
+    relex,
+    sce,
     slerp,
     task_arithmetic,
     ties,
@@ -38,6 +43,11 @@ OPERATORS: dict[str, Operator] = {
         twin.OPERATOR,
         ota.OPERATOR,
         alpharl_prediction.OPERATOR,
+        sce.OPERATOR,
+        model_stock.OPERATOR,
+        nearswap.OPERATOR,
+        ram.OPERATOR,
+        relex.OPERATOR,
     )
 }
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arm_ray.merging.settings import SignRule
+from arm_ray.merging.operator_settings import SignRule
 from arm_ray.merging.svd import left_basis
 
 

@@ -1,4 +1,4 @@
-"""Settings of the merge operators: plain values with their ranges.
+"""Settings of a merge method: plain values with their ranges.
 
 The section `method` of the configuration is `MethodSettings`; the ranges in the annotations are
 checked where the configuration is read. Nothing is imported here but the standard library and the
@@ -11,260 +11,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
+from annotated_types import Gt, Le
 
-SignRule = Literal["positive_diagonal", "library"]
-RotationVariant = Literal["activation", "minimal", "none"]
-# What the reader of a configuration does with these: no unknown keys, no changed types.
-_STRICT: Mapping[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
-
-
-@dataclass(frozen=True)
-class RotationSettings:
-    """How the left singular vectors of the activation shift become a rotation."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    variant: RotationVariant = "activation"
-    """`activation`: U of the activation shift (Eqs. 3-5). `minimal`: the smallest rotation that
-    takes the leading left singular subspace of the task vector onto that of the activation shift.
-    `none`: the identity."""
-    sign: SignRule = "positive_diagonal"
-    """`positive_diagonal` flips columns so that U[j, j] >= 0; `library` keeps LAPACK's signs.
-    `minimal` needs no signs."""
-    rank_tolerance: Annotated[float, Ge(0.0), Lt(1.0)] = 1.0e-6
-    """Singular values at or below this fraction of the largest count as zero."""
-
-
-@dataclass(frozen=True)
-class TaskArithmeticSettings:
-    """Task Arithmetic (Ilharco et al., 2023)."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    reduce: Literal["mean", "sum"] = "mean"
-    """`mean` divides by the number of candidates, as the ARM paper does; `sum` is the original."""
-
-
-@dataclass(frozen=True)
-class TiesSettings:
-    """TIES (Yadav et al., 2023): trim, elect signs, merge what agrees."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    keep: Annotated[float, Gt(0.0), Le(1.0)] = 0.2
-    """Fraction of a task vector's entries that survive the trim."""
-    scope: Literal["global", "per_tensor"] = "global"
-    """Over what the trim's threshold is taken: a whole task vector (the original), or a tensor."""
-    zero_sign: Literal["majority", "positive"] = "majority"
-    """The sign elected where the kept entries cancel exactly: of all elected signs together, in the
-    same scope; or +."""
-    combine: Literal["mean", "sum", "max"] = "mean"
-    """What is taken of the entries that agree with the elected sign."""
-
-
-@dataclass(frozen=True)
-class DareSettings:
-    """DARE (Yu et al., 2024): drop entries at random, rescale the others."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    drop_rate: Annotated[float, Ge(0.0), Lt(1.0)] = 0.9
-    """p: the chance of an entry of a task vector to be set to zero."""
-    rescale: Literal["exact", "l1", "none"] = "exact"
-    """`exact`: survivors are multiplied by 1 / (1 - p). `l1`: so that the tensor's sum of
-    magnitudes stays what it was (mergekit's convention). `none`: they stay as they are."""
-    then: Literal["task_arithmetic", "ties", "average"] = "task_arithmetic"
-    """The operator that merges the thinned task vectors."""
-    seed: Annotated[int, Ge(0)] = 0
-    """Of the random choice; each tensor, candidate and iteration draws its own."""
-
-
-@dataclass(frozen=True)
-class AimSettings:
-    """AIM (Nobari et al., 2025): hold back what changes the inputs that matter to the base."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    omega: Annotated[float, Ge(0.0), Le(1.0)] = 0.4
-    """ω: how much of its update the most active input channel keeps; 1 changes nothing."""
-    on: Literal["task_arithmetic", "ties", "dare", "average"] = "ties"
-    """The operator whose result is relaxed."""
-    activations_of: Literal["reference", "base"] = "reference"
-    """Whose activations tell what matters: the iteration's reference, or always the base."""
-    average: Literal["sample", "token"] = "sample"
-    """Whether a channel's magnitude is a mean of samples' means, or of all tokens."""
-    tied: Literal["relax", "keep"] = "relax"
-    """What becomes of an embedding that is also the head: relaxed as a head, or kept as merged."""
-
-
-@dataclass(frozen=True)
-class AcmSettings:
-    """ACM (Yao et al., 2025): a coefficient per layer from mutual information."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    t: float = 0.7
-    """How fast the coefficient falls with the information: λ = 1 − mean of σ(t (I − shift))."""
-    shift: Literal["per_layer", "global", "none"] = "per_layer"
-    """What is subtracted from the information before σ: its maximum over a layer's samples (the
-    released code), over all layers', or nothing (the paper's Eq. 2)."""
-    on: Literal["task_arithmetic", "ties"] = "task_arithmetic"
-    """The operator whose coefficient it replaces."""
-    max_elements: Annotated[int, Ge(1)] = 1 << 24
-    """Activation values of one sample that the estimate looks at; tokens beyond are left out."""
-
-
-@dataclass(frozen=True)
-class SlerpSettings:
-    """Spherical interpolation between two models, tensor by tensor."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    t: Annotated[float, Ge(0.0), Le(1.0)] = 0.5
-    """0 is the first model, 1 the second."""
-    of: Literal["weights", "task_vectors"] = "weights"
-    """What is interpolated: the weights, or their differences from the reference."""
-
-
-@dataclass(frozen=True)
-class SphericalMeanSettings:
-    """A mean of two or more models on the sphere, tensor by tensor."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    kind: Literal["karcher", "projection"] = "karcher"
-    """`karcher` iterates logarithm and exponential; `projection` is one step in the tangent plane
-    (mergekit's `multislerp`)."""
-    of: Literal["weights", "task_vectors"] = "task_vectors"
-    """In a window, one of the task vectors is zero and has no direction: then `task_vectors` gives
-    the ordinary mean."""
-    weights: Annotated[tuple[Annotated[float, Gt(0.0)], ...], MinLen(2)] | None = None
-    """One for each model; null: all equal."""
-    max_steps: Annotated[int, Ge(1)] = 10
-    """Of `karcher`."""
-    step_tolerance: Annotated[float, Gt(0.0)] = 1.0e-5
-    """`karcher` ends when a step is shorter, in radians."""
-
-
-@dataclass(frozen=True)
-class OpcmSettings:
-    """OPCM (Tang et al., 2025): each task vector is projected off what is merged already."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    alpha: Annotated[float, Gt(0.0), Lt(1.0)] = 0.5
-    """Share of the sum of singular values; the block of the leading ones up to it is projected
-    out."""
-
-
-@dataclass(frozen=True)
-class AverageSettings:
-    """Averages over the checkpoints of a run, in their order."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    kind: Literal["uniform", "ema", "linear", "weighted"] = "uniform"
-    """`uniform` (SWA, LAWA), `ema`, `linear` (weights 1, 2, 3, …), or `weighted`."""
-    last: Annotated[int, Ge(1)] | None = None
-    """Only the last so many of an iteration's models (LAWA's k); null: all."""
-    decay: Annotated[float, Ge(0.0), Lt(1.0)] = 0.8
-    """Of `ema`: the weight of what was averaged before."""
-    warm_up: bool = False
-    """Of `ema`: the decay of step t, which merges model t + 1, is at most (t + 1) / (t + 10)."""
-    weights: Annotated[tuple[Annotated[float, Ge(0.0)], ...], MinLen(1)] | None = None
-    """Of `weighted`: one for each model that is averaged; divided by their sum."""
-
-
-@dataclass(frozen=True)
-class LoreSettings:
-    """LoRE (Liu et al., 2025): a common base and low-rank task vectors, estimated together."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    mu: Annotated[float, Ge(0.0)] = 0.01
-    """Weight of the nuclear norm; singular values shrink by half of it in every step."""
-    steps: Annotated[int, Ge(1)] = 10
-    """Rounds in which base and task vectors are estimated in turn."""
-    combine: Literal["mean", "sum"] = "mean"
-    """How the low-rank task vectors are added up."""
-
-
-@dataclass(frozen=True)
-class TwinSettings:
-    """Twin-Merging (Lu et al., 2024), its static part: shared knowledge, low-rank experts."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    reduce: Literal["mean", "sum"] = "sum"
-    """How task vectors add up to what is shared."""
-    rank_fraction: Annotated[float, Ge(0.0), Le(1.0)] = 0.1
-    """Of the smaller dimension: the rank that is left of a model's difference from the shared."""
-
-
-@dataclass(frozen=True)
-class OtaSettings:
-    """OTA: means weighted by the optimizer's second moments."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    second_moments: Annotated[tuple[str, ...], MinLen(1)] | None = None
-    """For each candidate a directory with Adam's `exp_avg_sq` under the names of the weights, in
-    `model.safetensors` or in files with an index as a model has them."""
-    power: Annotated[float, Gt(0.0)] = 0.5
-    """The weight of an entry is its second moment to this power."""
-    epsilon: Annotated[float, Gt(0.0)] = 1.0e-26
-    """Added to the weights, so that entries without any history take the plain mean."""
-    density: Annotated[float, Gt(0.0), Le(1.0)] = 1.0
-    """Fraction of a candidate's entries, those of largest saliency v ΔW², that take part."""
-
-
-@dataclass(frozen=True)
-class AlphaRLPredictionSettings:
-    """AlphaRL's prediction (Cai et al., 2025): the next rank-1 update from the ones before."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    accuracies: Annotated[tuple[float, ...], MinLen(2)] | None = None
-    """Of each candidate, in order; any scale."""
-    target: float | None = None
-    """The accuracy to predict the weights for."""
-    onto: Literal["last", "base"] = "last"
-    """What the predicted update is added to: the last candidate (the released code), or the
-    reference."""
-
-
-@dataclass(frozen=True)
-class TimberSettings:
-    """Timber (Wu et al., 2025): damp the singular values beyond the effective rank."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    gamma: Annotated[float, Ge(0.0), Le(1.0)] = 0.2
-    """γ: what the tail is multiplied by; 1 changes nothing."""
-    epsilon: Annotated[float, Gt(0.0)] = 1.0e-9
-    """Inside the entropy's logarithm."""
-
-
-@dataclass(frozen=True)
-class PomeSettings:
-    """POME (Liu et al., 2025): equal singular values in the leading directions."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    rank_fraction: Annotated[float, Gt(0.0), Le(1.0)] = 0.5
-    """Of the numerical rank."""
-    scale: Literal["fro", "mean_sv", "spec", "raw"] = "fro"
-    """What the equal singular values are: `fro` keeps the norm of the task vector, `mean_sv` the
-    sum of the kept ones, `spec` is the largest, `raw` is `beta` itself."""
-    beta: Annotated[float, Gt(0.0)] = 1.0
-    """Multiplies them."""
-    tensors: Literal["up_proj", "mlp", "all_linear"] = "up_proj"
-    """Which weights are edited; all others take the task vector as it is."""
-
-
-@dataclass(frozen=True)
-class AlphaRLSettings:
-    """AlphaRL's reconstruction (Cai et al., 2025): the leading directions, at the full norm."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
-    rank: Annotated[int, Ge(1)] = 1
-    """Directions of each task vector that are kept."""
-    alpha: Annotated[float, Gt(0.0)] = 1.0
-    """Multiplies the norm."""
-    others: Literal["drop", "keep"] = "drop"
-    """Tensors outside attention and MLP: their update is dropped (the released code), or kept."""
+from arm_ray.merging.operator_settings import (
+    STRICT,
+    AcmSettings,
+    AimSettings,
+    AlphaRLPredictionSettings,
+    AlphaRLSettings,
+    AverageSettings,
+    BreadcrumbsSettings,
+    DareSettings,
+    DellaSettings,
+    LoreSettings,
+    ModelStockSettings,
+    NearswapSettings,
+    OpcmSettings,
+    OtaSettings,
+    PomeSettings,
+    RamSettings,
+    RelexSettings,
+    RotationSettings,
+    SceSettings,
+    SlerpSettings,
+    SphericalMeanSettings,
+    TaskArithmeticSettings,
+    TiesSettings,
+    TimberSettings,
+    TwinSettings,
+)
 
 
 @dataclass(frozen=True)
 class MethodSettings:
     """Which operator merges, what is done to the task vectors before, and how strongly."""
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
     operator: str = "arm"
     """How task vectors become one update: see docs/operators.md."""
     coefficient: Annotated[float, Gt(0.0), Le(10.0)] = 0.7
@@ -282,6 +64,13 @@ class MethodSettings:
     dare: DareSettings = field(default_factory=DareSettings)
     aim: AimSettings = field(default_factory=AimSettings)
     acm: AcmSettings = field(default_factory=AcmSettings)
+    della: DellaSettings = field(default_factory=DellaSettings)
+    breadcrumbs: BreadcrumbsSettings = field(default_factory=BreadcrumbsSettings)
+    sce: SceSettings = field(default_factory=SceSettings)
+    model_stock: ModelStockSettings = field(default_factory=ModelStockSettings)
+    nearswap: NearswapSettings = field(default_factory=NearswapSettings)
+    ram: RamSettings = field(default_factory=RamSettings)
+    relex: RelexSettings = field(default_factory=RelexSettings)
     slerp: SlerpSettings = field(default_factory=SlerpSettings)
     spherical_mean: SphericalMeanSettings = field(default_factory=SphericalMeanSettings)
     opcm: OpcmSettings = field(default_factory=OpcmSettings)
@@ -297,8 +86,9 @@ class MethodSettings:
     def steps(self) -> tuple[str, ...]:
         """Names of the operators that take part, outermost first: `aim`, `dare`, `ties`."""
         found = ["task_arithmetic" if self.operator == "arm" else self.operator]
-        while found[-1] in ("aim", "acm", "dare"):
-            inner = {"aim": self.aim.on, "acm": self.acm.on, "dare": self.dare.then}
+        inner = {"aim": self.aim.on, "acm": self.acm.on}
+        inner |= {name: getattr(self, name).then for name in THINNING}
+        while found[-1] in inner:
             found.append(inner[found[-1]])
         return tuple(found)
 
@@ -326,7 +116,8 @@ class MethodSettings:
     @property
     def full_rank_reasons(self) -> list[str]:
         """Why the result is never of low rank over the base; empty: it may be."""
-        single = {"ties", "ota"} | ({"dare"} if self.dare.drop_rate > 0.0 else set())
+        single = {"ties", "ota", "sce", "nearswap", "ram", "breadcrumbs"}
+        single |= {name for name in ("dare", "della") if getattr(self, name).drop_rate > 0.0}
         on_weights = {"slerp": self.slerp.of, "spherical_mean": self.spherical_mean.of}
         reasons = []
         for step in self.steps:
@@ -370,6 +161,13 @@ OPERATOR_NAMES = (
     "task_arithmetic",
     "ties",
     "dare",
+    "della",
+    "breadcrumbs",
+    "sce",
+    "model_stock",
+    "nearswap",
+    "ram",
+    "relex",
     "aim",
     "acm",
     "slerp",
@@ -381,3 +179,5 @@ OPERATOR_NAMES = (
     "ota",
     "alpharl_prediction",
 )
+# Steps that set entries of the task vectors to zero before another operator merges them.
+THINNING = ("dare", "della", "breadcrumbs")

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from arm_ray.merging.blocks import gram, in_blocks
 from arm_ray.merging.operator import Operator, Statistics, Sums, TaskVectors
+from arm_ray.merging.operator_settings import SlerpSettings
 from arm_ray.merging.settings import MethodSettings
 
 # Tensors of no larger norm have no direction.
 _SMALLEST_NORM = 1e-8
 # Models whose cosine is beyond are merged on a line.
 _LARGEST_COSINE = 0.9995
+# Elements of a model in float64 at once, where each row has an angle of its own.
+_ROWS = 1 << 20
 
 
 def slerp(given: TaskVectors, settings: MethodSettings) -> Tensor:
@@ -25,20 +28,50 @@ def slerp(given: TaskVectors, settings: MethodSettings) -> Tensor:
 
     Where one of them is zero or they are (anti)parallel, `(1 − t) A + t B − W_ref`. In a window
     the reference is A. With `of: task_vectors` the same formula merges the task vectors, to which
-    the reference is added.
+    the reference is added. With `over: rows` each row has a θ of its own.
     """
-    t = settings.slerp.t
+    chosen = settings.slerp
+    if chosen.over == "rows":
+        return _slerp_rows(given, chosen)
 
     def coefficients(products: np.ndarray) -> list[float]:
-        norms = np.sqrt(np.diag(products))
-        if norms.min() > _SMALLEST_NORM:
-            cosine = float(products[0, 1] / (norms[0] * norms[1]))
-            if abs(cosine) <= _LARGEST_COSINE:
-                angle = math.acos(cosine)
-                return [math.sin(s * angle) / math.sin(angle) for s in (1.0 - t, t)]
-        return [1.0 - t, t]
+        found = _on_arc(torch.from_numpy(products)[None], chosen.t)
+        return [float(c) for c in found[0]]
 
-    return _merge(given, settings.slerp.of == "weights", coefficients)
+    return _merge(given, chosen.of == "weights", coefficients)
+
+
+def _on_arc(products: Tensor, t: float) -> Tensor:
+    """The coefficients `[n, 2]` float64 of two models, from their inner products `[n, 2, 2]`."""
+    norms = products.diagonal(dim1=1, dim2=2).sqrt()
+    lengths = norms.prod(dim=1)
+    cosine = products[:, 0, 1] / torch.where(lengths > 0.0, lengths, 1.0)
+    is_curved = (norms.min(dim=1).values > _SMALLEST_NORM) & (cosine.abs() <= _LARGEST_COSINE)
+    angle = torch.acos(torch.where(is_curved, cosine, 0.0))
+    ends = torch.tensor([1.0 - t, t], dtype=torch.float64, device=products.device)
+    curved = torch.sin(ends * angle[:, None]) / torch.sin(angle)[:, None]
+    return torch.where(is_curved[:, None], curved, ends)
+
+
+def _slerp_rows(given: TaskVectors, settings: SlerpSettings) -> Tensor:
+    """The same row by row; a vector's or a number's is one row."""
+    reference = given.inputs.reference
+    vectors = [v.contiguous() for v in given.vectors]
+    if given.inputs.includes_reference:
+        vectors.insert(0, torch.zeros_like(reference))
+    rows = len(reference) if reference.ndim > 1 else 1
+    matrices = [tensor.reshape(rows, -1) for tensor in (*vectors, reference)]
+    result = torch.empty_like(matrices[0])
+    step = max(1, _ROWS // max(1, result.shape[1]))
+    for start in range(0, rows, step):
+        *ends, base = (matrix[start : start + step].double() for matrix in matrices)
+        if settings.of == "weights":
+            ends = [end + base for end in ends]
+        models = torch.stack(ends, dim=1)
+        products = (models[:, :, None] * models[:, None]).sum(3)
+        merged = (_on_arc(products, settings.t)[:, :, None] * models).sum(1)
+        result[start : start + step] = merged - base if settings.of == "weights" else merged
+    return result.view(reference.shape)
 
 
 def spherical_mean(given: TaskVectors, settings: MethodSettings) -> Tensor:
@@ -151,9 +184,13 @@ def _products(given: TaskVectors, of_weights: bool, precision: torch.dtype) -> S
     return {"products": gram(models, added, within_blocks=precision)}
 
 
-def _statistics(of_weights: Callable[[MethodSettings], bool], precision: torch.dtype) -> Statistics:
+def _statistics(
+    of_weights: Callable[[MethodSettings], bool],
+    precision: torch.dtype,
+    rounds: Callable[[MethodSettings], int] = lambda _settings: 1,
+) -> Statistics:
     return Statistics(
-        rounds=lambda _settings, _contributors: 1,
+        rounds=lambda settings, _contributors: rounds(settings),
         measure=lambda _number, given, settings: _products(given, of_weights(settings), precision),
         conclude=lambda _number, sums, known, _settings: {**known, **sums},
         by_tensor=lambda _settings: True,
@@ -174,7 +211,12 @@ OPERATOR = Operator(
     "slerp",
     slerp,
     # Beyond the largest cosine it does not matter, below it float32 gives the angle.
-    statistics=_statistics(lambda settings: settings.slerp.of == "weights", torch.float32),
+    statistics=_statistics(
+        lambda settings: settings.slerp.of == "weights",
+        torch.float32,
+        lambda settings: int(settings.slerp.over == "tensor"),
+    ),
+    whole_tensors=lambda settings: settings.slerp.over == "rows",
     uses_coefficient=False,
     min_models=2,
     max_models=2,

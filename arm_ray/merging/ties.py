@@ -12,7 +12,8 @@ from torch import Tensor
 from arm_ray.merging import quantile
 from arm_ray.merging.blocks import in_blocks
 from arm_ray.merging.operator import Operator, Statistics, Sums, TaskVectors
-from arm_ray.merging.settings import MethodSettings, TiesSettings
+from arm_ray.merging.operator_settings import TiesSettings
+from arm_ray.merging.settings import MethodSettings
 
 
 def update(given: TaskVectors, settings: MethodSettings) -> Tensor:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from arm_ray.errors import TransportError
 from arm_ray.events import read_events
 from arm_ray.merging import acm, aim
-from arm_ray.merging.settings import AcmSettings, AimSettings
+from arm_ray.merging.operator_settings import AcmSettings, AimSettings
 from arm_ray.runtime.merge.sweeps import Sweep
 from tests.builders import reference
 from tests.builders.checkpoints import assert_same_bits, load_all, relative_error
@@ -270,13 +270,16 @@ def test_a_method_equals_a_plain_program(case: MergeCase, name: str) -> None:
         ["operator=ties", "rotate=true", "edit=timber"],
         ["operator=aim", "aim.on=dare"],
         ["operator=opcm", "coefficient=0.7"],
+        ["operator=della", "della.then=ties"],
+        ["operator=ram", "ram.threshold=0.02"],
+        ["operator=sce", "rotate=true"],
     ],
-    ids=["rotated and edited ties", "aim on dare", "opcm"],
+    ids=["rotated and edited ties", "aim on dare", "opcm", "della then ties", "ram", "rotated sce"],
 )
 def test_shards_and_resumption_change_no_bits(case: MergeCase, method: list[str]) -> None:
     case.make("qwen2.5")
     overrides = [f"method.{setting}" for setting in method]
-    if "operator=opcm" in method:
+    if {"operator=opcm", "operator=della", "operator=ram"} & {*method}:
         overrides.append("calibration=null")
     overrides.append("schedule.max_iterations=3")
     whole = case.config(*overrides, output="whole")

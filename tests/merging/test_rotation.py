@@ -17,8 +17,9 @@ from hypothesis.extra.numpy import arrays
 
 from arm_ray.merging.method import open_method
 from arm_ray.merging.operator import MergedTensor, TensorInputs
+from arm_ray.merging.operator_settings import RotationSettings, SignRule
 from arm_ray.merging.rotation import Rotation, activation_rotation
-from arm_ray.merging.settings import MethodSettings, RotationSettings, SignRule
+from arm_ray.merging.settings import MethodSettings
 from arm_ray.merging.similarity import SimilaritySums, cosines, similarity_sums
 from arm_ray.model.activations import output_shifts
 from tests.builders.reference import dense_rotation

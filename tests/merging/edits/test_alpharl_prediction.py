@@ -13,7 +13,8 @@ from arm_ray.errors import ConfigError
 from arm_ray.merging.alpharl_prediction import OPERATOR, predict
 from arm_ray.merging.method import open_method
 from arm_ray.merging.operator import TensorInputs
-from arm_ray.merging.settings import AlphaRLPredictionSettings, MethodSettings
+from arm_ray.merging.operator_settings import AlphaRLPredictionSettings
+from arm_ray.merging.settings import MethodSettings
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 

@@ -14,13 +14,9 @@ from arm_ray.merging import svd
 from arm_ray.merging.edits import edit
 from arm_ray.merging.method import open_method
 from arm_ray.merging.operator import TensorInputs
+from arm_ray.merging.operator_settings import AlphaRLSettings, PomeSettings, TimberSettings
 from arm_ray.merging.rotation import activation_rotation
-from arm_ray.merging.settings import (
-    AlphaRLSettings,
-    MethodSettings,
-    PomeSettings,
-    TimberSettings,
-)
+from arm_ray.merging.settings import MethodSettings
 from tests.builders.reference import dense_rotation
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from arm_ray.merging import svd
 from arm_ray.merging.method import open_method
 from arm_ray.merging.operator import TensorInputs
+from arm_ray.merging.operator_settings import RotationSettings
 from arm_ray.merging.rotation import MinimalRotation, activation_rotation, minimal_rotation
-from arm_ray.merging.settings import MethodSettings, RotationSettings
+from arm_ray.merging.settings import MethodSettings
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
 shapes = st.tuples(st.integers(2, 16), st.integers(1, 16), st.integers(1, 8), st.integers(0, 9999))

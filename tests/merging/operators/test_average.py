@@ -12,7 +12,7 @@ from hypothesis import given
 
 from arm_ray.errors import ConfigError
 from arm_ray.merging.average import member_weights
-from arm_ray.merging.settings import AverageSettings
+from arm_ray.merging.operator_settings import AverageSettings
 from tests.builders.operators import (
     PROPERTY,
     assert_near,

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 
 from arm_ray.merging.dare import drop
-from arm_ray.merging.settings import AverageSettings, DareSettings, TiesSettings
+from arm_ray.merging.operator_settings import AverageSettings, DareSettings, TiesSettings
 from tests.builders.operators import (
     PROPERTY,
     assert_near,

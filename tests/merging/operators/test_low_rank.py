@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given
 
 from arm_ray.merging import svd
-from arm_ray.merging.settings import LoreSettings, TwinSettings
+from arm_ray.merging.operator_settings import LoreSettings, TwinSettings
 from arm_ray.merging.spectral import scale_singular_values
 from tests.builders.operators import (
     PROPERTY,

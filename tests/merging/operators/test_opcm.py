@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from arm_ray.merging.opcm import project
-from arm_ray.merging.settings import OpcmSettings
+from arm_ray.merging.operator_settings import OpcmSettings
 from tests.builders.operators import (
     PROPERTY,
     assert_near,

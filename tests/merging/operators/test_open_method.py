@@ -9,23 +9,28 @@ import pytest
 from arm_ray.config import ScheduleConfig
 from arm_ray.errors import ConfigError
 from arm_ray.merging.method import Method, open_method
-from arm_ray.merging.registry import OPERATORS
-from arm_ray.merging.settings import (
+from arm_ray.merging.operator_settings import (
     AcmSettings,
     AimSettings,
     AlphaRLPredictionSettings,
     AverageSettings,
     DareSettings,
-    MethodSettings,
     OtaSettings,
+    RelexSettings,
     SphericalMeanSettings,
 )
+from arm_ray.merging.registry import OPERATORS
+from arm_ray.merging.settings import MethodSettings
 from arm_ray.schedule import merge_sizes
 
-WITHOUT = {"slerp", "spherical_mean", "average", "opcm", "ota", "alpharl_prediction"}
+WITHOUT = {
+    *("slerp", "spherical_mean", "average", "opcm", "ota", "alpharl_prediction"),
+    *("sce", "model_stock", "nearswap", "ram", "relex"),
+}
 TWO = {
     "ota": {"ota": OtaSettings(("a", "b"))},
     "alpharl_prediction": {"alpharl_prediction": AlphaRLPredictionSettings((0.1, 0.2), 0.3)},
+    "relex": {"relex": RelexSettings(target=30.0)},
 }
 
 
@@ -49,17 +54,18 @@ WIDE = ScheduleConfig(window_size=3)
 
 def test_operators_say_whether_they_have_a_coefficient() -> None:
     assert {name for name, o in OPERATORS.items() if not o.uses_coefficient} == WITHOUT
-    assert {name for name, o in OPERATORS.items() if o.candidates_only} == set(TWO)
+    assert {name for name, o in OPERATORS.items() if o.candidates_only} == {*TWO, "nearswap"}
 
 
 @pytest.mark.parametrize("operator", sorted(WITHOUT))
 def test_a_coefficient_that_nothing_reads_is_refused(operator: str) -> None:
-    found = problems(ANCHORED, 2, operator, coefficient=1.0, **TWO.get(operator, {}))
+    count = 1 if operator == "nearswap" else 2
+    found = problems(ANCHORED, count, operator, coefficient=1.0, **TWO.get(operator, {}))
     assert found.splitlines()[1:] == [
         f"  - method.coefficient: is set to 1.0, but operator {operator!r} has no coefficient;"
         " remove it"
     ]
-    open_on(ANCHORED, 2, operator, coefficient=0.7, **TWO.get(operator, {}))
+    open_on(ANCHORED, count, operator, coefficient=0.7, **TWO.get(operator, {}))
 
 
 @pytest.mark.parametrize("operator", sorted(set(OPERATORS) - WITHOUT | {"arm", "dare", "aim"}))

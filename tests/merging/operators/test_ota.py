@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 
 from arm_ray.errors import ConfigError
-from arm_ray.merging.settings import OtaSettings
+from arm_ray.merging.operator_settings import OtaSettings
 from tests.builders.operators import (
     PROPERTY,
     assert_near,

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 
 from arm_ray.errors import ConfigError
-from arm_ray.merging.settings import SlerpSettings, SphericalMeanSettings
+from arm_ray.merging.operator_settings import SlerpSettings, SphericalMeanSettings
 from tests.builders.operators import (
     PROPERTY,
     assert_near,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 
 from arm_ray.merging import quantile
-from arm_ray.merging.settings import TiesSettings
+from arm_ray.merging.operator_settings import TiesSettings
 from tests.builders.operators import (
     PROPERTY,
     assert_near,
