@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from arm_ray.config.candidates import with_ranges
+from arm_ray.config.parts import with_parts
 from arm_ray.config.reading import nearest, overridden, read_yaml, to_yaml, validate
 from arm_ray.config.runtime import RuntimeConfig
 from arm_ray.config.sections import (
@@ -156,7 +158,8 @@ class MergeConfig(Section):
     base: str
     """A directory, hub id or URL, as all checkpoints: of any format, perhaps as `FORMAT:PATH`."""
     candidates: Annotated[list[str], Field(min_length=1)]
-    """The checkpoints that are merged, in the order of the training."""
+    """The checkpoints that are merged, in the order of the training; for those of a run by their
+    steps, `{run: DIR, from: 100, to: 400, every: 50}`."""
     output: Annotated[str, NOTHING]
     """The run directory, or the URL that it is uploaded to: see docs/storage.md."""
     initial_state: str | None = None
@@ -245,7 +248,8 @@ def parse_merge_config(
 ) -> MergeConfig:
     """Validate configuration content that is already parsed. See `load_merge_config`."""
     content = overridden(content, overrides)
-    config = validate(MergeConfig, _with_preset(content, source), source=source)
+    content = with_parts(with_ranges(_with_preset(content, source), source), source)
+    config = validate(MergeConfig, content, source=source)
     config = _with_step(config)
     _check_combinations(config, source)
     return config

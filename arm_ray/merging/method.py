@@ -30,6 +30,7 @@ from arm_ray.merging.operator import (
     TaskVectors,
     TensorInputs,
 )
+from arm_ray.merging.parts import resolved
 from arm_ray.merging.registry import find_operator
 from arm_ray.merging.rotation import activation_rotation, minimal_rotation
 from arm_ray.merging.settings import MethodSettings
@@ -184,11 +185,23 @@ class Method:
         return self.operator.statistics.measure(number, given, _settings_of(self.settings, inputs))
 
     def conclude(
-        self, number: int, sums: Sums, known: Mapping[str, object]
+        self,
+        number: int,
+        sums: Sums,
+        known: Mapping[str, object],
+        tensor: tuple[str, float] | None = None,
     ) -> Mapping[str, object]:
-        """What is known of the whole model after a round."""
+        """What is known of the whole model after a round, or of a tensor.
+
+        Args:
+            number: The round.
+            sums: What was measured in it.
+            known: What was known before.
+            tensor: Name and depth of the tensor; None: the whole model.
+        """
         assert self.operator.statistics is not None
-        return self.operator.statistics.conclude(number, sums, known, self.settings)
+        settings = self.settings if tensor is None else resolved(self.settings, *tensor)
+        return self.operator.statistics.conclude(number, sums, known, settings)
 
     def _task_vectors(self, inputs: TensorInputs) -> tuple[list[Tensor], MergedTensor]:
         """The task vectors, rotated, edited and thinned, before a step's own factors."""
@@ -211,19 +224,18 @@ class Method:
         if self.settings.edit != "none":
             vectors = [edit(v, inputs.name, inputs.is_linear, self.settings) for v in vectors]
         if thinning.thins(self.settings):
-            vectors = thinning.thinned(self.settings, inputs, vectors)
+            vectors = thinning.thinned(_settings_of(self.settings, inputs), inputs, vectors)
         for vector, scale in zip(vectors, inputs.scales, strict=False):
             vector *= scale
         return vectors, result
 
 
 def _settings_of(settings: MethodSettings, inputs: TensorInputs) -> MethodSettings:
-    """The settings with the coefficient of a step, where it has one."""
-    return (
-        settings
-        if inputs.coefficient is None
-        else replace(settings, coefficient=inputs.coefficient)
-    )
+    """The settings of a tensor, with the coefficient of a step, where it has one."""
+    settings = resolved(settings, inputs.name, inputs.depth)
+    if inputs.coefficient is None:
+        return settings
+    return replace(settings, coefficient=inputs.coefficient)
 
 
 def _rotation(
@@ -278,6 +290,7 @@ def open_method(
         for name in settings.unused_sections
     ]
     problems += _coefficient_problems(settings, operator) + thinning.problems(settings)
+    problems += _part_problems(settings, step)
     if step != "fixed" and not (operator.uses_coefficient or "acm" in settings.steps):
         problems.append(
             f"schedule.step: is {step!r}, but operator {operator.name!r} has no coefficient whose"
@@ -312,7 +325,8 @@ def open_method(
 
 
 def _coefficient_problems(settings: MethodSettings, operator: Operator) -> list[str]:
-    if settings.coefficient == MethodSettings().coefficient:
+    by_part = "coefficient" in settings.by_part
+    if settings.coefficient == MethodSettings().coefficient and not by_part:
         return []
     if "acm" in settings.steps:
         reason = "operator 'acm' finds a coefficient for each layer itself"
@@ -320,7 +334,24 @@ def _coefficient_problems(settings: MethodSettings, operator: Operator) -> list[
         reason = f"operator {operator.name!r} has no coefficient"
     else:
         return []
-    return [f"method.coefficient: is set to {settings.coefficient}, but {reason}; remove it"]
+    value = "values by part" if by_part else settings.coefficient
+    return [f"method.coefficient: is set to {value}, but {reason}; remove it"]
+
+
+def _part_problems(settings: MethodSettings, step: str) -> list[str]:
+    """Values by part that the method could not follow."""
+    problems = []
+    if "coefficient" in settings.by_part and step != "fixed":
+        problems.append(
+            f"schedule.step: is {step!r}, which looks for one coefficient, but method.coefficient "
+            "has values by part; set it to fixed"
+        )
+    if "ties.keep" in settings.by_part and settings.ties.scope == "global":
+        problems.append(
+            "method.ties.keep: has values by part, but one threshold over the whole model; set "
+            "method.ties.scope to per_tensor"
+        )
+    return problems
 
 
 def _count_problems(operator: Operator, num_models: int) -> list[str]:

@@ -29,6 +29,7 @@ class TensorInputs:
         is_linear: Whether it is the weight of a linear module of the decoder layers.
         contributor_names: Names of the states.
         iteration: 1-based number.
+        depth: Of the tensor's layer: 0 the first, 1 the last.
         includes_reference: Whether the reference is one of the models to merge (a sliding window),
             or only what the others differ from.
         statistics: What the operator's rounds have found, over the whole model or the tensor.
@@ -54,6 +55,7 @@ class TensorInputs:
     is_linear: bool = False
     contributor_names: tuple[str, ...] = ()
     iteration: int = 1
+    depth: float = 0.0
     includes_reference: bool = False
     statistics: Mapping[str, object] = field(default_factory=dict)
     is_measured: bool = False

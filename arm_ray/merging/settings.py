@@ -50,7 +50,8 @@ class MethodSettings:
     operator: str = "arm"
     """How task vectors become one update: see docs/operators.md."""
     coefficient: Annotated[float, Gt(0.0), Le(10.0)] = 0.7
-    """λ: the update is multiplied by it."""
+    """λ: the update is multiplied by it. Like other numbers of the operators, it may be a list over
+    the depth or a mapping from parts of the model: see docs/operators.md."""
     rotate: Literal["auto"] | bool = "auto"
     """Whether task vectors are rotated by their activation shift first; auto: only for `arm`."""
     rotation: RotationSettings = field(default_factory=RotationSettings)
@@ -81,6 +82,9 @@ class MethodSettings:
     alpharl_prediction: AlphaRLPredictionSettings = field(default_factory=AlphaRLPredictionSettings)
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of an operator that another package brings."""
+    by_part: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    """What other keys say by part of the model: key, then part, then values over the depth. It is
+    made of what those keys say; see docs/operators.md."""
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -106,7 +110,8 @@ class MethodSettings:
     @property
     def gains_by_search(self) -> bool:
         """Whether a searched step is known to be better than a fixed one; see docs/study.md."""
-        return self.steps == ("task_arithmetic",) and self.edit == "none"
+        is_plain = self.steps == ("task_arithmetic",) and self.edit == "none"
+        return is_plain and "coefficient" not in self.by_part
 
     @property
     def is_plain_sum(self) -> bool:
@@ -151,8 +156,11 @@ class MethodSettings:
         return [
             entry.name
             for entry in fields(self)
-            if entry.name not in ("operator", "coefficient", "rotate", "edit", *used)
-            and getattr(self, entry.name) != getattr(default, entry.name)
+            if entry.name not in ("operator", "coefficient", "rotate", "edit", "by_part", *used)
+            and (
+                getattr(self, entry.name) != getattr(default, entry.name)
+                or any(key.startswith(f"{entry.name}.") for key in self.by_part)
+            )
         ]
 
 
@@ -181,3 +189,14 @@ OPERATOR_NAMES = (
 )
 # Steps that set entries of the task vectors to zero before another operator merges them.
 THINNING = ("dare", "della", "breadcrumbs")
+# Keys that may differ between parts of a model.
+PARTWISE = (
+    "coefficient",
+    "ties.keep",
+    "dare.drop_rate",
+    "della.drop_rate",
+    "breadcrumbs.keep",
+    "sce.select",
+    "nearswap.t",
+    "slerp.t",
+)

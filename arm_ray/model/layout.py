@@ -112,6 +112,10 @@ class ModelLayout:
         default = 0 if name == self.embedding else self.num_layers - 1
         return self.layer_numbers.get(name, default)
 
+    def depth_of(self, name: str) -> float:
+        """Of a tensor's layer: 0 the first, 1 the last."""
+        return self.layer_of(name) / max(1, self.num_layers - 1)
+
     def rotated_as(self, ends: Collection[str]) -> frozenset[str]:
         """The rotated weights of the layers with one of these ends of their names."""
         return frozenset(n for n in self.rotated if any(n.endswith(f".{end}") for end in ends))

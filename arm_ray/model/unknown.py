@@ -14,7 +14,8 @@ from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.validation import check_no_adapter
 from arm_ray.checkpoints.weight_file import DTYPES
 from arm_ray.config import MergeConfig
-from arm_ray.errors import MismatchError, NotACheckpointError, about
+from arm_ray.errors import ConfigError, MismatchError, NotACheckpointError, about
+from arm_ray.merging.parts import unmatched
 from arm_ray.model.architecture import architecture_of
 from arm_ray.model.checks import check_layout
 from arm_ray.model.gate import try_family
@@ -108,6 +109,9 @@ def check_all(
     for label, checkpoint in named.items():
         with about(label):
             check_layout(layout, checkpoint, label)
+    problems = unmatched(config.method.by_part, list(layout.shapes))
+    if problems:
+        raise ConfigError("\n".join(["parts of the model are not there", *problems]))
     if config.runs_forward:
         with about(BASE):
             layout, unseen = _runnable(layout, named[BASE])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from arm_ray.config import MergeConfig, RuntimeConfig
+from arm_ray.config.parts import parts_of
+from arm_ray.merging.parts import at_depth, part_of
 from arm_ray.model.partition import Partition, choose_num_shards
 from arm_ray.planning.cluster import (
     Cluster,
@@ -60,6 +62,18 @@ class ModelFacts:
     samples: int
     tokens_per_sample: int
     micro_batches: int
+    by_part: tuple[PartFact, ...] = ()
+
+
+@dataclass(frozen=True)
+class PartFact:
+    """A value of a key in one part of the model: in its first layer and in its last."""
+
+    key: str
+    part: str
+    tensors: int
+    first: float
+    last: float
 
 
 @dataclass(frozen=True)
@@ -256,7 +270,22 @@ def _model_facts(workload: Workload, config: MergeConfig) -> ModelFacts:
         samples=workload.samples,
         tokens_per_sample=workload.tokens,
         micro_batches=workload.micro_batches,
+        by_part=tuple(_part_facts(workload, config)),
     )
+
+
+def _part_facts(workload: Workload, config: MergeConfig) -> Iterator[PartFact]:
+    """What keys with values by part come to in the layers that each part reaches."""
+    layout = workload.layout
+    for key, values in parts_of(config.method).items():
+        members: dict[str, list[float]] = {}
+        for name in layout.shapes:
+            part = part_of(name, list(values))
+            if part is not None:
+                members.setdefault(part, []).append(layout.depth_of(name))
+        for part, depths in members.items():
+            ends = (at_depth(values[part], depth) for depth in (min(depths), max(depths)))
+            yield PartFact(f"method.{key}", part, len(depths), *ends)
 
 
 def _shard_facts(

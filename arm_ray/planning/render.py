@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from arm_ray.merging.parts import EVERYWHERE
 from arm_ray.planning.cluster import runs_text
 from arm_ray.planning.memory import Peak
 from arm_ray.planning.plan import Plan
@@ -54,7 +55,16 @@ def _head(plan: Plan) -> list[str]:
         f"{plan.nodes} node(s), residency {plan.residency}",
         f"Disk           {_size(plan.disk.needed_bytes)} at most: {plan.disk.most_states} state(s) "
         f"and the model of {_size(plan.disk.model_bytes)}; {plan.disk.kept_states} state(s) stay",
+        *(
+            f"By part        {fact.key} {_from_to(fact.first, fact.last)} in {fact.tensors} "
+            f"tensor(s): {'all others' if fact.part == EVERYWHERE else fact.part}"
+            for fact in model.by_part
+        ),
     ]
+
+
+def _from_to(first: float, last: float) -> str:
+    return f"{first:g}" if first == last else f"{first:g} (first layer) to {last:g} (last)"
 
 
 def _memory(plan: Plan) -> Table:

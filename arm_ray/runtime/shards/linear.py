@@ -171,12 +171,13 @@ class _GroupMerge:
     ) -> None:
         """The same for an operator that needs numbers of the whole tensor in each iteration."""
         method = self.spec.method
+        at = (tensor.name, self.spec.layout.depth_of(tensor.name))
         made: dict[str, Tensor] = {}
         for plan in plans:
             measured = statistics
             for number in range(method.tensor_rounds(len(plan.contributors))):
                 sums = self._measure(plan, tensor, number, measured, made)
-                measured = {**measured, **method.conclude(number, sums, measured)}
+                measured = {**measured, **method.conclude(number, sums, measured, at)}
             if plan is not plans[-1]:
                 made[plan.output] = torch.empty(tensor.shape, device=self.store.device)
             self.pieces([plan], [tensor], measured, made)

@@ -110,6 +110,7 @@ def tensor_inputs(
         is_linear=tensor.name in spec.layout.rotated,
         contributor_names=plan.contributors,
         iteration=plan.draw,
+        depth=spec.layout.depth_of(tensor.name),
         includes_reference=plan.regime == "sliding_window",
         statistics=statistics,
         is_measured=is_measured,

@@ -1,0 +1,125 @@
+"""Values of `method` that differ between parts of a model, as a configuration writes them.
+
+A key takes a number; a list of numbers, which are spread over the depth of the model; or a mapping
+from parts of names to one of these:
+
+    coefficient: 0.7
+    coefficient: [0.2, 0.8]
+    coefficient: {self_attn: 0.5, "*.down_proj": [0.4, 0.9], default: 0.7}
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from arm_ray.errors import ConfigError
+from arm_ray.merging.parts import EVERYWHERE
+from arm_ray.merging.settings import PARTWISE, MethodSettings
+
+_DEFAULT = "default"
+_LIMITS: tuple[tuple[type, str, Callable[[Any, Any], bool]], ...] = (
+    (Gt, "above", operator.gt),
+    (Ge, "at least", operator.ge),
+    (Lt, "below", operator.lt),
+    (Le, "at most", operator.le),
+)
+
+
+def with_parts(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """Content of a merge's configuration with `method.by_part` in place of lists and mappings.
+
+    Raises:
+        ConfigError: They are not what a key takes; all problems, one line each.
+    """
+    method = content.get("method")
+    if not isinstance(method, dict):
+        return content
+    method, problems = dict(method), list[str]()
+    by_part = dict(method.get("by_part") or {})
+    for key in PARTWISE:
+        section, _, rest = key.partition(".")
+        place = method.get(section) if rest else method
+        name = rest or section
+        if not isinstance(place, dict) or not isinstance(place.get(name), list | dict):
+            continue
+        place = dict(place)
+        values, default = _parts(f"method.{key}", key, place.pop(name), problems)
+        if default is not None:
+            place[name] = default
+        by_part[key] = values
+        if rest:
+            method[section] = place
+        else:
+            method = place
+    if problems:
+        raise ConfigError(
+            "\n".join(["the values of parts of a model cannot be used", *problems]), where=source
+        )
+    if by_part:
+        method["by_part"] = by_part
+    return {**content, "method": method}
+
+
+def _parts(
+    where: str, key: str, value: Any, problems: list[str]
+) -> tuple[dict[str, list[float]], float | None]:
+    """Filter -> values over the depth; and the number that holds elsewhere, where there is one."""
+    if isinstance(value, list):
+        return {EVERYWHERE: _numbers(where, key, value, problems)}, None
+    found: dict[str, list[float]] = {}
+    default: float | None = None
+    for pattern, given in value.items():
+        place = f"{where}.{pattern}"
+        numbers = _numbers(place, key, given if isinstance(given, list) else [given], problems)
+        if pattern not in (_DEFAULT, EVERYWHERE):
+            found[str(pattern)] = numbers
+        elif len(numbers) == 1:
+            default = numbers[0]
+        else:
+            found[EVERYWHERE] = numbers
+    if not value:
+        problems.append(f"  - {where}: is an empty mapping")
+    return found, default
+
+
+def _numbers(where: str, key: str, values: list[Any], problems: list[str]) -> list[float]:
+    if not values:
+        problems.append(f"  - {where}: is an empty list")
+    good = []
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            problems.append(f"  - {where}: got {value!r}, expected a number or a list of numbers")
+            continue
+        wrong = _out_of_range(key, float(value))
+        if wrong:
+            problems.append(f"  - {where}: got {value}, expected {wrong}")
+        good.append(float(value))
+    return good
+
+
+def _out_of_range(key: str, value: float) -> str | None:
+    """What a value of a key must be, where it is not that."""
+    section, _, name = key.partition(".")
+    owner = type(getattr(MethodSettings(), section)) if name else MethodSettings
+    annotation: Any = get_type_hints(owner, include_extras=True)[name or section]
+    for limit in getattr(annotation, "__metadata__", ()):
+        for kind, word, holds in _LIMITS:
+            if isinstance(limit, kind):
+                bound = getattr(limit, kind.__name__.lower())
+                if not holds(value, bound):
+                    return f"{word} {bound:g}"
+    return None
+
+
+def parts_of(settings: MethodSettings) -> Mapping[str, Mapping[str, tuple[float, ...]]]:
+    """Key -> filter -> values over the depth, with the number that holds elsewhere under `*`."""
+    found = {}
+    for key, values in settings.by_part.items():
+        section, _, name = key.partition(".")
+        number = getattr(getattr(settings, section), name) if name else settings.coefficient
+        found[key] = {**({} if EVERYWHERE in values else {EVERYWHERE: (number,)}), **values}
+    return found
