@@ -37,11 +37,23 @@ class RunConfig(Section):
 
     path: LocalStr
     """Directory that the trainer writes its checkpoints to; it may not be there yet."""
-    layout: Literal["auto", "hf", "trl", "openrlhf", "verl", "deepspeed", "peft"] = "auto"
+    layout: Literal[
+        "auto",
+        "hf",
+        "trl",
+        "openrlhf",
+        "verl",
+        "deepspeed",
+        "peft",
+        "prime-rl",
+        "nemo-rl",
+        "slime",
+    ] = "auto"
     """How the trainer lays its checkpoints out; auto: as the directory looks."""
     kind: Literal["auto", "hf", "actor"] = "auto"
     """OpenRLHF: `global_stepN_hf` (with its moving average, if it keeps one) or `_actor` (the raw
-    weights); auto: the former where the run writes it. They are never mixed."""
+    weights); slime: the exports of `--save-hf`, or `iter_N`; auto: the former where the run writes
+    it. They are never mixed."""
     poll_s: PositiveFloat = 10.0
     """Time between two looks at the directory."""
     idle_timeout_s: PositiveFloat | None = 7200.0

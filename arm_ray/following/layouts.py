@@ -9,6 +9,11 @@
 | `verl` | `global_step_N/actor/` or `global_step_N/` | N <= the tracker's, nothing changes |
 | `deepspeed` | `global_stepN/` | nothing changes |
 | `peft` | any directory that ends in N | `adapter_config.json` is there, and nothing changes |
+| `prime-rl` | `weights/step_N/` or `step_N/` | `STABLE` is there, and nothing changes |
+| `nemo-rl` | `step_N/policy/weights/` | nothing changes; until then it is `tmp_step_N/` |
+| `slime`, kind `hf` | any directory that ends in N and has a `config.json` | \
+`model.safetensors.index.json` is there, and nothing changes |
+| `slime`, kind `actor` | `iter_N/` | N <= the tracker's, nothing changes |
 
 And always: every weight file is there and whole. "Nothing changes" compares two looks: files, sizes
 and times are as they were at the look before. No clock is trusted.
@@ -27,45 +32,36 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from arm_ray.errors import ConfigError
+from arm_ray.following import places
+from arm_ray.following.places import Kind, Layout
 
-Layout = Literal["auto", "hf", "trl", "openrlhf", "verl", "deepspeed", "peft"]
-Kind = Literal["auto", "hf", "actor"]
 # What of a file tells that it is another one: inode, size, time of the last change.
 Identity = tuple[int, int, int]
 Missing = Callable[[Path], str | None]
 
 TRAINER_STATE = "trainer_state.json"
-VERL_TRACKER = "latest_checkpointed_iteration.txt"
-_ADAPTER = "adapter_config.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_GLOBAL_STEP = re.compile(r"global_step(\d+)")
-_GLOBAL_STEP_HF = re.compile(r"global_step(\d+)_hf")
-_VERL_STEP = re.compile(r"global_step_(\d+)")
-_ENDS_IN_NUMBER = re.compile(r".*?(\d+)")
 _VERL_SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 _NUMBERED_FILE = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
-_METRIC = "metric.json"
 _TOKENIZER = "tokenizer.json"
+_INDEX = "model.safetensors.index.json"
 _DCP_METADATA = ".metadata"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
 # A link to a directory above would be walked for ever.
 _DEEPEST = 4
 # What a merge, and whoever loads its result, may want beside the weights.
 _COMPANIONS = (
-    "config.json", "generation_config.json", _ADAPTER, TRAINER_STATE, _METRIC, "latest",
+    "config.json", "generation_config.json", places.ADAPTER, TRAINER_STATE, places.METRIC, "latest",
     "latest_universal",
-    "fsdp_config.json", _DCP_METADATA, _TOKENIZER, "tokenizer_config.json", "vocab.json",
-    "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "fsdp_config.json", _DCP_METADATA, places.STABLE, _TOKENIZER, "tokenizer_config.json",
+    "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json",
     "chat_template.json",
 )  # fmt: skip
 _COMPANION_ENDINGS = (".index.json", ".model", ".jinja", ".tiktoken")
 # Weights by their endings, but of the optimizer, or of no use for a merge.
 _NEVER = (
     "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "training_args.bin",
-    "exp_avg.pt", "exp_avg_sq.pt", "step.pt",
+    "exp_avg.pt", "exp_avg_sq.pt", "step.pt", "rng.pt",
 )  # fmt: skip
 _NEVER_PREFIXES = ("rng_state", "optim_world_size_", "extra_state_world_size_", "optimizer_0/")
 
@@ -184,9 +180,12 @@ class RunWatcher:
         """
         if self._is_auto and not self._complete:
             # The first files of OpenRLHF look like DeepSpeed's.
-            self._layout = find_layout(self._path)
+            self._layout = places.find_layout(self._path)
         if self._layout == "auto":
             return []
+        if self._layout == "slime" and self._kind == "auto":
+            # Whichever comes first: exports and shards are never mixed.
+            self._kind = places.slime_kind(self._path)
         if self._layout == "openrlhf" and self._kind == "auto":
             self._kind = self._find_kind()
             if self._kind == "auto":
@@ -194,10 +193,10 @@ class RunWatcher:
                     "whether the run writes global_stepN_hf as well shows with its second step; "
                     "set run.kind to actor or hf"
                 )
-                shards = sorted(self._shards().items())
+                shards = sorted(places.openrlhf_shards(self._path).items())
                 return [Found(step, path, False, reason, "") for step, path in shards]
         self._read_tracker()
-        directories = self._directories()
+        directories = places.directories(self._path, self._layout, self._kind)
         # What was removed may come back as something else.
         self._complete = {s: known for s, known in self._complete.items() if s in directories}
         found = [self._look(step, path) for step, path in sorted(directories.items())]
@@ -244,15 +243,26 @@ class RunWatcher:
 
     def _marker(self, files: Mapping[str, Identity]) -> Identity | None:
         """What the file is that the trainer writes after the weights."""
-        if self._layout == "verl":
+        if self._is_tracked:
             try:
-                status = (self._path / VERL_TRACKER).stat()
+                status = (self._path / places.VERL_TRACKER).stat()
             except OSError:
                 return None
             return status.st_ino, status.st_size, status.st_mtime_ns
-        names = {"hf": TRAINER_STATE, "peft": _ADAPTER, "openrlhf": _METRIC}
-        name = _TOKENIZER if self._kind == "hf" else names.get(self._layout, "")
-        return files.get(name)
+        names = {
+            "hf": TRAINER_STATE,
+            "peft": places.ADAPTER,
+            "openrlhf": places.METRIC,
+            "prime-rl": places.STABLE,
+        }
+        exported = {"openrlhf": _TOKENIZER, "slime": _INDEX}
+        known = {**names, **exported} if self._kind == "hf" else names
+        return files.get(known.get(self._layout, ""))
+
+    @property
+    def _is_tracked(self) -> bool:
+        """Whether a file of the run says which step is complete."""
+        return self._layout == "verl" or (self._layout == "slime" and self._kind != "hf")
 
     def _half_rewritten(
         self, step: int, marker: Identity | None, files: Mapping[str, Identity]
@@ -282,96 +292,41 @@ class RunWatcher:
                 return f"no {TRAINER_STATE} that can be read"
             if state.get("global_step") != step:
                 return f"{TRAINER_STATE} is of step {state.get('global_step')}"
-        elif self._layout == "peft" and _ADAPTER not in files:
-            return f"no {_ADAPTER}"
-        elif self._layout == "verl":
+        elif self._layout == "peft" and places.ADAPTER not in files:
+            return f"no {places.ADAPTER}"
+        elif self._layout == "prime-rl" and places.STABLE not in files:
+            return f"no {places.STABLE}"
+        elif self._layout == "slime" and self._kind == "hf" and _INDEX not in files:
+            return f"no {_INDEX}"
+        elif self._is_tracked:
             self._read_tracker()
             if step > self._tracked:
-                return f"{VERL_TRACKER} does not name it yet"
+                return f"{places.VERL_TRACKER} does not name it yet"
         elif self._layout == "openrlhf" and self._kind == "hf" and _TOKENIZER not in files:
             return f"no {_TOKENIZER}"
         elif self._layout == "openrlhf" and self._kind == "actor":
-            self._writes_metrics = self._writes_metrics or _METRIC in files
-            if self._writes_metrics and _METRIC not in files:
-                return f"no {_METRIC}"
+            self._writes_metrics = self._writes_metrics or places.METRIC in files
+            if self._writes_metrics and places.METRIC not in files:
+                return f"no {places.METRIC}"
         return _unnamed(files)
 
     def _read_tracker(self) -> None:
-        """Read verl's tracker, which may be empty for a moment; it never goes back."""
-        if self._layout != "verl":
+        """Read the tracker, which may be empty for a moment; it never goes back."""
+        if not self._is_tracked:
             return
         try:
-            text = (self._path / VERL_TRACKER).read_text(encoding="utf-8").strip()
+            text = (self._path / places.VERL_TRACKER).read_text(encoding="utf-8").strip()
             self._tracked = int(text)
         except (OSError, ValueError):
             return
 
-    def _directories(self) -> dict[int, Path]:
-        """Step -> directory of its weights."""
-        if self._layout == "hf":
-            return _numbered(self._path, _CHECKPOINT)
-        if self._layout == "peft":
-            named = _numbered(self._path, _ENDS_IN_NUMBER)
-            return {s: p for s, p in named.items() if any(p.glob("adapter_*"))}
-        if self._layout == "deepspeed":
-            return _numbered(self._path, _GLOBAL_STEP)
-        if self._layout == "verl":
-            steps = _numbered(self._path, _VERL_STEP)
-            return {s: p / "actor" if (p / "actor").is_dir() else p for s, p in steps.items()}
-        if self._kind == "hf":
-            return _numbered(self._path, _GLOBAL_STEP_HF)
-        return self._shards()
-
-    def _shards(self) -> dict[int, Path]:
-        """OpenRLHF's raw weights: of PPO and GRPO, or of supervised fine-tuning."""
-        actor = self._path / "_actor"
-        return _numbered(actor if actor.is_dir() else self._path, _GLOBAL_STEP)
-
     def _find_kind(self) -> Kind:
         """`hf` where there is one; `auto` as long as there may still come one."""
-        if _numbered(self._path, _GLOBAL_STEP_HF):
+        if places.openrlhf_exports(self._path):
             return "hf"
         # Of each step it is written after the shards: with shards of two steps, it would be there.
-        self._shards_seen.update(self._shards())
+        self._shards_seen.update(places.openrlhf_shards(self._path))
         return "actor" if len(self._shards_seen) > 1 else "auto"
-
-
-def find_layout(path: Path) -> Layout:
-    """How the checkpoints below a directory are laid out; `auto` where there is nothing yet.
-
-    Raises:
-        ConfigError: It is a file, or there is something else.
-    """
-    if path.exists() and not path.is_dir():
-        raise ConfigError("the run is not a directory", where="run.path", got=path)
-    try:
-        names = sorted(entry.name for entry in os.scandir(path))
-    except OSError:
-        return "auto"
-    has_verl = any(_VERL_STEP.fullmatch(name) for name in names)
-    if VERL_TRACKER in names or has_verl:
-        return "verl"
-    if "_actor" in names or any(_GLOBAL_STEP_HF.fullmatch(name) for name in names):
-        return "openrlhf"
-    steps = [name for name in names if _GLOBAL_STEP.fullmatch(name)]
-    if any((path / name / _METRIC).is_file() for name in steps):
-        return "openrlhf"
-    if any(_CHECKPOINT.fullmatch(name) for name in names):
-        return "hf"
-    if steps:
-        return "deepspeed"
-    if any((path / name / _ADAPTER).is_file() for name in names if _ENDS_IN_NUMBER.fullmatch(name)):
-        return "peft"
-    weights = [name for name in names if name.endswith((".safetensors", ".pt", ".bin"))]
-    if weights:
-        raise ConfigError(
-            "the directory is a checkpoint, and not the directory of a run",
-            where="run.path",
-            got=", ".join(weights[:4]),
-            expected="the directory above: with checkpoint-N (transformers, TRL), global_stepN_hf "
-            "or _actor (OpenRLHF), global_step_N (verl), global_stepN (DeepSpeed)",
-        )
-    return "auto"
 
 
 def _unnamed(files: Mapping[str, Identity]) -> str | None:
@@ -401,22 +356,6 @@ def _half_written(path: Path, files: Collection[str]) -> str | None:
         if name.endswith(".json") and _json_object(path / name) is None:
             return f"{name} cannot be read"
     return None
-
-
-def _numbered(path: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
-    found: dict[int, Path] = {}
-    try:
-        entries = list(os.scandir(path))
-    except OSError:
-        return {}
-    for entry in entries:
-        match = pattern.fullmatch(entry.name)
-        try:
-            if match and entry.is_dir():
-                found[int(match[1])] = Path(entry.path)
-        except OSError:
-            continue
-    return found
 
 
 def _json_object(file: Path) -> dict[str, object] | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from arm_ray.following.layouts import Kind, Layout, needed
+from arm_ray.following.layouts import needed
+from arm_ray.following.places import Kind, Layout
 
 # Each file of weights says how many there are and how long it is, as real ones do; what a
 # preallocated one holds beyond that is zeros, and nothing tells.
@@ -30,6 +32,7 @@ class Shape:
         sibling: Another folder of each step, with other weights, written first.
         tracker: Name of the file of the run that names the newest step.
         rotates_first: Whether old steps are removed before the new one is written.
+        unfinished: What a step's folder is called until it is whole.
     """
 
     layout: Layout
@@ -42,6 +45,7 @@ class Shape:
     sibling: str | None = None
     tracker: str | None = None
     rotates_first: bool = False
+    unfinished: str | None = None
 
 
 _SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -91,6 +95,22 @@ SHAPES = {
         how=("grow",), tracker="latest_checkpointed_iteration.txt",
     ),
     "deepspeed": Shape("auto", "global_step{n}", _ZERO, how=("grow", "rename")),
+    "prime-rl": Shape(
+        "auto", "weights/step_{n}", _SHARDS,
+        ("config.json",), ("model.safetensors.index.json", "tokenizer.json", "STABLE"),
+    ),
+    "nemo-rl": Shape(
+        "auto", "step_{n}/policy/weights", ("__0_0.distcp", "__1_0.distcp"), (), (".metadata",),
+        unfinished="tmp_step_{n}/policy/weights",
+    ),
+    "slime-hf": Shape(
+        "slime", "rollout-{n}", _SHARDS, ("config.json", "tokenizer.json"),
+        ("model.safetensors.index.json",), kind="hf",
+    ),
+    "slime-fsdp": Shape(
+        "auto", "iter_{n:07d}", ("__0_0.distcp", "__1_0.distcp"), (), (".metadata", "meta.json"),
+        how=("grow",), tracker="latest_checkpointed_iteration.txt",
+    ),
     "peft": Shape(
         "auto", "adapter-{n}", ("adapter_model.safetensors",), (), ("adapter_config.json",)
     ),
@@ -176,6 +196,11 @@ class Trainer:
 
     def _save(self, step: int) -> Iterator[None]:
         shape, folder = self.shape, self._folder(step)
+        whole = folder
+        if shape.unfinished is not None:
+            folder = self.run / shape.unfinished.format(n=step)
+            shutil.rmtree(folder.parents[1], ignore_errors=True)
+            yield
         attempt = self._attempts[step] = self._attempts.get(step, 0) + 1
         self.whole.pop(step, None)
         if shape.sibling is not None:
@@ -195,6 +220,10 @@ class Trainer:
                 self.finished.setdefault(step, {})[attempt] = meant
             how = self._how if name in shape.weights else self.rng.choice(["grow", "rename"])
             yield from self._put(folder / name, meant[name], how)
+        if folder != whole:
+            shutil.rmtree(whole.parents[1], ignore_errors=True)
+            yield
+            folder.parents[1].rename(whole.parents[1])
         if shape.tracker is not None:
             tracker = self.run / shape.tracker
             tracker.write_bytes(b"")
@@ -209,8 +238,8 @@ class Trainer:
         yield
         if shape.layout in ("hf", "trl", "auto") and self.rng.random() < 0.3:
             # A callback of the user's.
-            (folder / "notes.json").write_text("{}")
-            self._date(folder / "notes.json")
+            (whole / "notes.json").write_text("{}")
+            self._date(whole / "notes.json")
             self.touched[step] = self.touched.get(step, 0) + 1
             yield
 

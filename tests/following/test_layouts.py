@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from arm_ray.errors import ConfigError
-from arm_ray.following.layouts import RunWatcher, find_layout, is_needed
+from arm_ray.following.layouts import RunWatcher, is_needed
+from arm_ray.following.places import find_layout
 from tests.builders.files import write
 
 
@@ -30,6 +31,12 @@ def nothing_missing(_path: Path) -> None:
         (["global_step_10/actor/model_world_size_1_rank_0.pt"], "verl"),
         (["latest_checkpointed_iteration.txt"], "verl"),
         (["adapter-10/adapter_config.json"], "peft"),
+        (["weights/step_10/config.json"], "prime-rl"),
+        (["step_10/STABLE"], "prime-rl"),
+        (["step_10/training_info.json"], "nemo-rl"),
+        (["step_10/policy/weights/.metadata"], "nemo-rl"),
+        (["tmp_step_10/training_info.json"], "nemo-rl"),
+        (["iter_0000010/.metadata", "latest_checkpointed_iteration.txt"], "slime"),
     ],
 )
 def test_a_layout_is_found(tmp_path: Path, files: list[str], layout: str) -> None:
@@ -88,6 +95,44 @@ def test_weights_of_openrlhf_are_never_mixed(tmp_path: Path) -> None:
     assert [found.path.name for found in exported.scan()] == [
         "global_step10_hf", "global_step20_hf",
     ]  # fmt: skip
+
+
+def test_where_the_weights_of_a_step_of_nemo_rl_are(tmp_path: Path) -> None:
+    write(tmp_path / "step_10/policy/weights/__0_0.distcp")
+    write(tmp_path / "step_20/policy/weights/model/shard-00001.safetensors")
+    write(tmp_path / "step_30/policy/weights/model/consolidated/model.safetensors")
+    write(tmp_path / "tmp_step_40/policy/weights/__0_0.distcp")
+    found = RunWatcher(tmp_path, "nemo-rl", missing=nothing_missing).scan()
+    assert [str(each.path.relative_to(tmp_path)) for each in found] == [
+        "step_10/policy/weights",
+        "step_20/policy/weights/model",
+        "step_30/policy/weights/model/consolidated",
+    ]
+
+
+def test_exports_and_shards_of_slime_are_never_mixed(tmp_path: Path) -> None:
+    watcher = RunWatcher(tmp_path, "slime", missing=nothing_missing)
+    assert watcher.scan() == []
+    write(tmp_path / "iter_0000010/.metadata")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    assert [found.step for found in watcher.scan()] == [10]
+    # The exports came late: who follows the shards goes on with them.
+    write(tmp_path / "hf_9/config.json")
+    assert [found.path.name for found in watcher.scan()] == ["iter_0000010"]
+    exported = RunWatcher(tmp_path, "slime", missing=nothing_missing)
+    [found] = exported.scan()
+    assert (found.path.name, found.reason) == ("hf_9", "no model.safetensors.index.json")
+
+
+def test_a_step_of_prime_rl_is_whole_with_its_marker(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        write(tmp_path / f"weights/step_20/{name}")
+    watcher = RunWatcher(tmp_path, missing=nothing_missing)
+    watcher.scan()
+    assert [found.reason for found in watcher.scan()] == ["no STABLE"]
+    write(tmp_path / "weights/step_20/STABLE")
+    assert [found.complete for found in watcher.scan()] == [False]
+    assert [found.complete for found in watcher.scan()] == [True]
 
 
 def test_the_end_of_a_run(tmp_path: Path) -> None:
