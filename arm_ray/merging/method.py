@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from arm_ray.errors import ConfigError
@@ -155,6 +156,26 @@ class Method:
             is_last = number == len(inputs)
             yield self._added(each, vectors if is_last else [v.clone() for v in vectors])
 
+    def _rotated(
+        self, inputs: TensorInputs, index: int, vector: Tensor, result: MergedTensor
+    ) -> Tensor:
+        """A contributor's task vector, each of its blocks of rows rotated by itself."""
+        blocks = inputs.blocks or (vector.shape[0],)
+        parts, is_rotated = [], False
+        for number, part in enumerate(torch.split(vector, list(blocks))):
+            rows = slice(sum(blocks[:number]), sum(blocks[: number + 1]))
+            rotation = _rotation(self.settings, inputs, (index, number), rows, part)
+            # A candidate whose activations equal the reference's is not rotated.
+            if rotation is None:
+                parts.append(part)
+                continue
+            parts.append(rotation.apply_(part))
+            is_rotated = True
+            if rotation.is_rank_deficient:
+                result.rank_deficient.append((rotation.rank, rotation.full_rank))
+        result.rotated += is_rotated
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def _added(self, inputs: TensorInputs, vectors: list[Tensor]) -> Tensor:
         """The reference and the update that the operator makes of task vectors."""
         settings = _settings_of(self.settings, inputs)
@@ -213,14 +234,7 @@ class Method:
                     f"shifts: got {len(inputs.shifts)} for {len(vectors)} contributors"
                 )
             for index in range(len(vectors)):
-                rotation = _rotation(self.settings, inputs, index, vectors[index])
-                # A candidate whose activations equal the reference's is not rotated.
-                if rotation is None:
-                    continue
-                vectors[index] = rotation.apply_(vectors[index])
-                result.rotated += 1
-                if rotation.is_rank_deficient:
-                    result.rank_deficient.append((rotation.rank, rotation.full_rank))
+                vectors[index] = self._rotated(inputs, index, vectors[index], result)
         if self.settings.edit != "none":
             vectors = [edit(v, inputs.name, inputs.is_linear, self.settings) for v in vectors]
         if thinning.thins(self.settings):
@@ -239,20 +253,24 @@ def _settings_of(settings: MethodSettings, inputs: TensorInputs) -> MethodSettin
 
 
 def _rotation(
-    settings: MethodSettings, inputs: TensorInputs, index: int, vector: Tensor
+    settings: MethodSettings,
+    inputs: TensorInputs,
+    key: tuple[int, int],
+    rows: slice,
+    vector: Tensor,
 ) -> AnyRotation | None:
-    """The rotation of a contributor's task vector; None where there is nothing to rotate by."""
+    """The rotation of a block of rows of a contributor's task vector; None: there is none."""
     known = inputs.rotations
-    if known is not None and index in known:
-        return known[index]
-    chosen, shift = settings.rotation, inputs.shifts[index]
+    if known is not None and key in known:
+        return known[key]
+    chosen, shift = settings.rotation, inputs.shifts[key[0]][rows]
     found: AnyRotation | None
     if chosen.variant == "minimal":
         found = minimal_rotation(shift, vector, rank_tolerance=chosen.rank_tolerance)
     else:
         found = activation_rotation(shift, sign=chosen.sign, rank_tolerance=chosen.rank_tolerance)
     if known is not None:
-        known[index] = found
+        known[key] = found
     return found
 
 

@@ -39,9 +39,11 @@ class TensorInputs:
         scales: A factor for each task vector (ACM).
         coefficient: λ, in place of `method.coefficient`; None: as that says.
         factors: A further factor for each task vector (a step that is searched); empty: 1.
-        rotations: Contributor's number -> its rotation, of those that are known. What is found is
-            added, so that a tensor that is merged again is not factored again; None: nothing is
-            known, and nothing kept.
+        blocks: Rows of each of the projections that are one below the other, where each is rotated
+            by itself; empty: they are rotated as one.
+        rotations: Number of a contributor and of a block -> its rotation, of those that are known.
+            What is found is added, so that a tensor that is merged again is not factored again;
+            None: nothing is known, and nothing kept.
         relaxation: What the update of each input channel (last axis) is multiplied by (AIM).
     """
 
@@ -63,7 +65,8 @@ class TensorInputs:
     scales: Sequence[float] = ()
     coefficient: float | None = None
     factors: Sequence[float] = ()
-    rotations: MutableMapping[int, AnyRotation | None] | None = None
+    blocks: tuple[int, ...] = ()
+    rotations: MutableMapping[tuple[int, int], AnyRotation | None] | None = None
     relaxation: Tensor | None = None
 
 

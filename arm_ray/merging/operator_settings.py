@@ -28,6 +28,9 @@ class RotationSettings:
     `minimal` needs no signs."""
     rank_tolerance: Annotated[float, Ge(0.0), Lt(1.0)] = 1.0e-6
     """Singular values at or below this fraction of the largest count as zero."""
+    fused: Literal["split", "whole"] = "split"
+    """Projections that a model has as one matrix (q, k and v; gate and up): each is rotated by
+    itself, as if it were stored by itself, or all of them as the one matrix that they are."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class Weight:
         stored: In the files, in the order in which they are put together.
         make: Makes the first from the second; None: it is the same tensor.
         experts: For each expert, the names in the files of the weights that are its part of a
-            parameter `[experts, …]`; empty: there are no experts, or they are stored as one tensor.
+            parameter `[experts, …]`, or a name of its part of the one that the files hold; empty:
+            there are no experts.
     """
 
     names: tuple[str, ...]
@@ -165,7 +166,10 @@ class Architecture:
             else:
                 [converter] = [c for c in converters if pattern in c.source_patterns]
                 parts.setdefault(target, (converter, []))[1].append((name, pattern))
-        found = [Weight((target,), (name,)) for target, name in plain.items()]
+        found = [
+            Weight((target,), (name,), experts=self._fused_experts(target, name))
+            for target, name in plain.items()
+        ]
         for target, (converter, members) in parts.items():
             if target in plain:
                 unknown += [name for name, _ in members]
@@ -176,6 +180,12 @@ class Architecture:
             experts = self._experts(names, members)
             found.append(Weight(names, tuple(name for name, _ in members), make, experts))
         return found, unknown
+
+    def _fused_experts(self, target: str, name: str) -> tuple[tuple[str, ...], ...]:
+        """The parts of each expert of a parameter that the files hold as one tensor."""
+        shape = self.shapes[target]
+        is_whole = len(shape) == 3 and min(shape) > 1 and self.layer_number(target) is not None
+        return tuple((expert_name(name, e),) for e in range(shape[0])) if is_whole else ()
 
     def _experts(
         self, names: Sequence[str], members: Sequence[tuple[str, str]]
@@ -227,6 +237,11 @@ class Architecture:
                 if value is not None:
                     module._buffers[buffer] = torch.empty_like(value, device=device)
             self.model._init_weights(module)
+
+
+def expert_name(name: str, expert: int) -> str:
+    """What an expert's part of a tensor of all experts is called."""
+    return f"{name}[{expert}]"
 
 
 def architecture_of(

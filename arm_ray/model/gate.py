@@ -246,6 +246,11 @@ def _by_groups(
         weights = decoder.form(names, lambda name, dtype: written[name].to(dtype))
         output = decoder.runner(group.index).forward(weights, hidden, lengths, Wanted())
         hidden = output.hidden
-        unseen -= output.means.keys()
+        # Of experts in one tensor, that none was sent a token means that none can be seen.
+        unseen -= {
+            name.partition("[")[0]
+            for name in output.means
+            if "[" not in name or bool(output.seen[name].any())
+        }
     normed = decoder.final_norm({name: written[name] for name in layout.tail}, hidden)
     return decoder.logits({name: written[name] for name in layout.head}, normed), unseen

@@ -14,6 +14,7 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +65,13 @@ class Decoder:
         """What runs a layer group."""
         if index not in self._runners:
             group = self._layout.groups[index]
-            weights = [self._weights[name] for name in group.tensors if name in self._weights]
+            weights = [
+                weight
+                if weight.experts and self._layout.rotated.issuperset(weight.stored)
+                else replace(weight, experts=())
+                for weight in (self._weights.get(name) for name in group.tensors)
+                if weight is not None
+            ]
             self._runners[index] = GroupRunner(self.architecture, group, weights, self._averages)
         return self._runners[index]
 

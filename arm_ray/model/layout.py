@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ class ModelLayout:
         config: The model's configuration.
         class_name: transformers' class of the model, as the base names it; None: the family's.
         shapes: Name -> shape of what is merged, in the model's order; a tied head is left out.
-        rotated: Names of the 2-D weights of linear modules inside the decoder layers.
+        rotated: Names of the weights of linear modules inside the decoder layers, and of experts.
         groups: The layer groups, in order.
         layer_numbers: Name -> decoder layer, 0-based, of the tensors inside the layers.
         embedding: Name of the embedding's weight.
@@ -55,7 +55,10 @@ class ModelLayout:
             weights of its own.
         unknown: Names of tensors of the base that the model does not have, merged or carried.
         carried: Name -> shape of tensors that are not merged, but copied from the base.
-        experts: Names of the rotated weights that are an expert's of a mixture.
+        experts: Names of the rotated weights that are an expert's of a mixture, `[d_out, d_in]`, or
+            all experts', `[experts, d_out, d_in]`.
+        blocks: Name -> output rows of each of the projections that a rotated weight holds one below
+            the other (q, k and v; gate and up).
         no_forward: Why no forward passes can be run; None: they can.
     """
 
@@ -72,6 +75,7 @@ class ModelLayout:
     unknown: tuple[str, ...] = ()
     carried: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     experts: frozenset[str] = frozenset()
+    blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     no_forward: str | None = None
 
     @property
@@ -83,6 +87,16 @@ class ModelLayout:
     def text_config(self) -> Any:
         """The configuration of the decoder, which may be a part of the model's."""
         return self.config.get_text_config(decoder=True)
+
+    @property
+    def matrices(self) -> frozenset[str]:
+        """The rotated weights that are one matrix."""
+        return frozenset(name for name in self.rotated if len(self.shapes[name]) == 2)
+
+    def matrices_in(self, name: str) -> tuple[int, int, int]:
+        """How many matrices a rotated weight holds, and `d_out` and `d_in` of each."""
+        count, d_out, d_in = (1, *self.shapes[name])[-3:]
+        return count, d_out, d_in
 
     @property
     def expert_share(self) -> float:
@@ -171,12 +185,12 @@ def model_layout(
         if not DERIVED.search(name) and name != tied_copy
     }
     linear = architecture.linear
+    # One by one in the files, or all in one tensor.
     experts = {
         name
         for weight in weights
-        for names in weight.experts
-        for name in names
-        if len(shapes[name]) == 2 and name in layer_numbers
+        for name in weight.stored
+        if weight.experts and name in layer_numbers and len(shapes[name]) in (2, 3)
     }
     rotated = experts | {
         name
@@ -205,7 +219,25 @@ def model_layout(
         tied_copy,
         tuple(unknown),
         experts=frozenset(experts),
+        blocks=dict(_blocks(rotated, shapes)),
     )
+
+
+def _blocks(
+    rotated: Collection[str], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The projections that lie one below the other in a rotated weight, by its rows."""
+    for name in rotated:
+        kind, rows = name.removesuffix(".weight").rpartition(".")[2], shapes[name][-2]
+        if kind in ("gate_up_proj", "input_linear") and rows % 2 == 0:
+            yield name, (rows // 2, rows // 2)
+        elif kind == "qkv_proj":
+            # What comes out of the attention is as wide as the queries. Some families have all
+            # three head by head under this name; their output projection has another one.
+            queries = shapes.get(name.replace("qkv_proj", "o_proj"), (0, 0))[-1]
+            keys = (rows - queries) // 2
+            if queries and 0 < keys <= queries and queries + 2 * keys == rows:
+                yield name, (queries, keys, keys)
 
 
 def _groups(

@@ -291,6 +291,6 @@ def model_bytes(workload: Workload, config: MergeConfig) -> int:
     """Of the final model; of an adapter, the most that it takes."""
     if config.output_format == "adapter":
         layout = workload.layout
-        return adapter_bytes(layout.shapes, layout.rotated, config.adapter_rank)
+        return adapter_bytes(layout.shapes, layout.matrices, config.adapter_rank)
     dtypes = workload.storage_dtypes
     return sum(workload.elements(n) * dtypes[n].itemsize for n in workload.layout.shapes)

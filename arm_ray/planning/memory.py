@@ -221,12 +221,13 @@ class _Walk:
         workload = self._workload
         if not (workload.step_samples and workload.samples):
             return 0
-        rows = sum(
-            workload.layout.shapes[name][0]
+        matrices = [
+            workload.layout.matrices_in(name)
             for group in self._groups
             for name in workload.layout.groups[group].tensors
             if name in workload.layout.rotated
-        )
+        ]
+        rows = sum(count * d_out for count, d_out, _ in matrices)
         return FLOAT64 * workload.samples * rows * len(plan.contributors)
 
     def linear(self, group: int) -> None:
@@ -383,4 +384,5 @@ def _compute_copy(workload: Workload, state: str, group: int, moves: bool) -> in
 def _widths(workload: Workload, group: int) -> int:
     """The widths of the inputs of a group's rotated weights, together."""
     layout = workload.layout
-    return sum(layout.shapes[n][1] for n in layout.groups[group].tensors if n in layout.rotated)
+    rotated = (layout.matrices_in(n) for n in layout.groups[group].tensors if n in layout.rotated)
+    return sum(count * width for count, _, width in rotated)

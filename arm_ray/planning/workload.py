@@ -285,7 +285,7 @@ def forward_work(workload: Workload, group: LayerGroup, passes: int) -> GroupWor
     # q, k and v share an input, and so do gate and up: of seven inputs four are different.
     shared = ("k_proj", "v_proj", "up_proj")
     widths = sum(
-        layout.shapes[name][1] * (layout.expert_share if name in layout.experts else 1.0)
+        layout.shapes[name][-1] * (layout.expert_share if name in layout.experts else 1.0)
         for name in weights
         if name.split(".")[-2] not in shared
     )
@@ -309,7 +309,8 @@ def _merge_work(workload: Workload, name: str, num_states: int, rotated: bool) -
     traffic = elements * FLOAT32 * (2.0 * num_states + 6.0 * others + 3.0 + 11.0)
     if not rotated:
         return GroupWork(merge_flops=flops, merge_bytes=traffic, compare_blocks=_blocks(elements))
-    d_out, d_in = workload.layout.shapes[name]
+    count, d_out, d_in = workload.layout.matrices_in(name)
+    others *= count
     n = workload.samples
     if n < d_out:
         # QR, VᵀV and V T (2·d_out·N² each), and the SVD of an N x N matrix with its factors.
@@ -323,7 +324,7 @@ def _merge_work(workload: Workload, name: str, num_states: int, rotated: bool) -
         apply_flops=others * apply,
         merge_flops=flops,
         # Signs, the two products with V and the subtraction pass over the task vector again.
-        merge_bytes=traffic + others * elements * FLOAT32 * 7.0,
+        merge_bytes=traffic + others // count * elements * FLOAT32 * 7.0,
         factorisations=others,
         compare_blocks=_blocks(elements),
     )

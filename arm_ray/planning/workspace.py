@@ -22,7 +22,8 @@ def _pieces(workload: Workload, name: str) -> list[int]:
     """Elements of the pieces that a tensor is merged in: a rotated one is one piece."""
     elements = workload.elements(name)
     if name in workload.layout.rotated and workload.samples:
-        return [elements]
+        count, d_out, d_in = workload.layout.matrices_in(name)
+        return [d_out * d_in] * count
     rows = (*workload.layout.shapes[name], 1)[0]
     width = max(1, elements // max(1, rows))
     piece = max(1, PIECE // width) * width
@@ -90,6 +91,6 @@ def _piece_bytes(
 
 def _factor_bytes(workload: Workload, plan: IterationPlan, name: str) -> int:
     """Activations in float32, and the factors of one rotation in float64."""
-    d_out = workload.layout.shapes[name][0]
+    _, d_out, _ = workload.layout.matrices_in(name)
     columns = workload.samples * (FLOAT32 * len(plan.inputs) + 6 * FLOAT64)
     return ceil(d_out * columns)

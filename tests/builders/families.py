@@ -173,9 +173,9 @@ taken, from its own modules and its own tables of names. Two things differ betwe
 The table shows what came of trying each family with the default configuration of transformers
 {version}. "Rotated" are the weights whose task vectors ARM rotates, each expert's by itself. "Not
 rotated" are the other matrices of the layers, which are merged linearly, as are embeddings, norms,
-biases and heads: routers, convolutions, and experts that are stored as one tensor. Models of
-several parts (the last ones) are run on text; their vision towers and projectors are merged
-linearly.
+biases and heads: routers, convolutions, and experts whose inputs cannot be seen from outside a
+family's code. Models of several parts (the last ones) are run on text; their vision towers and
+projectors are merged linearly.
 
 | family | class | forward passes | rotated | not rotated |
 |---|---|---|---|---|

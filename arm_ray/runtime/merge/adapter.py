@@ -45,7 +45,7 @@ def write_adapter(
         rank = export_adapter(
             directory,
             _weights(inputs, read),
-            inputs.layout.rotated,
+            inputs.layout.matrices,
             base_model=config.base,
             fixed_rank=config.adapter_rank,
             # The candidates were rounded when they were read, and each iteration adds less than

@@ -247,7 +247,7 @@ def _space_needs(
         # Where there is no room for them, the merge goes on without recovery points.
         life = state_life(config, count, None, stop_after)
     if config.output_format == "adapter":
-        model_bytes = adapter_bytes(layout.shapes, layout.rotated, config.adapter_rank)
+        model_bytes = adapter_bytes(layout.shapes, layout.matrices, config.adapter_rank)
     else:
         carried = () if inputs.carried is None else inputs.carried.specs
         exported = states.plan_export(layout.shapes, dtypes, 2**62, carried)

@@ -15,6 +15,7 @@ from torch import Tensor
 from arm_ray.errors import NumericalError, ShardLostError
 from arm_ray.merging.method import Method
 from arm_ray.model.activations import GroupOutput, MaskedMeans, Wanted, output_shifts
+from arm_ray.model.architecture import expert_name
 from arm_ray.model.group import Decoder
 from arm_ray.model.layout import ModelLayout
 from arm_ray.runtime.shards.weights import WeightStore
@@ -156,6 +157,7 @@ class Captures:
         name: str,
         whole: Sequence[Tensor],
         columns: NDArray[np.int64],
+        expert: int | None = None,
     ) -> list[Tensor]:
         """`ΔA_i` `[d_out, N]` float32 of the contributors, for one weight.
 
@@ -168,17 +170,19 @@ class Captures:
             name: The weight.
             whole: It, float32, of the reference and of the contributors.
             columns: `[N]`: which of the different samples each sample of the mini-batch is.
+            expert: Which of the experts in the weight `whole` is of; None: the weight is a matrix.
         """
         layers = [self._store.layers(state, group) for state in plan.inputs]
         bias = name.removesuffix("weight") + "bias"
         means = self._iterations[plan.iteration].means
+        known = name if expert is None else expert_name(name, expert)
         shifts = output_shifts(
             [
-                self._store.as_computed(state, group, name, weight)
+                self._store.as_computed(state, group, name, weight, expert)
                 for state, weight in zip(plan.inputs, whole, strict=True)
             ],
             [weights.get(bias) for weights in layers],
-            [means[state, name] for state in plan.inputs],
+            [means[state, known] for state in plan.inputs],
         )
         for state, shift in zip(plan.contributors, shifts, strict=True):
             if not bool(torch.isfinite(shift).all()):
@@ -191,11 +195,11 @@ class Captures:
                 )
         chosen = torch.from_numpy(columns.copy()).to(self._store.device)
         seen = self._iterations[plan.iteration].seen
-        if (plan.reference, name) not in seen:
+        if (plan.reference, known) not in seen:
             return [shift[:, chosen] for shift in shifts]
         found = []
         for state, shift in zip(plan.contributors, shifts, strict=True):
-            both = (seen[plan.reference, name] & seen[state, name])[chosen]
+            both = (seen[plan.reference, known] & seen[state, known])[chosen]
             kept = shift[:, chosen[both]]
             found.append(kept if kept.shape[1] else shift.new_zeros(shift.shape[0], 1))
         return found
@@ -273,11 +277,12 @@ class Captures:
         found = self._iterations.get(plan.iteration)
         if found is None:
             return
+        merged = set(names)
         for name in names:
             found.magnitudes.pop(name, None)
-            for state in plan.inputs:
-                found.means.pop((state, name), None)
-                found.seen.pop((state, name), None)
+        for values in (found.means, found.seen):
+            for key in [key for key in values if key[1].partition("[")[0] in merged]:
+                del values[key]
 
     def drop_iteration(self, iteration: int) -> None:
         """Let go of all of an iteration."""

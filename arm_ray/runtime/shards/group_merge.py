@@ -17,6 +17,7 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import TensorSpec
 from arm_ray.merging.operator import AnyRotation, MergedTensor, TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
+from arm_ray.model.architecture import expert_name
 from arm_ray.planning.workload import PIECE, linear_piece
 from arm_ray.runtime.shards.captures import Captures
 from arm_ray.runtime.shards.facts import ModelFacts
@@ -26,6 +27,7 @@ from arm_ray.runtime.shards.pieces import (
     WriteBehind,
     group_specs,
     group_writer,
+    is_by_expert,
     not_finite,
     pieces_of,
     tensor_inputs,
@@ -84,7 +86,9 @@ class GroupMerge:
     workers: Workers
     behind: WriteBehind
     flushes: Flushes
-    rotations: dict[tuple[int, str], dict[int, AnyRotation | None]] = field(default_factory=dict)
+    rotations: dict[tuple[int, str], dict[tuple[int, int], AnyRotation | None]] = field(
+        default_factory=dict
+    )
 
     def merge(
         self, plan: IterationPlan, group: int, columns: NDArray[np.int64], facts: ModelFacts
@@ -100,8 +104,10 @@ class GroupMerge:
             self._collect(found, self.workers.in_order(work, pieces))
         else:
             self._merge_into_file(found, plan, group, pieces)
-        for name in self.spec.layout.groups[group].tensors:
-            self.rotations.pop((plan.iteration, name), None)
+        names = set(self.spec.layout.groups[group].tensors)
+        for key in [key for key in self.rotations if key[1].partition("[")[0] in names]:
+            if key[0] == plan.iteration:
+                del self.rotations[key]
         return found
 
     def _place(self, made: dict[str, Tensor], spec: TensorSpec, rows: slice, piece: Tensor) -> None:
@@ -236,7 +242,11 @@ class GroupMerge:
         columns: NDArray[np.int64] | None,
         facts: ModelFacts,
     ) -> TensorInputs:
-        weights = [self.store.rows(state, group, spec.name, rows) for state in plan.inputs]
+        expert = self._expert(spec, rows)
+        weights = [
+            self._matrix(self.store.rows(state, group, spec.name, rows), expert)
+            for state in plan.inputs
+        ]
         inputs = tensor_inputs(
             self.spec,
             self.store,
@@ -252,21 +262,39 @@ class GroupMerge:
         if columns is None or not self.spec.method.needs_activations:
             return inputs
         shifts: list[Tensor] = []
-        rotations = self._known_rotations(plan, spec.name)
-        is_known = rotations is not None and len(rotations) == len(plan.contributors)
+        name = spec.name if expert is None else expert_name(spec.name, expert)
+        rotations = self._known_rotations(plan, name)
+        blocks = self.spec.layout.blocks.get(spec.name, ())
+        if self.spec.method.settings.rotation.fused == "whole" or not inputs.is_linear:
+            blocks = ()
+        most = len(plan.contributors) * max(1, len(blocks))
+        is_known = rotations is not None and len(rotations) == most
         if (
             self.spec.method.needs_outputs
             and spec.name in self.spec.layout.rotated
             and not (is_known and not self.spec.method.operator.activations)
         ):
-            shifts = self.captures.shifts(plan, group, spec.name, weights, columns)
+            shifts = self.captures.shifts(plan, group, spec.name, weights, columns, expert)
         relaxation = self.captures.relaxation(plan, spec.name, columns)
         if spec.name == self.spec.layout.embedding and facts.head_relaxation is not None:
             relaxation = facts.head_relaxation.to(self.store.device)
         scales = self.captures.scales(plan, spec.name, columns, facts.largest_information)
         return replace(
-            inputs, shifts=shifts, relaxation=relaxation, scales=scales, rotations=rotations
+            inputs,
+            shifts=shifts,
+            relaxation=relaxation,
+            scales=scales,
+            blocks=blocks,
+            rotations=rotations,
         )
+
+    def _expert(self, spec: TensorSpec, rows: slice) -> int | None:
+        """Which expert of a tensor of all experts a piece is; None: it is no expert."""
+        return rows.start if is_by_expert(self.spec, spec) else None
+
+    def _matrix(self, piece: Tensor, expert: int | None) -> Tensor:
+        """A piece as it is merged: of an expert, its matrix alone."""
+        return piece if expert is None else piece[0]
 
     def _of_step(self, inputs: TensorInputs, plan: IterationPlan) -> TensorInputs:
         if plan.step is None:
@@ -280,7 +308,7 @@ class GroupMerge:
 
     def _known_rotations(
         self, plan: IterationPlan, name: str
-    ) -> dict[int, AnyRotation | None] | None:
+    ) -> dict[tuple[int, int], AnyRotation | None] | None:
         """Where a tensor's rotations are kept, if it is merged several times."""
         if not (self.spec.method.tries_steps and self.spec.method.settings.rotates):
             return None
@@ -296,18 +324,25 @@ class GroupMerge:
         spec, make_inputs = piece
         inputs = make_inputs()
         result = self.spec.method.merge(inputs)
-        sums = self._compare(plan, group, inputs, result)
-        put(spec, inputs.rows, result.tensor)
+        expert = self._expert(spec, inputs.rows)
+        sums = self._compare(plan, group, inputs, result, expert)
+        put(spec, inputs.rows, result.tensor if expert is None else result.tensor[None])
         # Not the tensor: it need not wait for those of other threads.
         return spec.name, result.rotated, result.rank_deficient, sums
 
     def _compare(
-        self, plan: IterationPlan, group: int, inputs: TensorInputs, result: MergedTensor
+        self,
+        plan: IterationPlan,
+        group: int,
+        inputs: TensorInputs,
+        result: MergedTensor,
+        expert: int | None,
     ) -> SimilaritySums:
         by_state = dict(zip(plan.inputs, (inputs.reference, *inputs.contributors), strict=True))
         for state in (plan.previous, BASE):
             if state not in by_state:
-                by_state[state] = self.store.rows(state, group, inputs.name, inputs.rows)
+                rows = self.store.rows(state, group, inputs.name, inputs.rows)
+                by_state[state] = self._matrix(rows, expert)
         sums = similarity_sums(result.tensor, by_state[plan.previous], by_state[BASE])
         if not sums.is_finite:
             raise not_finite(inputs.name, plan)

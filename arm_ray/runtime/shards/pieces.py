@@ -59,13 +59,21 @@ def pieces_of(
     spec: ShardSpec, tensor: TensorSpec, elements: int, *, measures_tensors: bool = False
 ) -> list[slice]:
     """The rows that a tensor is merged in: all at once, or about so many elements at a time."""
-    is_linear = tensor.name in spec.layout.rotated
+    if is_by_expert(spec, tensor):
+        return [slice(expert, expert + 1) for expert in range(tensor.shape[0])]
+    is_linear = tensor.name in spec.layout.matrices
     takes_rows = spec.method.takes_rows(
         len(tensor.shape), is_linear, measures_tensors=measures_tensors
     )
     if takes_rows:
         return row_pieces(tensor, elements)
     return [slice(0, tensor.shape[0] if tensor.shape else 1)]
+
+
+def is_by_expert(spec: ShardSpec, tensor: TensorSpec) -> bool:
+    """Whether a tensor holds all experts, and each is rotated by itself."""
+    is_all = tensor.name in spec.layout.experts and len(tensor.shape) == 3
+    return is_all and spec.method.needs_outputs
 
 
 def tensor_inputs(
@@ -107,7 +115,7 @@ def tensor_inputs(
         plan.divisor,
         rows=rows,
         shape=tensor.shape,
-        is_linear=tensor.name in spec.layout.rotated,
+        is_linear=tensor.name in spec.layout.matrices or is_by_expert(spec, tensor),
         contributor_names=plan.contributors,
         iteration=plan.draw,
         depth=spec.layout.depth_of(tensor.name),

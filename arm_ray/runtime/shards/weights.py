@@ -137,7 +137,9 @@ class WeightStore:
             check_second_moments(found, name, rows.start or 0, where)
         return found
 
-    def as_computed(self, state: str, group: int, name: str, whole: Tensor) -> Tensor:
+    def as_computed(
+        self, state: str, group: int, name: str, whole: Tensor, expert: int | None = None
+    ) -> Tensor:
         """A layer's weight as the forward pass used it, float32.
 
         Args:
@@ -145,8 +147,11 @@ class WeightStore:
             group: Its layer group.
             name: The weight.
             whole: What `rows` gave for all of it; taken where the forward pass rounded nothing.
+            expert: Which of the experts in the weight that is; None: the weight is a matrix.
         """
         computed = self.layers(state, group).get(name)
+        if computed is not None and expert is not None:
+            computed = computed[expert]
         if computed is not None and computed.dtype == torch.float32:
             return computed
         dtype = self._compute_dtype if computed is None else computed.dtype

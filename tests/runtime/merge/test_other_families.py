@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,15 @@ def test_experts_are_rotated_each_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("residency", ["host", "disk"])
-def test_experts_give_the_same_bits_wherever_they_live(tmp_path: Path, residency: str) -> None:
-    case = write_family(tmp_path, "glm4_moe")
+@pytest.mark.parametrize("form", ["separate", "fused"])
+def test_experts_give_the_same_bits_wherever_they_live(
+    tmp_path: Path, residency: str, form: str
+) -> None:
+    case = write_family(tmp_path, "glm4_moe" if form == "separate" else "qwen3_moe")
+    if form == "fused":
+        config = json.loads((case.root / "base" / "config.json").read_text())
+        sizes = config["num_hidden_layers"], config["num_local_experts"]
+        everywhere(case, lambda weights: in_model(weights, *sizes))
     plain = load_all(run(case, "plain").model or Path())
     other = run(case, "other", f"runtime.residency={residency}", "runtime.layers_per_group=3")
     assert_same_bits(plain, load_all(other.model or Path()))
@@ -198,6 +206,93 @@ def test_another_number_of_experts_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({**content, "num_local_experts": 4}))
     with pytest.raises(MismatchError, match="experts differs"):
         run(case, "run")
+
+
+# --- weights that a model has as one tensor ---------------------------------------------------
+
+_ONE = ("schedule.anchor_iterations=1", "schedule.max_iterations=1", "schedule.step=fixed")
+
+
+def rewrite(path: Path, change: Callable[[Weights], Weights], **config: Any) -> None:
+    """Write a checkpoint's weights in another form, and other settings into its config.json."""
+    weights = change(load_all(path))
+    plain = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(plain, path / SINGLE_NAME, {"format": "pt"})
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(content | config))
+
+
+def everywhere(case: MergeCase, change: Callable[[Weights], Weights], **config: Any) -> None:
+    for path in (case.root / "base", *case.candidates):
+        rewrite(path, change, **config)
+
+
+@pytest.mark.parametrize("operator", ["arm", "ties"])
+def test_experts_in_one_tensor_give_what_separate_ones_do(tmp_path: Path, operator: str) -> None:
+    case = write_family(tmp_path, "qwen3_moe")
+    content = json.loads((case.root / "base" / "config.json").read_text())
+    sizes = content["num_hidden_layers"], content["num_local_experts"]
+    rotated = (f"method.operator={operator}", "method.rotate=true") if operator != "arm" else ()
+    separate = read(run(case, "separate", *_ONE, *rotated).model or Path())
+    everywhere(case, lambda weights: in_model(weights, *sizes))
+    outcome = run(case, "fused", *_ONE, *rotated)
+    found, expected = read(outcome.model or Path()), in_model(separate, *sizes)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if operator == "ties" and name.endswith("gate_up_proj"):
+            continue  # what TIES trims is counted over both together
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+    plain = read(run(case, "ta", *_ONE, "method.operator=task_arithmetic").model or Path())
+    experts = [name for name in found if ".experts." in name]
+    assert len(experts) == 2 * sizes[0]
+    assert operator == "ties" or not any(
+        torch.allclose(found[name], plain[name], atol=1e-6) for name in experts
+    )
+    # As transformers loads it, fused as it is stored.
+    kind = transformers.Qwen3MoeForCausalLM
+    _, told = kind.from_pretrained(outcome.model, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+
+
+def unfused(heads: int, keys: int) -> Callable[[Weights], Weights]:
+    """Phi-3's weights under Llama's names."""
+
+    def change(weights: Weights) -> Weights:
+        found = {}
+        for name, tensor in weights.items():
+            if name.endswith("qkv_proj.weight"):
+                shares = {"q_proj": heads, "k_proj": keys, "v_proj": keys}
+            elif name.endswith("gate_up_proj.weight"):
+                shares = {"gate_proj": 1, "up_proj": 1}
+            else:
+                found[name] = tensor
+                continue
+            width = tensor.shape[0] // sum(shares.values())
+            rows_of_parts = torch.split(tensor, [width * share for share in shares.values()])
+            for part, rows in zip(shares, rows_of_parts, strict=True):
+                found[re.sub(r"(qkv|gate_up)_proj", part, name)] = rows
+        return found
+
+    return change
+
+
+def test_projections_in_one_matrix_are_rotated_as_separate_ones(tmp_path: Path) -> None:
+    case = write_family(tmp_path, "phi3", num_key_value_heads=2)
+    config = json.loads((case.root / "base" / "config.json").read_text())
+    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    assert heads > keys
+    split = read(run(case, "split", *_ONE).model or Path())
+    whole = read(run(case, "whole", *_ONE, "method.rotation.fused=whole").model or Path())
+    change = unfused(heads, keys)
+    everywhere(case, change, model_type="llama", architectures=["LlamaForCausalLM"])
+    separate = read(run(case, "separate", *_ONE).model or Path())
+    found = change(split)
+    assert found.keys() == separate.keys()
+    for name, tensor in separate.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+    turned = {n.split(".")[-2] for n in split if not torch.allclose(split[n], whole[n], atol=1e-6)}
+    assert turned == {"qkv_proj", "gate_up_proj"}
 
 
 # --- models of several parts ------------------------------------------------------------------
