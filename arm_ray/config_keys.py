@@ -347,5 +347,6 @@ def _operator_sections() -> set[str]:
     return {
         entry.name
         for entry in dataclasses.fields(MethodSettings)
-        if entry.default_factory is not dataclasses.MISSING and entry.name != "options"
+        if entry.default_factory is not dataclasses.MISSING
+        and entry.name not in ("options", "by_part")
     }

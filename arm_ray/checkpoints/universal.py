@@ -77,7 +77,8 @@ def read_table(source: Path, _masters: bool = True) -> Table:
         name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()
     }
     shared: Mapping[str, str] = model.get("shared_params") or {}
-    rest = {n: t for n, t in module.items() if n not in (*shapes, *shared) and t.numel()}
+    known = shapes.keys() | shared.keys()
+    rest = {n: t for n, t in module.items() if n not in known and t.numel()}
     # Parameters that were not trained have a directory too; buffers have none.
     frozen_here = {n for n in rest if (source / "zero" / n).is_dir() and "/" not in n}
     shapes |= {name: tuple(rest.pop(name).shape) for name in sorted(frozen_here)}

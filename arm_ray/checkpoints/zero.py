@@ -108,7 +108,8 @@ def read_table(source: Path, masters: bool) -> Table:
         found = _of_stage_2(shapes, ranks, optimizers[0].get("param_alignment_paddings"))
     found |= frozen(models, model_files, stage)
     # Buffers, and whatever else lies there: at stage 3 what is empty is a parameter.
-    rest = {n: t for n, t in module.items() if n not in (*found, *shared) and t.numel()}
+    known = found.keys() | shared.keys()
+    rest = {n: t for n, t in module.items() if n not in known and t.numel()}
     found |= of_module(model_files[0], rest)
     found = {name: check_covered(name, tensor, source) for name, tensor in found.items()}
     # A tied head is written once; a state_dict has it under both names.

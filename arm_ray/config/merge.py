@@ -248,7 +248,7 @@ def parse_merge_config(
 ) -> MergeConfig:
     """Validate configuration content that is already parsed. See `load_merge_config`."""
     content = overridden(content, overrides)
-    content = with_parts(with_ranges(_with_preset(content, source), source), source)
+    content = with_parts(with_ranges(_with_preset(content, source), source), source, overrides)
     config = validate(MergeConfig, content, source=source)
     config = _with_step(config)
     _check_combinations(config, source)

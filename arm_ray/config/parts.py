@@ -11,16 +11,16 @@ from parts of names to one of these:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from arm_ray.errors import ConfigError
-from arm_ray.merging.parts import EVERYWHERE
-from arm_ray.merging.settings import PARTWISE, MethodSettings
+from arm_ray.merging.settings import EVERYWHERE, PARTWISE, MethodSettings
 
 _DEFAULT = "default"
+_KEYS = ", ".join(PARTWISE)
 _LIMITS: tuple[tuple[type, str, Callable[[Any, Any], bool]], ...] = (
     (Gt, "above", operator.gt),
     (Ge, "at least", operator.ge),
@@ -29,8 +29,15 @@ _LIMITS: tuple[tuple[type, str, Callable[[Any, Any], bool]], ...] = (
 )
 
 
-def with_parts(content: dict[str, Any], source: str) -> dict[str, Any]:
+def with_parts(
+    content: dict[str, Any], source: str, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Content of a merge's configuration with `method.by_part` in place of lists and mappings.
+
+    Args:
+        content: The content, after the overrides.
+        source: Where it is from, for messages.
+        overrides: `key.key=value`: what they set holds in place of what `by_part` says of it.
 
     Raises:
         ConfigError: They are not what a key takes; all problems, one line each.
@@ -39,7 +46,9 @@ def with_parts(content: dict[str, Any], source: str) -> dict[str, Any]:
     if not isinstance(method, dict):
         return content
     method, problems = dict(method), list[str]()
-    by_part = dict(method.get("by_part") or {})
+    by_part = _written(method.get("by_part") or {}, problems)
+    for text in overrides:
+        by_part.pop(text.partition("=")[0].strip().removeprefix("method."), None)
     for key in PARTWISE:
         section, _, rest = key.partition(".")
         place = method.get(section) if rest else method
@@ -50,7 +59,9 @@ def with_parts(content: dict[str, Any], source: str) -> dict[str, Any]:
         values, default = _parts(f"method.{key}", key, place.pop(name), problems)
         if default is not None:
             place[name] = default
-        by_part[key] = values
+        by_part.pop(key, None)
+        if values:
+            by_part[key] = values
         if rest:
             method[section] = place
         else:
@@ -59,9 +70,35 @@ def with_parts(content: dict[str, Any], source: str) -> dict[str, Any]:
         raise ConfigError(
             "\n".join(["the values of parts of a model cannot be used", *problems]), where=source
         )
+    method.pop("by_part", None)
     if by_part:
         method["by_part"] = by_part
     return {**content, "method": method}
+
+
+def _written(given: Any, problems: list[str]) -> dict[str, dict[str, list[float]]]:
+    """What a configuration that arm_ray has written says in `by_part` itself."""
+    if not isinstance(given, dict):
+        problems.append(f"  - method.by_part: got {given!r}, expected a mapping")
+        return {}
+    found = {}
+    for key, parts in given.items():
+        where = f"method.by_part.{key}"
+        if key not in PARTWISE:
+            problems.append(f"  - {where}: no key with values by part; they are {_KEYS}")
+        elif not isinstance(parts, dict):
+            problems.append(f"  - {where}: got {parts!r}, expected a mapping from parts to lists")
+        elif parts:
+            found[key] = {
+                str(part): _numbers(
+                    f"{where}.{part}",
+                    key,
+                    list(values) if isinstance(values, list | tuple) else [values],
+                    problems,
+                )
+                for part, values in parts.items()
+            }
+    return found
 
 
 def _parts(

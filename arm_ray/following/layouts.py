@@ -186,6 +186,9 @@ class RunWatcher:
         if self._layout == "slime" and self._kind == "auto":
             # Whichever comes first: exports and shards are never mixed.
             self._kind = places.slime_kind(self._path)
+            if self._kind == "auto":
+                reason = "shards of Megatron are not read; have slime export with --save-hf"
+                return _waiting(places.slime_shards(self._path), reason)
         if self._layout == "openrlhf" and self._kind == "auto":
             self._kind = self._find_kind()
             if self._kind == "auto":
@@ -193,8 +196,7 @@ class RunWatcher:
                     "whether the run writes global_stepN_hf as well shows with its second step; "
                     "set run.kind to actor or hf"
                 )
-                shards = sorted(places.openrlhf_shards(self._path).items())
-                return [Found(step, path, False, reason, "") for step, path in shards]
+                return _waiting(places.openrlhf_shards(self._path), reason)
         self._read_tracker()
         directories = places.directories(self._path, self._layout, self._kind)
         # What was removed may come back as something else.
@@ -327,6 +329,11 @@ class RunWatcher:
         # Of each step it is written after the shards: with shards of two steps, it would be there.
         self._shards_seen.update(places.openrlhf_shards(self._path))
         return "actor" if len(self._shards_seen) > 1 else "auto"
+
+
+def _waiting(directories: Mapping[int, Path], reason: str) -> list[Found]:
+    found = sorted(directories.items())
+    return [Found(step, path, False, reason, "") for step, path in found]
 
 
 def _unnamed(files: Mapping[str, Identity]) -> str | None:

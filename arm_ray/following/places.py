@@ -24,6 +24,9 @@ _VERL_STEP = re.compile(r"global_step_(\d+)")
 _STEP = re.compile(r"step_(\d+)")
 _UNFINISHED_STEP = re.compile(r"tmp_step_(\d+)")
 _ITERATION = re.compile(r"iter_(\d+)")
+_EXPORT = re.compile(r"(?!iter_\d+$).*?(\d+)")
+# Only in checkpoints of Megatron.
+_MEGATRON_FILE = "common.pt"
 _ENDS_IN_NUMBER = re.compile(r".*?(\d+)")
 # Below a step of NeMo-RL: what it writes first, and where the policy's weights are, exported in one
 # piece, exported, or in shards.
@@ -110,6 +113,8 @@ def find_layout(path: Path) -> Layout:
         return "deepspeed"
     if any((path / name / ADAPTER).is_file() for name in names if _ENDS_IN_NUMBER.fullmatch(name)):
         return "peft"
+    if _exports(path):
+        return "slime"
     weights = [name for name in names if name.endswith((".safetensors", ".pt", ".bin"))]
     if weights:
         raise ConfigError(
@@ -125,19 +130,26 @@ def find_layout(path: Path) -> Layout:
 
 def _exports(path: Path) -> dict[int, Path]:
     """Slime's exports: its user names them, with the number of the rollout at the end."""
-    named = numbered(path, _ENDS_IN_NUMBER)
+    named = numbered(path, _EXPORT)
     return {
         step: directory
         for step, directory in named.items()
-        if (directory / "config.json").is_file() and not _ITERATION.fullmatch(directory.name)
+        if (directory / "config.json").is_file()
     }
 
 
 def slime_kind(path: Path) -> Kind:
-    """`hf` where there is an export; `auto` as long as there is nothing."""
+    """`hf` where there is an export; `auto` as long as there is nothing that can be read."""
     if _exports(path):
         return "hf"
-    return "actor" if numbered(path, _ITERATION) else "auto"
+    iterations = numbered(path, _ITERATION).values()
+    is_readable = any(not (each / _MEGATRON_FILE).is_file() for each in iterations)
+    return "actor" if is_readable else "auto"
+
+
+def slime_shards(path: Path) -> dict[int, Path]:
+    """Slime's own checkpoints, of either of its backends."""
+    return numbered(path, _ITERATION)
 
 
 def numbered(path: Path, pattern: re.Pattern[str]) -> dict[int, Path]:

@@ -102,15 +102,17 @@ class Method:
 
     def rounds(self, contributors: int) -> int:
         """Rounds over the whole model before an iteration can be merged."""
-        return 0 if self._by_tensor else self._rounds(contributors)
+        return 0 if self._by_tensor else self._rounds(self.settings, contributors)
 
-    def tensor_rounds(self, contributors: int) -> int:
-        """Rounds over each tensor before it can be merged in pieces."""
-        return self._rounds(contributors) if self._by_tensor else 0
+    def tensor_rounds(self, contributors: int, tensor: tuple[str, float]) -> int:
+        """Rounds over a tensor, of this name and depth, before it can be merged in pieces."""
+        if not self._by_tensor:
+            return 0
+        return self._rounds(resolved(self.settings, *tensor), contributors)
 
-    def _rounds(self, contributors: int) -> int:
+    def _rounds(self, settings: MethodSettings, contributors: int) -> int:
         statistics = self.operator.statistics
-        return statistics.rounds(self.settings, contributors) if statistics else 0
+        return statistics.rounds(settings, contributors) if statistics else 0
 
     def takes_rows(self, ndim: int, is_linear: bool, *, measures_tensors: bool = False) -> bool:
         """Whether a tensor may come in pieces of rows.
@@ -192,7 +194,7 @@ class Method:
         statistics = self.operator.statistics
         assert statistics is not None
         known, settings = given.inputs.statistics, _settings_of(self.settings, given.inputs)
-        for number in range(self._rounds(len(given.vectors))):
+        for number in range(self._rounds(settings, len(given.vectors))):
             inputs = replace(given.inputs, statistics=known)
             sums = statistics.measure(number, TaskVectors(inputs, given.vectors), settings)
             known = statistics.conclude(number, sums, known, settings)

@@ -7,10 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from arm_ray.merging.settings import MethodSettings
-
-# The filter that every tensor passes.
-EVERYWHERE = "*"
+from arm_ray.merging.settings import EVERYWHERE, MethodSettings
 
 
 def passes(name: str, pattern: str) -> bool:

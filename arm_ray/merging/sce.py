@@ -64,4 +64,13 @@ def _mean_of_majority(entries: Sequence[Tensor], weights: Sequence[float]) -> Te
     return torch.where(divisor > 0.0, merged / divisor, 0.0)
 
 
-OPERATOR = Operator("sce", update, whole_tensors=True, uses_coefficient=False)
+def _check(settings: MethodSettings, candidates: int) -> list[str]:
+    if candidates > 1 or settings.sce.select == 1.0:
+        return []
+    return [
+        f"method.sce.select: got {settings.sce.select}, which selects by the variance between "
+        "models, and there is one; set it to 1, or give more candidates"
+    ]
+
+
+OPERATOR = Operator("sce", update, whole_tensors=True, uses_coefficient=False, check=_check)

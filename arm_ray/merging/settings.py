@@ -118,11 +118,22 @@ class MethodSettings:
         """Whether a tensor takes no more time than a weighted sum of its task vectors."""
         return self.steps in (("task_arithmetic",), ("average",))
 
+    def values(self, key: str) -> list[tuple[float, ...]]:
+        """What a key such as `dare.drop_rate` says: for each part, its values over the depth."""
+        section, _, name = key.partition(".")
+        number = getattr(getattr(self, section), name) if name else getattr(self, section)
+        by_part = self.by_part.get(key, {})
+        return [*([] if EVERYWHERE in by_part else [(number,)]), *by_part.values()]
+
     @property
     def full_rank_reasons(self) -> list[str]:
         """Why the result is never of low rank over the base; empty: it may be."""
         single = {"ties", "ota", "sce", "nearswap", "ram", "breadcrumbs"}
-        single |= {name for name in ("dare", "della") if getattr(self, name).drop_rate > 0.0}
+        single |= {
+            name
+            for name in ("dare", "della")
+            if any(max(rates) > 0.0 for rates in self.values(f"{name}.drop_rate"))
+        }
         on_weights = {"slerp": self.slerp.of, "spherical_mean": self.spherical_mean.of}
         reasons = []
         for step in self.steps:
@@ -189,6 +200,8 @@ OPERATOR_NAMES = (
 )
 # Steps that set entries of the task vectors to zero before another operator merges them.
 THINNING = ("dare", "della", "breadcrumbs")
+# The part that every tensor is of.
+EVERYWHERE = "*"
 # Keys that may differ between parts of a model.
 PARTWISE = (
     "coefficient",

@@ -59,15 +59,20 @@ def thinned(settings: MethodSettings, inputs: TensorInputs, vectors: list[Tensor
 
 def problems(settings: MethodSettings) -> list[str]:
     """What is wrong with the settings of a step that drops entries: a sentence each."""
-    della = settings.della
-    keep = 1.0 - della.drop_rate
-    if "della" not in settings.steps or della.drop_rate == 0.0:
+    epsilon = settings.della.epsilon
+    if "della" not in settings.steps:
         return []
-    if keep - della.epsilon > 0.0 and keep + della.epsilon <= 1.0:
-        return []
+    # A part without any drop is left alone; between 0 and another rate are small ones.
+    wrong = [
+        rate
+        for rates in settings.values("della.drop_rate")
+        for rate in rates
+        if max(rates) > 0.0 and not (1.0 - rate - epsilon > 0.0 and 1.0 - rate + epsilon <= 1.0)
+    ]
     return [
-        f"method.della.epsilon: got {della.epsilon} with drop_rate {della.drop_rate}; "
+        f"method.della.epsilon: got {epsilon} with drop_rate {rate}; "
         "1 - drop_rate - epsilon must be above 0, and 1 - drop_rate + epsilon at most 1"
+        for rate in dict.fromkeys(wrong)
     ]
 
 

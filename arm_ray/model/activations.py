@@ -118,7 +118,9 @@ class MaskedMeans:
         elements = _FLOAT32_ELEMENTS if value.device.type == "cpu" else _FLOAT32_ELEMENTS_GPU
         step = max(1, min(batch, elements // (tokens * width)))
         if self._buffer.numel() < step * tokens * width or self._buffer.device != value.device:
-            self._buffer = torch.empty(step * tokens * width, device=value.device)
+            self._buffer = torch.empty(
+                step * tokens * width, dtype=torch.float32, device=value.device
+            )
         mean = value.new_empty(batch, 1, width, dtype=torch.float32)
         for start in range(0, batch, step):
             part = value[start : start + step]

@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 EXPERTS_CHOSEN = ("num_experts_per_tok", "num_experts_per_token")
 # Modules that hold one module for each layer, in the order in which they are looked for.
 _LAYER_LISTS = ("layers", "h", "blocks")
+
+
+_BUILDING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -268,11 +272,20 @@ def architecture_of(
     named = getattr(transformers, class_name or "", None)
     if named is None or not hasattr(named, "get_output_embeddings"):
         named = None
-    with torch.device("meta"):
+    # transformers changes torch's default dtype while it builds a model, for all threads.
+    with _BUILDING, torch.device("meta"):
         model = _on_meta(config, named, dtype)
     if named is not None and model.get_output_embeddings() is None:
         return architecture_of(config, None, dtype)
     return _parts_of(model.eval(), config)
+
+
+def has_other_head(class_name: str | None) -> bool:
+    """Whether a class of transformers is of models that give no logits over the vocabulary."""
+    import transformers
+
+    named = getattr(transformers, class_name or "", None)
+    return named is not None and not re.search(r"ForCausalLM|LMHead|Generation", named.__name__)
 
 
 def _on_meta(config: Any, kind: Any, dtype: torch.dtype) -> Any:
@@ -308,10 +321,11 @@ def _parts_of(model: Any, config: Any) -> Architecture:
         raise _unknown(config, "it has no embedding and head of tokens")
     decoder, layers = _find_layers(model.get_decoder(), embedding, config)
     names = {module: name for name, module in model.named_modules()}
+    kept = model.state_dict().keys()
     shapes = {
         name: tuple(tensor.shape)
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if name in model.state_dict()
+        if name in kept
     }
     return Architecture(
         model,

@@ -16,6 +16,7 @@ from arm_ray.errors import (
     MismatchError,
     NotACheckpointError,
 )
+from arm_ray.model.architecture import has_other_head
 from arm_ray.model.layout import DERIVED, ModelLayout, model_layout, table_layout
 
 if TYPE_CHECKING:
@@ -133,15 +134,22 @@ def layout_of(checkpoint: Checkpoint, layers_per_group: int = 1) -> ModelLayout:
     stored = {name: entry.shape for name, entry in checkpoint.tensors.items()}
     name = classes[0] if isinstance(classes, list) and classes else None
     try:
-        return model_layout(config, layers_per_group, stored or None, name)
+        layout = model_layout(config, layers_per_group, stored or None, name)
+        missing = [head for head in layout.head if head not in stored]
+        if not stored or not missing or not has_other_head(name):
+            return layout
+        why = f"{name} has no head over the vocabulary"
     except NotACheckpointError as error:
         if not stored:
             raise
-        return table_layout(config, layers_per_group, stored, error.got or error.what)
+        why = error.got or error.what
     except ArmRayError:
         raise
     except Exception as error:  # the same
         raise _bad_config(checkpoint, error) from None
+    layout = table_layout(config, layers_per_group, stored, why)
+    # Counters and the like are no weights.
+    return layout.carrying({n for n in layout.shapes if checkpoint.tensors[n].code not in DTYPES})
 
 
 def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> None:

@@ -233,6 +233,11 @@ def _whole(architecture: Architecture, tensors: Mapping[str, Tensor], ids: Tenso
     return logits
 
 
+def _of_any_expert(name: str) -> str:
+    """What an expert's weight is called, without the number of the expert."""
+    return re.sub(r"\[\d+\]$", "", re.sub(r"(experts\.)\d+\.", r"\1", name))
+
+
 def _by_groups(
     decoder: Decoder, layout: Any, written: Mapping[str, Tensor], ids: Tensor
 ) -> tuple[Tensor, set[str]]:
@@ -246,11 +251,9 @@ def _by_groups(
         weights = decoder.form(names, lambda name, dtype: written[name].to(dtype))
         output = decoder.runner(group.index).forward(weights, hidden, lengths, Wanted())
         hidden = output.hidden
-        # Of experts in one tensor, that none was sent a token means that none can be seen.
-        unseen -= {
-            name.partition("[")[0]
-            for name in output.means
-            if "[" not in name or bool(output.seen[name].any())
-        }
+        unseen -= output.means.keys() - output.seen.keys()
+        # Of a layer's experts, that no token was sent to any means that none can be seen.
+        sent = {_of_any_expert(name) for name, seen in output.seen.items() if bool(seen.any())}
+        unseen = {name for name in unseen if _of_any_expert(name) not in sent}
     normed = decoder.final_norm({name: written[name] for name in layout.tail}, hidden)
     return decoder.logits({name: written[name] for name in layout.head}, normed), unseen

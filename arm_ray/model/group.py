@@ -61,6 +61,20 @@ class Decoder:
         """First name in the files -> tensor of the model."""
         return {w.stored[0]: w for w in self.architecture.weights(self._layout.shapes)[0]}
 
+    @functools.cached_property
+    def _strict(self) -> frozenset[str]:
+        """Tensors of the files that stay float32 in forward passes of another dtype."""
+        return frozenset(
+            name
+            for weight in self._weights.values()
+            if any(map(self.architecture.kept_in_float32, weight.names))
+            for name in weight.stored
+        )
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What forward passes take a tensor of the files in."""
+        return torch.float32 if name in self._strict else self.dtype
+
     def runner(self, index: int) -> GroupRunner:
         """What runs a layer group."""
         if index not in self._runners:
@@ -90,12 +104,8 @@ class Decoder:
         """
         formed: dict[str, Tensor] = {}
         for weight in [self._weights[name] for name in names if name in self._weights]:
-            strict = any(map(self.architecture.kept_in_float32, weight.names))
-            dtype = torch.float32 if strict else self.dtype
-            if weight.make is None:
-                formed[weight.stored[0]] = read(weight.stored[0], dtype)
-            else:
-                formed |= weight.make({name: read(name, dtype) for name in weight.stored})
+            tensors = {name: read(name, self.dtype_of(name)) for name in weight.stored}
+            formed |= tensors if weight.make is None else weight.make(tensors)
         return formed
 
     @torch.no_grad()
@@ -286,10 +296,11 @@ class GroupRunner:
             if stored and (isinstance(module, nn.Linear) or module.weight.ndim == 1):
                 hook = self._input_hook(stored, isinstance(module, nn.Linear))
                 module.register_forward_pre_hook(hook)
+        # The MLP: experts may be parameters of no linear module.
         parts = [
             child
             for child in layer.children()
-            if any(isinstance(module, nn.Linear) for module in child.modules())
+            if any(parameter.ndim >= 2 for parameter in child.parameters())
         ]
         if parts:
             parts[-1].register_forward_hook(self._output_hook(number))
@@ -310,7 +321,9 @@ class GroupRunner:
     def _output_hook(self, number: int) -> Any:
         def record(_module: nn.Module, _args: Any, output: Any) -> None:
             if self._wanted.outputs:
-                self._output.outputs[number] = _first(output)
+                # Some experts give the tokens of all samples in one row.
+                value, like = _first(output), self._given
+                self._output.outputs[number] = value.reshape(*like.shape[:2], -1)
 
         return record
 

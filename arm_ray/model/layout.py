@@ -99,6 +99,30 @@ class ModelLayout:
         return count, d_out, d_in
 
     @property
+    def inner_width(self) -> int:
+        """The width of the MLP, or that of a decoder layer's widest matrix where none is told."""
+        told = self._setting("intermediate_size")
+        widths = (max(self.matrices_in(name)[1:]) for name in self.rotated)
+        return told or max(widths, default=int(self.text_config.hidden_size))
+
+    @property
+    def attention_width(self) -> int:
+        """The width of all queries of a token together."""
+        hidden = int(self.text_config.hidden_size)
+        heads, width = self._setting("num_attention_heads"), self._setting("head_dim")
+        return heads * width if heads and width else hidden
+
+    def _setting(self, key: str) -> int | None:
+        """A number of the decoder's configuration, the largest where layers differ."""
+        try:
+            value = getattr(self.text_config, key, None)
+        except RuntimeError:  # transformers has one for each layer, and none for all
+            return None
+        if isinstance(value, list | tuple):
+            return max(map(int, value), default=None)
+        return int(value) if value else None
+
+    @property
     def expert_share(self) -> float:
         """The part of a layer's experts that a token is sent to."""
         config = self.text_config
@@ -135,7 +159,7 @@ class ModelLayout:
         return frozenset(n for n in self.rotated if any(n.endswith(f".{end}") for end in ends))
 
     def carrying(self, names: Collection[str]) -> ModelLayout:
-        """The same, with some of the unknown tensors copied from the base and not merged."""
+        """The same, with some more tensors copied from the base and not merged."""
         groups = []
         for group in self.groups:
             kept = tuple(name for name in group.tensors if name not in names)
@@ -143,8 +167,9 @@ class ModelLayout:
         return replace(
             self,
             shapes={n: shape for n, shape in self.shapes.items() if n not in names},
+            rotated=self.rotated - set(names),
             groups=tuple(groups),
-            carried={n: shape for n, shape in self.shapes.items() if n in names},
+            carried={**self.carried, **{n: s for n, s in self.shapes.items() if n in names}},
         )
 
 
@@ -203,8 +228,16 @@ def model_layout(
         return tuple(in_files[n].stored[0] if n in in_files else n for n in members)
 
     [embedding] = names_of([architecture.embedding])
+    head, tail = names_of(architecture.head_tensors), names_of(architecture.tail)
+    run = {embedding, *head, *tail, *layer_numbers}
+    others = {name: shape for name, shape in shapes.items() if name not in run}
     groups = _groups(
-        shapes, unknown, layer_numbers, embedding, architecture.num_layers, layers_per_group
+        {name: shape for name, shape in shapes.items() if name in run},
+        {**others, **unknown},
+        layer_numbers,
+        embedding,
+        architecture.num_layers,
+        layers_per_group,
     )
     return ModelLayout(
         config,
@@ -214,8 +247,8 @@ def model_layout(
         groups,
         layer_numbers,
         embedding,
-        names_of(architecture.head_tensors),
-        names_of(architecture.tail),
+        head,
+        tail,
         tied_copy,
         tuple(unknown),
         experts=frozenset(experts),
@@ -242,7 +275,7 @@ def _blocks(
 
 def _groups(
     shapes: Mapping[str, tuple[int, ...]],
-    unknown: Mapping[str, tuple[int, ...]],
+    others: Mapping[str, tuple[int, ...]],
     layer_numbers: Mapping[str, int],
     embedding: str,
     num_layers: int,
@@ -257,7 +290,7 @@ def _groups(
             members[0 if name == embedding else -1].append(name)
     sizes = [_bytes(names, shapes) for names in members]
     # They are read by no forward pass: each goes where there is least.
-    for name, shape in unknown.items():
+    for name, shape in others.items():
         index = sizes.index(min(sizes))
         members[index].append(name)
         sizes[index] += 4 * prod(shape)

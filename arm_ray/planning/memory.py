@@ -332,16 +332,15 @@ class _Walk:
 
     def _activations(self) -> int:
         """Of one decoder layer on one micro-batch, at its largest instant."""
-        config = self._workload.layout.text_config
-        item = self._workload.compute_dtype.itemsize
-        tokens = self._workload.rows * self._workload.tokens
-        hidden, inner = int(config.hidden_size), int(config.intermediate_size)
-        heads = int(config.num_attention_heads)
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        workload = self._workload
+        item, tokens = workload.compute_dtype.itemsize, workload.rows * workload.tokens
+        layout = workload.layout
+        hidden, inner = int(layout.text_config.hidden_size), layout.inner_width
+        attended = layout.attention_width
         # The residual and the normalised input stay; a norm computes in float32.
         norm = 3 * FLOAT32 * hidden
         # q, k and v, the rotated q and k, k and v for all heads, and the output.
-        attention = 7 * item * heads * head_dim
+        attention = 7 * item * attended
         # Gate, up and their product; then the product and its float32 copy for the mean.
         cast = 0 if item == FLOAT32 else FLOAT32
         mlp = inner * max(3 * item, item + cast)

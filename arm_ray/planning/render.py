@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from arm_ray.merging.parts import EVERYWHERE
+from arm_ray.merging.settings import EVERYWHERE
 from arm_ray.planning.cluster import runs_text
 from arm_ray.planning.memory import Peak
 from arm_ray.planning.plan import Plan

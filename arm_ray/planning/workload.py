@@ -271,10 +271,7 @@ def group_work(workload: Workload, group: int, num_states: int) -> GroupWork:
 
 def forward_work(workload: Workload, group: LayerGroup, passes: int) -> GroupWork:
     """The forward pass of one layer group over so many samples, each state's counted."""
-    config = workload.layout.text_config
     layers = group.end_layer - group.first_layer
-    heads = int(config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
     tokens = passes * workload.tokens
     weights = [name for name in group.tensors if name in workload.layout.rotated]
     layout = workload.layout
@@ -294,7 +291,7 @@ def forward_work(workload: Workload, group: LayerGroup, passes: int) -> GroupWor
     return GroupWork(
         linear_flops=2.0 * used * tokens,
         # Q Kᵀ and the product with V, 4·L²·(heads·head_dim) a sample; half of it is masked away.
-        attention_flops=2.0 * layers * tokens * workload.tokens * heads * head_dim,
+        attention_flops=2.0 * layers * tokens * workload.tokens * layout.attention_width,
         capture_flops=2.0 * widths * tokens + 2.0 * parameters * passes,
         capture_bytes=float(widths) * tokens * (itemsize + cast),
     )

@@ -179,6 +179,16 @@ def _carried(layout: ModelLayout, base: Checkpoint) -> states.Carried | None:
     if not layout.carried:
         return None
     codes = {name: base.tensors[name].code for name in layout.carried}
+    for name, code in codes.items():
+        if code not in STORED_DTYPES:
+            raise NotACheckpointError(
+                f"the tensor {name} is stored in a number format that cannot be copied",
+                where=base.tensors[name].file,
+                got=code,
+                expected=", ".join(STORED_DTYPES),
+                hint="convert or remove this tensor of the base",
+                subject=BASE,
+            )
     return states.Carried(
         base,
         tuple(

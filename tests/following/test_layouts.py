@@ -37,6 +37,7 @@ def nothing_missing(_path: Path) -> None:
         (["step_10/policy/weights/.metadata"], "nemo-rl"),
         (["tmp_step_10/training_info.json"], "nemo-rl"),
         (["iter_0000010/.metadata", "latest_checkpointed_iteration.txt"], "slime"),
+        (["rollout-10/config.json"], "slime"),
     ],
 )
 def test_a_layout_is_found(tmp_path: Path, files: list[str], layout: str) -> None:
@@ -122,6 +123,20 @@ def test_exports_and_shards_of_slime_are_never_mixed(tmp_path: Path) -> None:
     exported = RunWatcher(tmp_path, "slime", missing=nothing_missing)
     [found] = exported.scan()
     assert (found.path.name, found.reason) == ("hf_9", "no model.safetensors.index.json")
+
+
+def test_shards_of_megatron_do_not_keep_slime_from_its_exports(tmp_path: Path) -> None:
+    write(tmp_path / "iter_0000010/common.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    watcher = RunWatcher(tmp_path, missing=nothing_missing)
+    for _ in range(2):
+        [found] = watcher.scan()
+        assert not found.complete
+        assert "--save-hf" in str(found.reason)
+    for name in ("config.json", "model.safetensors.index.json"):
+        write(tmp_path / f"rollout_10/{name}", '{"weight_map": {}}')
+    watcher.scan()
+    assert [(found.step, found.path.name) for found in watcher.scan()] == [(10, "rollout_10")]
 
 
 def test_a_step_of_prime_rl_is_whole_with_its_marker(tmp_path: Path) -> None:

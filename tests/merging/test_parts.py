@@ -132,18 +132,20 @@ def test_a_coefficient_by_part_is_that_of_each_tensor(case: MergeCase, operator:
 
 
 @pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(("in_mlp", "elsewhere"), [(0.5, 0.2), (1.0, 0.2), (0.2, 1.0)])
 def test_a_threshold_by_part_is_that_of_each_tensor(
-    case: MergeCase, monkeypatch: pytest.MonkeyPatch, large: bool
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch, large: bool, in_mlp: float, elsewhere: float
 ) -> None:
     """Also where a tensor is too large to be measured whole."""
     case.make("qwen2.5")
     if large:
         monkeypatch.setattr("arm_ray.runtime.shards.linear._LARGEST_WHOLE", 100)
     ties = ("method.operator=ties", "method.ties.scope=per_tensor", "calibration=null")
-    found = merged(case, "parts", *ties, "method.ties.keep={mlp: 0.5, default: 0.2}")
-    half = merged(case, "half", *ties, "method.ties.keep=0.5")
-    fifth = merged(case, "fifth", *ties, "method.ties.keep=0.2")
-    assert_same_bits(found, {n: (half if "mlp" in n else fifth)[n] for n in found})
+    by_part = f"method.ties.keep={{mlp: {in_mlp}, default: {elsewhere}}}"
+    found = merged(case, "parts", *ties, by_part)
+    mlp = merged(case, "mlp", *ties, f"method.ties.keep={in_mlp}")
+    others = merged(case, "others", *ties, f"method.ties.keep={elsewhere}")
+    assert_same_bits(found, {n: (mlp if "mlp" in n else others)[n] for n in found})
 
 
 def test_dare_s_rate_by_part() -> None:
@@ -207,6 +209,45 @@ def test_settings_by_part_survive_the_run_s_own_configuration(case: MergeCase) -
     assert again.model is not None
     whole = merged(case, "whole", *given)
     assert_same_bits(whole, load_all(again.model))
+
+
+def test_an_override_holds_in_place_of_values_that_were_saved(case: MergeCase) -> None:
+    case.make()
+    method = {"coefficient": 0.7, "by_part": {"coefficient": {"*": [0.2, 0.2]}}}
+    content = {**case.content(), "method": method}
+    kept = parse_merge_config(content, ["schedule.max_iterations=1"])
+    assert kept.method.by_part == {"coefficient": {"*": (0.2, 0.2)}}
+    for override in ("method.coefficient=0.5", "method.coefficient={default: 0.5}"):
+        changed = parse_merge_config(content, [override]).method
+        assert (changed.coefficient, changed.by_part) == (0.5, {})
+
+
+@pytest.mark.parametrize(
+    ("by_part", "told"),
+    [
+        ({"nonsense": {"*": [0.5]}}, "method.by_part.nonsense: no key with values by part"),
+        ({"coefficient": {"*": []}}, "method.by_part.coefficient.*: is an empty list"),
+        ({"coefficient": {"*": [-50]}}, "method.by_part.coefficient.*: got -50, expected above 0"),
+        ({"coefficient": 3}, "method.by_part.coefficient: got 3, expected a mapping"),
+        ([1], "method.by_part: got [1], expected a mapping"),
+    ],
+)
+def test_what_was_saved_is_checked_too(case: MergeCase, by_part: Any, told: str) -> None:
+    content = {**case.make().content(), "method": {"by_part": by_part}}
+    with pytest.raises(ConfigError) as caught:
+        parse_merge_config(content)
+    assert told in str(caught.value)
+
+
+def test_limits_hold_for_each_part() -> None:
+    della = MethodSettings("della", by_part={"della.drop_rate": {"mlp": (0.5, 0.95)}})
+    with pytest.raises(ConfigError, match=r"method\.della\.epsilon: got 0\.1 with drop_rate 0\.95"):
+        open_method(della, 2)
+    open_method(MethodSettings("della", by_part={"della.drop_rate": {"mlp": (0.5, 0.8)}}), 2)
+    dare = MethodSettings("dare", by_part={"dare.drop_rate": {"mlp": (0.9,), "*": (0.0,)}})
+    assert dare.full_rank_reasons
+    nothing = MethodSettings("dare", by_part={"dare.drop_rate": {"mlp": (0.0,), "*": (0.0,)}})
+    assert not nothing.full_rank_reasons
 
 
 def test_ties_settings_keep_their_type() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -288,7 +289,10 @@ class Publisher:
         if self._inputs.carried is not None:
             self._inputs.carried.write(partial / files[-1].name)
         states.write_export_index(partial, files)
-        dtype = self._inputs.storage_dtypes[self._inputs.layout.groups[0].tensors[-1]]
+        sizes = Counter[torch.dtype]()
+        for name in self._inputs.layout.rotated or self._inputs.layout.shapes:
+            sizes[self._inputs.storage_dtypes[name]] += prod(self._inputs.layout.shapes[name])
+        [(dtype, _)] = sizes.most_common(1)
         states.write_companions(partial, self._inputs.model_config(dtype), self._inputs.tokenizer)
         for problem in loading_problems(partial):
             self._job.reporter.warn(f"the merged model may not load: {problem}")

@@ -127,7 +127,8 @@ class Captures:
         normed = decoder.final_norm(self._at_end(micro.state, layout.tail), hidden)
         if wanted.magnitudes:
             self._averages.start(hidden, micro.lengths)
-            for name in layout.tail:
+            # Biases are not relaxed.
+            for name in (each for each in layout.tail if each.endswith(".weight")):
                 _put(found.magnitudes, name, micro, self._averages.magnitude(hidden))
             # Also of a tied head, which whoever holds the embedding asks for.
             head = self._averages.magnitude(normed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -161,7 +161,7 @@ class GroupMerge:
         names: Sequence[str],
         columns: NDArray[np.int64],
         facts: Sequence[ModelFacts],
-        dtype: torch.dtype,
+        dtypes: Mapping[str, torch.dtype],
     ) -> list[dict[str, Tensor]]:
         """Merge tensors of a group with steps of several lengths; nothing is written.
 
@@ -171,14 +171,14 @@ class GroupMerge:
             names: The tensors.
             columns: As for `merge`.
             facts: What is known of the whole model, for each step.
-            dtype: Of what is returned.
+            dtypes: Of what is returned, for each tensor.
 
         Returns:
             For each step, name -> tensor on the device: rounded, the bits that `merge` writes.
         """
         shapes, device = self.spec.layout.shapes, self.store.device
         made = [
-            {name: torch.empty(shapes[name], dtype=dtype, device=device) for name in names}
+            {name: torch.empty(shapes[name], dtype=dtypes[name], device=device) for name in names}
             for _ in plans
         ]
 
@@ -191,7 +191,7 @@ class GroupMerge:
             ]
             merged = self.spec.method.merge_steps(by_step)
             for found, tensor in zip(made, merged, strict=True):
-                found[spec.name][inputs.rows].copy_(tensor)
+                rows_of(found[spec.name], inputs.rows).copy_(tensor)
 
         # Each step goes over a piece several times: what stays in a core's cache is faster.
         elements = linear_piece(on_gpu=device.type != "cpu")

@@ -88,8 +88,10 @@ def merge_linear(
         # Before the files are closed, whatever happens.
         stack.callback(merge.wait_until_written)
         large = []
-        if spec.method.tensor_rounds(1):
-            large = [tensor for tensor in tensors if prod(tensor.shape) > _LARGEST_WHOLE]
+        for tensor in tensors:
+            at = (tensor.name, spec.layout.depth_of(tensor.name))
+            if prod(tensor.shape) > _LARGEST_WHOLE and spec.method.tensor_rounds(1, at):
+                large.append(tensor)
         merge.pieces(plans, [tensor for tensor in tensors if tensor not in large], facts.statistics)
         for tensor in large:
             merge.iteration_by_iteration(plans, tensor, facts.statistics)
@@ -175,11 +177,13 @@ class _GroupMerge:
         made: dict[str, Tensor] = {}
         for plan in plans:
             measured = statistics
-            for number in range(method.tensor_rounds(len(plan.contributors))):
+            for number in range(method.tensor_rounds(len(plan.contributors), at)):
                 sums = self._measure(plan, tensor, number, measured, made)
                 measured = {**measured, **method.conclude(number, sums, measured, at)}
             if plan is not plans[-1]:
-                made[plan.output] = torch.empty(tensor.shape, device=self.store.device)
+                made[plan.output] = torch.empty(
+                    tensor.shape, dtype=torch.float32, device=self.store.device
+                )
             self.pieces([plan], [tensor], measured, made)
 
     def _items(

@@ -89,10 +89,14 @@ class ShardLosses:
         torch.set_num_threads(self._spec.threads)
         for group in chunk:
             layout = self._spec.layout
-            large = {layout.embedding, *layout.head, *layout.unknown}
-            small = [name for name in layout.groups[group].tensors if name not in large]
+            # Embedding and head are made by themselves; nothing runs what else lies outside.
+            run = [
+                name
+                for name in layout.groups[group].tensors
+                if layout.is_layer_tensor(name) or name in layout.tail
+            ]
             for trial, made in zip(
-                trials, self._made(plan, group, trials, small, columns), strict=True
+                trials, self._made(plan, group, trials, run, columns), strict=True
             ):
                 self._store.hold(trial.name, group, made)
 
@@ -232,8 +236,8 @@ class ShardLosses:
     ) -> list[dict[str, Tensor]]:
         plans = [trial.plan(plan) for trial in trials]
         facts = [trial.facts for trial in trials]
-        dtype = self._spec.compute_dtype
-        return self._merging.trials(plans, group, names, columns, facts, dtype)
+        dtypes = {name: self._decoder.dtype_of(name) for name in names}
+        return self._merging.trials(plans, group, names, columns, facts, dtypes)
 
     def _negative_log_likelihoods(
         self, head: Mapping[str, Tensor], hidden: Tensor, targets: Tensor

@@ -70,14 +70,16 @@ class WeightStore:
         self._compute: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._ahead: dict[tuple[str, int], Future[dict[str, Tensor]]] = {}
         # Pieces of one group are merged by several threads.
-        self._lock = threading.Lock()
+        self._lock, self._forming = threading.Lock(), threading.Lock()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def layers(self, state: str, group: int) -> dict[str, Tensor]:
         """The group's decoder-layer tensors on the device as `Decoder.form` gives them."""
         key = (state, group)
         if key not in self._compute:
-            self._compute[key] = self._formed(self._group(state, group))
+            with self._forming:
+                if key not in self._compute:
+                    self._compute[key] = self._formed(self._group(state, group))
         return self._compute[key]
 
     def _formed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -253,8 +255,8 @@ def rows_of(tensor: Tensor, rows: slice) -> Tensor:
 def room_for(shape: Sequence[int], residency: Residency, device: torch.device) -> Tensor:
     """Memory for a float32 tensor of a new state, where weights live."""
     if residency == "device":
-        return torch.empty(tuple(shape), device=device)
-    return torch.empty(tuple(shape), pin_memory=device.type == "cuda")
+        return torch.empty(tuple(shape), dtype=torch.float32, device=device)
+    return torch.empty(tuple(shape), dtype=torch.float32, pin_memory=device.type == "cuda")
 
 
 def put_aside(store: WeightStore, group: int, chosen: Callable[[str], bool]) -> None:

@@ -174,10 +174,17 @@ def expected_sce(vectors: list[np.ndarray], select: float) -> np.ndarray:
 @PROPERTY
 @given(shapes, st.integers(1, 4), st.sampled_from([1.0, 0.7, 0.3]), seeds)
 def test_sce(shape, count, select, seed) -> None:
+    count = max(count, 1 if select == 1.0 else 2)
     inputs = inputs_of(gaussian(*shape, seed=seed), vectors_of(shape, count, seed + 1))
     found = merge(method_of("sce", count, sce=SceSettings(select)), inputs)
     reference, vectors = exact(inputs)
     assert_near(found, reference + expected_sce(vectors, select), 2e-6)
+
+
+def test_sce_selects_between_models() -> None:
+    with pytest.raises(ConfigError, match=r"method\.sce\.select"):
+        method_of("sce", 1, sce=SceSettings(0.5))
+    method_of("sce", 1, sce=SceSettings(1.0))
 
 
 # --- NearSwap -----------------------------------------------------------------------------------

@@ -16,9 +16,13 @@ from torch import nn
 from arm_ray.checkpoints.huggingface import SINGLE_NAME
 from arm_ray.errors import MismatchError, NotACheckpointError
 from arm_ray.events import read_events
+from arm_ray.model.gate import tiny_model_config
+from arm_ray.planning.cluster import make_cluster
+from arm_ray.planning.plan import make_plan
 from arm_ray.runtime.merge import run as module
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from tests.builders.checkpoints import assert_same_bits, load_all
+from tests.builders.families import config_of
 from tests.builders.families_on_disk import write_family
 from tests.builders.merge_case import MergeCase
 from tests.builders.reference import batches, dense_rotation
@@ -188,7 +192,7 @@ def test_experts_that_are_stored_in_two_forms_are_refused(tmp_path: Path) -> Non
     config = json.loads((case.candidates[1] / "config.json").read_text())
     fused = in_model(weights, config["num_hidden_layers"], config["num_local_experts"])
     save_file(
-        {n: t.contiguous() for n, t in fused.items()},
+        {n: t.clone().contiguous() for n, t in fused.items()},
         case.candidates[1] / SINGLE_NAME,
         {"format": "pt"},
     )
@@ -216,7 +220,8 @@ _ONE = ("schedule.anchor_iterations=1", "schedule.max_iterations=1", "schedule.s
 def rewrite(path: Path, change: Callable[[Weights], Weights], **config: Any) -> None:
     """Write a checkpoint's weights in another form, and other settings into its config.json."""
     weights = change(load_all(path))
-    plain = {name: tensor.contiguous() for name, tensor in weights.items()}
+    # A copy: what was read is mapped from the file that is written.
+    plain = {name: tensor.clone().contiguous() for name, tensor in weights.items()}
     save_file(plain, path / SINGLE_NAME, {"format": "pt"})
     content = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(content | config))
@@ -322,6 +327,48 @@ def test_a_model_with_vision_is_merged_whole(tmp_path: Path, family: str) -> Non
     assert not [line for line in notes(outcome) if "may not load" in line]
 
 
+# --- parts of a model that are not matrices ----------------------------------------------------
+
+
+def test_numbers_of_a_layer_take_part_in_a_search(tmp_path: Path) -> None:
+    """Apertus has single numbers in its layers, and buffers after the matrices."""
+    case = write_family(tmp_path, "apertus")
+    search = (
+        "schedule.step=line_search",
+        "schedule.max_iterations=1",
+        "calibration.batch_size=4",
+    )
+    outcome = run(case, "run", *search, "schedule.anchor_iterations=1")
+    base, found = read(case.root / "base"), read(outcome.model or Path())
+    single = [name for name, tensor in found.items() if not tensor.ndim]
+    assert single
+    assert found.keys() == base.keys()
+    assert [e for e in read_events(outcome.run / "events.jsonl") if e["event"] == "step_chosen"]
+
+
+def test_the_merged_model_names_the_dtype_of_its_matrices(tmp_path: Path) -> None:
+    case = write_family(tmp_path, "glm4_moe")
+
+    def halved(weights: Weights) -> Weights:
+        return {n: t if "correction_bias" in n else t.bfloat16() for n, t in weights.items()}
+
+    everywhere(case, halved)
+    outcome = run(case, "run", *_ONE, "runtime.layers_per_group=2")
+    config = json.loads((outcome.model / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    written = load_all(outcome.model or Path())
+    biases = {t.dtype for n, t in written.items() if "correction_bias" in n}
+    assert biases == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["falcon", "qwen3_5_moe"])
+def test_a_family_without_the_usual_settings_is_planned(tmp_path: Path, family: str) -> None:
+    case = write_family(tmp_path, family)
+    config = case.config("runtime.device=cpu", "runtime.layer_shards=2")
+    plan = make_plan(config, make_cluster(config.runtime, gpu_memory_gb=8.0, device="cpu"))
+    assert plan.model.rotated_parameters > 0
+
+
 # --- families that transformers does not have, or no decoder -----------------------------------
 
 
@@ -348,6 +395,35 @@ def test_a_family_that_transformers_does_not_have_is_merged_without_activations(
     assert all(torch.equal(found[name], tensor) for name, tensor in known.items())
     config = json.loads((outcome.model / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("not-a-family", ["OtherForCausalLM"])
+
+
+@pytest.mark.parametrize("kind", ["Qwen3ForSequenceClassification", "Qwen3Model"])
+def test_a_model_with_another_head_is_merged_without_activations(tmp_path: Path, kind: str) -> None:
+    """A reward model, and one that gives embeddings."""
+    made = getattr(transformers, kind)
+    config = tiny_model_config(config_of("qwen3"))
+    config.tie_word_embeddings, config.num_labels, config.pad_token_id = False, 1, 0
+    case = MergeCase(tmp_path)
+    for name in ("base", "a", "b"):
+        made(config).save_pretrained(tmp_path / name)
+    case.candidates = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(NotACheckpointError, match="activations cannot be taken") as caught:
+        run(case, "arm")
+    assert caught.value.got == f"{kind} has no head over the vocabulary"
+    outcome = run(case, "ta", "method.operator=task_arithmetic", "calibration=null")
+    found, told = made.from_pretrained(outcome.model, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert type(found).__name__ == kind
+
+
+def test_counters_of_an_unknown_family_are_carried(case: MergeCase) -> None:
+    case.make()
+    rename_family(case, "not-a-family")
+    number = torch.arange(5)
+    everywhere(case, lambda weights: weights | {"embeddings.counter": number})
+    outcome = run(case, "ta", "method.operator=task_arithmetic", "calibration=null")
+    assert torch.equal(load_all(outcome.model or Path())["embeddings.counter"], number)
 
 
 def test_an_encoder_is_merged_without_activations(tmp_path: Path) -> None:
