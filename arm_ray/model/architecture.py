@@ -137,7 +137,8 @@ class Architecture:
         return frozenset(
             f"{self.layers}.{name}.weight"
             for name, module in self.layer_list.named_modules()
-            if isinstance(module, nn.Linear) and module.out_features not in scores
+            if isinstance(module, nn.Linear)
+            and not (module.out_features in scores and re.search("gate|router", name))
         )
 
     def kept_in_float32(self, name: str) -> bool:

@@ -170,12 +170,12 @@ taken, from its own modules and its own tables of names. Two things differ betwe
   model of the checkpoint's own configuration and random weights, which takes about a tenth of a
   second. A family that fails is refused with the reason, before anything long starts.
 
-The table shows what came of trying each family with the default configuration of transformers
-{version}. "Rotated" are the weights whose task vectors ARM rotates, each expert's by itself. "Not
-rotated" are the other matrices of the layers, which are merged linearly, as are embeddings, norms,
-biases and heads: routers, convolutions, and experts whose inputs cannot be seen from outside a
-family's code. Models of several parts (the last ones) are run on text; their vision towers and
-projectors are merged linearly.
+The table shows what came of trying each family with a small model of the default configuration of
+transformers {version}. "Rotated" are the weights whose task vectors ARM rotates, each expert's by
+itself. "Not rotated" are the other matrices of the layers, which are merged linearly, as are
+embeddings, norms, biases and heads: routers, convolutions, and experts whose inputs cannot be seen
+from outside a family's code. Models of several parts (the last ones) are run on text; their vision
+towers and projectors are merged linearly.
 
 | family | class | forward passes | rotated | not rotated |
 |---|---|---|---|---|

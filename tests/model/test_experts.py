@@ -71,3 +71,30 @@ def test_routers_are_not_rotated() -> None:
         layout = model_layout(tiny_model_config(config_of(family)))
         ends = {name.split(".")[-2] for name in layout.rotated}
         assert not ends & {"gate", "router", "shared_expert_gate"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "qwen3"])
+def test_a_layer_s_output_is_that_of_its_mlp(family: str) -> None:
+    """Also where the experts are parameters of no linear module."""
+    config = tiny_model_config(config_of(family))
+    layout = model_layout(config, 1)
+    generator = torch.Generator().manual_seed(5)
+    tensors = {n: 0.2 * torch.randn(s, generator=generator) for n, s in layout.shapes.items()}
+    decoder = Decoder(layout, CPU, torch.float32)
+    runner, found = decoder.runner(0), list[torch.Tensor]()
+    [mlp] = [
+        module
+        for name, module in decoder.architecture.layer_list[0].named_children()
+        if name in ("mlp", "block_sparse_moe")
+    ]
+
+    def record(_module: Any, _args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    mlp.register_forward_hook(record)
+    names = [name for name in layout.groups[0].tensors if layout.is_layer_tensor(name)]
+    weights = decoder.form(names, lambda name, _dtype: tensors[name])
+    hidden = torch.randn(3, 12, config.hidden_size, generator=generator)
+    output = runner.forward(weights, hidden, LENGTHS, Wanted(outputs=True))
+    [expected] = found
+    assert torch.equal(output.outputs[0], expected.reshape(3, 12, -1))
