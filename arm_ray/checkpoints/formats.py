@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arm_ray.checkpoints import dcp, fsdp, universal, zero
+from arm_ray.checkpoints.fp8 import read_as_bfloat16
 from arm_ray.checkpoints.huggingface import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -88,7 +89,7 @@ def open_source(
     try:
         kind = find_format(path)[0] if format == "auto" else format
         if kind == "hf":
-            return open_checkpoint(path)
+            return read_as_bfloat16(open_checkpoint(path))
         if kind != "peft":
             return _SHARDED[kind].open(path, base, masters)
         if base is None:

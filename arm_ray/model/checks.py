@@ -83,7 +83,8 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
             "the checkpoint is quantised",
             where=where,
             expected="weights in float32, bfloat16 or float16",
-            hint="merge the full-precision checkpoints, and quantise the result",
+            hint="merge the full-precision checkpoints, and quantise the result; FP8 with a scale "
+            "for each block (weight_block_size) is read from directories and hub ids",
         )
     if not isinstance(family, str):
         raise NotACheckpointError(
@@ -102,6 +103,9 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
             checkpoint.config_directory, trust_remote_code=False
         )
         # A base whose vocabulary has grown says so itself, not in its file.
+        # What was quantised is read as it was before.
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         text = config.get_text_config(decoder=True)
         if "vocab_size" in checkpoint.config:
             text.vocab_size = int(checkpoint.config["vocab_size"])
