@@ -8,7 +8,7 @@ import yaml
 
 from arm_ray.checkpoints.states import StateManifest
 from arm_ray.config import MergeConfig
-from arm_ray.merging.settings import EVERYWHERE, MethodSettings
+from arm_ray.config.parts import parts_of
 from arm_ray.report.scores import Scores, scores_as_markdown
 from arm_ray.schedule import state_name
 
@@ -86,7 +86,7 @@ def write_model_card(
         form="" if adapter_rank is None else _ADAPTER.format(rank=adapter_rank),
         base=config.base,
         candidates=", ".join(f"`{name}`" for name in config.candidates),
-        coefficient=_coefficient(config.method),
+        coefficient=_coefficient(config),
         anchored=config.schedule.anchor_iterations,
         window=config.schedule.window_size,
         done=last.iteration,
@@ -99,14 +99,11 @@ def write_model_card(
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def _coefficient(method: MethodSettings) -> str:
-    values = method.by_part.get("coefficient")
-    if not values:
-        return str(method.coefficient)
-    parts = {**values} if EVERYWHERE in values else {**values, "elsewhere": (method.coefficient,)}
-    return "; ".join(
-        f"{' to '.join(map(str, numbers))} ({part})" for part, numbers in parts.items()
-    )
+def _coefficient(config: MergeConfig) -> str:
+    parts = parts_of(config.method).get("coefficient")
+    if parts is None:
+        return str(config.method.coefficient)
+    return "; ".join(f"{' to '.join(map(str, of))} (`{part}`)" for part, of in parts.items())
 
 
 def _scores_text(config: MergeConfig, name: str, scores: Scores | None) -> str:

@@ -207,6 +207,8 @@ def test_settings_by_part_survive_the_run_s_own_configuration(case: MergeCase) -
     merge(config, console=Console(quiet=True), stop_after=2)
     again = merge(config, console=Console(quiet=True))
     assert again.model is not None
+    card = (again.model / "README.md").read_text()
+    assert "| operator | `arm`, coefficient 0.2 to 0.8 (`*`) |" in card
     whole = merged(case, "whole", *given)
     assert_same_bits(whole, load_all(again.model))
 
