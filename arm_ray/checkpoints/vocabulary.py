@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from arm_ray.checkpoints.huggingface import Checkpoint
-from arm_ray.checkpoints.naming import EMBEDDING, LM_HEAD
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
 from arm_ray.schedule import BASE, INITIAL
 
@@ -70,16 +69,17 @@ class GrownBase(Checkpoint):
         return hashlib.sha256("".join(c.fingerprint for c in given).encode()).hexdigest()
 
 
-def _added_rows(checkpoints: Mapping[str, Checkpoint]) -> int:
+def _added_rows(checkpoints: Mapping[str, Checkpoint], embedding: str) -> int:
     """Rows that all candidates have more than the base; 0: none, or not equally many.
 
     Args:
         checkpoints: `base`, `candidate-1`, … -> checkpoint.
+        embedding: Name of the embedding.
     """
     sizes = {
-        label: checkpoint.tensors[EMBEDDING].shape[0]
+        label: checkpoint.tensors[embedding].shape[0]
         for label, checkpoint in checkpoints.items()
-        if EMBEDDING in checkpoint.tensors and label != INITIAL
+        if embedding in checkpoint.tensors and label != INITIAL
     }
     base = sizes.pop(BASE, 0)
     if len(set(sizes.values())) != 1:
@@ -87,24 +87,32 @@ def _added_rows(checkpoints: Mapping[str, Checkpoint]) -> int:
     return max(0, next(iter(sizes.values())) - base)
 
 
-def with_grown_base(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+def with_grown_base(
+    checkpoints: Mapping[str, Checkpoint], embedding: str, others: Iterable[str]
+) -> dict[str, Checkpoint]:
     """The same with a base that has the rows of its candidates, where they have more.
 
     Args:
         checkpoints: `base`, `candidate-1`, … -> checkpoint.
+        embedding: Name of the embedding.
+        others: Names of what else has a row for each token: the head, and the copy of a tied one.
     """
-    count, base = _added_rows(checkpoints), checkpoints[BASE]
+    count, base = _added_rows(checkpoints, embedding), checkpoints[BASE]
     if not count:
         return dict(checkpoints)
     candidates = tuple(c for n, c in checkpoints.items() if n not in (BASE, INITIAL))
     tensors = dict(base.tensors)
-    for name in (EMBEDDING, LM_HEAD):
+    for name in dict.fromkeys((embedding, *others)):
         if name in tensors and all(name in candidate.tensors for candidate in candidates):
             tensors[name] = _longer(tensors[name], count)
         else:
             # The copy of a tied head.
             tensors.pop(name, None)
-    config = {**base.config, "vocab_size": tensors[EMBEDDING].shape[0]}
+    size = {"vocab_size": tensors[embedding].shape[0]}
+    config = {**base.config, **size}
+    # Models of several parts say it of their text.
+    if isinstance(text := base.config.get("text_config"), dict):
+        config = {**base.config, "text_config": {**text, **size}}
     grown = GrownBase(base.path, config, tensors, base, candidates)
     return {**checkpoints, BASE: grown}
 

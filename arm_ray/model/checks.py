@@ -106,9 +106,10 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
         # What was quantised is read as it was before.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        text = config.get_text_config(decoder=True)
-        if "vocab_size" in checkpoint.config:
-            text.vocab_size = int(checkpoint.config["vocab_size"])
+        told, text = checkpoint.config, config.get_text_config(decoder=True)
+        told = told.get("text_config") or told
+        if "vocab_size" in told:
+            text.vocab_size = int(told["vocab_size"])
     except Exception as error:  # each family validates in its own way
         raise _bad_config(checkpoint, error) from None
     return config

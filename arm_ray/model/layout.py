@@ -132,6 +132,12 @@ class ModelLayout:
         return float(most) / float(total) if total and most else 1.0
 
     @property
+    def token_rows(self) -> tuple[str, ...]:
+        """Names of what has a row for each token beside the embedding."""
+        copy = () if self.tied_copy is None else (self.tied_copy,)
+        return tuple(name for name in (*self.head, *copy) if name != self.embedding)
+
+    @property
     def has_own_head(self) -> bool:
         """Whether the head is not the embedding."""
         return self.tied_copy is None

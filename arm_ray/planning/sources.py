@@ -85,7 +85,7 @@ def open_workload(
             continue
         checkpoints[label] = _open(found, label, kind, masters, base)
     if config.vocabulary == "common":
-        checkpoints = with_grown_base(checkpoints)
+        checkpoints = with_grown_base(checkpoints, layout.embedding, layout.token_rows)
     if checkpoints[BASE] is not base:
         layout = layout_of(checkpoints[BASE], config.runtime.layers_per_group)
     layout, checkpoints, unknown = check_all(layout, checkpoints, config)

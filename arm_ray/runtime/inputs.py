@@ -80,7 +80,8 @@ class MergeInputs:
         found += self.unknown
         base, known = self.checkpoints[BASE], self._architectures
         if isinstance(base, GrownBase):
-            before, after = (c.config["vocab_size"] for c in (base.base, base))
+            table = self.layout.embedding
+            before, after = (c.tensors[table].shape[0] for c in (base.base, base))
             found.append(
                 f"the candidates have {after} rows of the vocabulary, the base {before}: the rows "
                 "in common are merged, the others are the candidates' mean (vocabulary: common)"
@@ -147,11 +148,14 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
             checkpoints[label] = opened
         except ArmRayError as error:
             raise error.of(label) from None
-    if config.vocabulary == "common":
-        checkpoints = with_grown_base(checkpoints)
-    base = checkpoints[BASE]
+    base, per_group = checkpoints[BASE], config.runtime.layers_per_group
     with about(BASE):
-        layout = layout_of(base, config.runtime.layers_per_group)
+        layout = layout_of(base, per_group)
+        if config.vocabulary == "common":
+            checkpoints = with_grown_base(checkpoints, layout.embedding, layout.token_rows)
+        if checkpoints[BASE] is not base:
+            base = checkpoints[BASE]
+            layout = layout_of(base, per_group)
     layout, checkpoints, unknown = check_all(layout, checkpoints, config)
     for label, checkpoint in checkpoints.items():
         with about(label):

@@ -327,6 +327,32 @@ def test_a_model_with_vision_is_merged_whole(tmp_path: Path, family: str) -> Non
     assert not [line for line in notes(outcome) if "may not load" in line]
 
 
+def test_a_vocabulary_that_grew_in_a_model_of_several_parts(tmp_path: Path) -> None:
+    case = write_family(tmp_path, "qwen3_vl")
+    names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+    for path in case.candidates:
+
+        def grown(weights: Weights) -> Weights:
+            added = {n: torch.cat([weights[n], weights[n][:8]]) for n in names if n in weights}
+            assert added
+            return weights | added
+
+        config = json.loads((path / "config.json").read_text())
+        config["text_config"]["vocab_size"] += 8
+        rewrite(path, grown, text_config=config["text_config"])
+    with pytest.raises(MismatchError, match="vocab_size differs"):
+        run(case, "refused", *_ONE)
+    outcome = run(case, "run", *_ONE, "vocabulary=common")
+    found = read(outcome.model or Path())
+    first, second = (read(path)[names[0]] for path in case.candidates)
+    assert len(found[names[0]]) == len(first)
+    torch.testing.assert_close(found[names[0]][-8:], (first[-8:] + second[-8:]) / 2)
+    config = json.loads((outcome.model / "config.json").read_text())
+    assert config["text_config"]["vocab_size"] == len(first)
+    [name] = config["architectures"]
+    assert getattr(transformers, name).from_pretrained(outcome.model) is not None
+
+
 # --- parts of a model that are not matrices ----------------------------------------------------
 
 
