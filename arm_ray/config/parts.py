@@ -11,7 +11,7 @@ from parts of names to one of these:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -150,13 +150,3 @@ def _out_of_range(key: str, value: float) -> str | None:
                 if not holds(value, bound):
                     return f"{word} {bound:g}"
     return None
-
-
-def parts_of(settings: MethodSettings) -> Mapping[str, Mapping[str, tuple[float, ...]]]:
-    """Key -> filter -> values over the depth, with the number that holds elsewhere under `*`."""
-    found = {}
-    for key, values in settings.by_part.items():
-        section, _, name = key.partition(".")
-        number = getattr(getattr(settings, section), name) if name else settings.coefficient
-        found[key] = {**({} if EVERYWHERE in values else {EVERYWHERE: (number,)}), **values}
-    return found

@@ -118,12 +118,15 @@ class MethodSettings:
         """Whether a tensor takes no more time than a weighted sum of its task vectors."""
         return self.steps in (("task_arithmetic",), ("average",))
 
-    def values(self, key: str) -> list[tuple[float, ...]]:
-        """What a key such as `dare.drop_rate` says: for each part, its values over the depth."""
+    def values(self, key: str) -> dict[str, tuple[float, ...]]:
+        """What a key such as `dare.drop_rate` says: part -> its values over the depth.
+
+        The number that holds elsewhere is that of the part `*`.
+        """
         section, _, name = key.partition(".")
         number = getattr(getattr(self, section), name) if name else getattr(self, section)
         by_part = self.by_part.get(key, {})
-        return [*([] if EVERYWHERE in by_part else [(number,)]), *by_part.values()]
+        return {**({} if EVERYWHERE in by_part else {EVERYWHERE: (number,)}), **by_part}
 
     @property
     def full_rank_reasons(self) -> list[str]:
@@ -132,7 +135,7 @@ class MethodSettings:
         single |= {
             name
             for name in ("dare", "della")
-            if any(max(rates) > 0.0 for rates in self.values(f"{name}.drop_rate"))
+            if any(max(rates) > 0.0 for rates in self.values(f"{name}.drop_rate").values())
         }
         on_weights = {"slerp": self.slerp.of, "spherical_mean": self.spherical_mean.of}
         reasons = []

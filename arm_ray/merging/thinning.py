@@ -65,7 +65,7 @@ def problems(settings: MethodSettings) -> list[str]:
     # A part without any drop is left alone; between 0 and another rate are small ones.
     wrong = [
         rate
-        for rates in settings.values("della.drop_rate")
+        for rates in settings.values("della.drop_rate").values()
         for rate in rates
         if max(rates) > 0.0 and not (1.0 - rate - epsilon > 0.0 and 1.0 - rate + epsilon <= 1.0)
     ]

@@ -30,8 +30,7 @@ EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 EXPERTS_CHOSEN = ("num_experts_per_tok", "num_experts_per_token")
 # Modules that hold one module for each layer, in the order in which they are looked for.
 _LAYER_LISTS = ("layers", "h", "blocks")
-
-
+# transformers changes torch's default dtype while it builds a model, for all threads.
 _BUILDING = threading.Lock()
 
 
@@ -273,7 +272,6 @@ def architecture_of(
     named = getattr(transformers, class_name or "", None)
     if named is None or not hasattr(named, "get_output_embeddings"):
         named = None
-    # transformers changes torch's default dtype while it builds a model, for all threads.
     with _BUILDING, torch.device("meta"):
         model = _on_meta(config, named, dtype)
     if named is not None and model.get_output_embeddings() is None:

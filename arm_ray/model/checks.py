@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -242,8 +244,12 @@ def _mismatch(
 
 def base_dtype(layout: ModelLayout, base: Checkpoint) -> torch.dtype:
     """The dtype that most of the base's rotated weights are stored in."""
-    sizes: dict[str, int] = {}
+    return main_dtype(layout, lambda name: DTYPES[base.tensors[name].code])
+
+
+def main_dtype(layout: ModelLayout, of: Callable[[str], torch.dtype]) -> torch.dtype:
+    """The dtype of most bytes of the rotated weights, or of all tensors where there are none."""
+    sizes = Counter[torch.dtype]()
     for name in layout.rotated or layout.shapes:
-        entry = base.tensors[name]
-        sizes[entry.code] = sizes.get(entry.code, 0) + entry.num_bytes
-    return DTYPES[max(sizes, key=lambda code: (sizes[code], code))]
+        sizes[of(name)] += prod(layout.shapes[name]) * of(name).itemsize
+    return max(sizes, key=lambda dtype: (sizes[dtype], str(dtype)))

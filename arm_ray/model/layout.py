@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from arm_ray.model.architecture import EXPERT_COUNTS, EXPERTS_CHOSEN, architecture_of
+from arm_ray.model.architecture import (
+    EXPERT_COUNTS,
+    EXPERTS_CHOSEN,
+    architecture_of,
+    expert_name,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -97,6 +102,12 @@ class ModelLayout:
         """How many matrices a rotated weight holds, and `d_out` and `d_in` of each."""
         count, d_out, d_in = (1, *self.shapes[name])[-3:]
         return count, d_out, d_in
+
+    def captured_as(self, name: str) -> Sequence[str]:
+        """What the matrices in a weight are called in captured activations: its experts', or it."""
+        if name not in self.rotated or len(self.shapes[name]) != 3:
+            return (name,)
+        return [expert_name(name, expert) for expert in range(self.shapes[name][0])]
 
     @property
     def inner_width(self) -> int:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from arm_ray.config import MergeConfig, RuntimeConfig
-from arm_ray.config.parts import parts_of
 from arm_ray.merging.parts import at_depth, part_of
 from arm_ray.model.partition import Partition, choose_num_shards
 from arm_ray.planning.cluster import (
@@ -277,7 +276,8 @@ def _model_facts(workload: Workload, config: MergeConfig) -> ModelFacts:
 def _part_facts(workload: Workload, config: MergeConfig) -> Iterator[PartFact]:
     """What keys with values by part come to in the layers that each part reaches."""
     layout = workload.layout
-    for key, values in parts_of(config.method).items():
+    for key in config.method.by_part:
+        values = config.method.values(key)
         members: dict[str, list[float]] = {}
         for name in layout.shapes:
             part = part_of(name, list(values))

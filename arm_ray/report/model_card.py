@@ -8,7 +8,6 @@ import yaml
 
 from arm_ray.checkpoints.states import StateManifest
 from arm_ray.config import MergeConfig
-from arm_ray.config.parts import parts_of
 from arm_ray.report.scores import Scores, scores_as_markdown
 from arm_ray.schedule import state_name
 
@@ -100,9 +99,9 @@ def write_model_card(
 
 
 def _coefficient(config: MergeConfig) -> str:
-    parts = parts_of(config.method).get("coefficient")
-    if parts is None:
+    if "coefficient" not in config.method.by_part:
         return str(config.method.coefficient)
+    parts = config.method.values("coefficient")
     return "; ".join(f"{' to '.join(map(str, of))} (`{part}`)" for part, of in parts.items())
 
 

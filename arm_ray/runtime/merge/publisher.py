@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from arm_ray.checkpoints.remote import local_copy
 from arm_ray.checkpoints.weight_file import SharedWeightFile, write_weight_file
 from arm_ray.evaluation.selection import Selection
 from arm_ray.events import ModelWritten, StateWritten
+from arm_ray.model.checks import main_dtype
 from arm_ray.model.loading import loading_problems
 from arm_ray.planning.state_life import StateLife
 from arm_ray.report.model_card import write_model_card
@@ -289,10 +289,7 @@ class Publisher:
         if self._inputs.carried is not None:
             self._inputs.carried.write(partial / files[-1].name)
         states.write_export_index(partial, files)
-        sizes = Counter[torch.dtype]()
-        for name in self._inputs.layout.rotated or self._inputs.layout.shapes:
-            sizes[self._inputs.storage_dtypes[name]] += prod(self._inputs.layout.shapes[name])
-        [(dtype, _)] = sizes.most_common(1)
+        dtype = main_dtype(self._inputs.layout, self._inputs.storage_dtypes.__getitem__)
         states.write_companions(partial, self._inputs.model_config(dtype), self._inputs.tokenizer)
         for problem in loading_problems(partial):
             self._job.reporter.warn(f"the merged model may not load: {problem}")

@@ -278,12 +278,12 @@ class Captures:
         found = self._iterations.get(plan.iteration)
         if found is None:
             return
-        merged = set(names)
         for name in names:
             found.magnitudes.pop(name, None)
-        for values in (found.means, found.seen):
-            for key in [key for key in values if key[1].partition("[")[0] in merged]:
-                del values[key]
+            for each in self._layout.captured_as(name):
+                for state in plan.inputs:
+                    found.means.pop((state, each), None)
+                    found.seen.pop((state, each), None)
 
     def drop_iteration(self, iteration: int) -> None:
         """Let go of all of an iteration."""

@@ -104,10 +104,10 @@ class GroupMerge:
             self._collect(found, self.workers.in_order(work, pieces))
         else:
             self._merge_into_file(found, plan, group, pieces)
-        names = set(self.spec.layout.groups[group].tensors)
-        for key in [key for key in self.rotations if key[1].partition("[")[0] in names]:
-            if key[0] == plan.iteration:
-                del self.rotations[key]
+        layout = self.spec.layout
+        for name in layout.groups[group].tensors:
+            for each in layout.captured_as(name):
+                self.rotations.pop((plan.iteration, each), None)
         return found
 
     def _place(self, made: dict[str, Tensor], spec: TensorSpec, rows: slice, piece: Tensor) -> None:
@@ -244,8 +244,7 @@ class GroupMerge:
     ) -> TensorInputs:
         expert = self._expert(spec, rows)
         weights = [
-            self._matrix(self.store.rows(state, group, spec.name, rows), expert)
-            for state in plan.inputs
+            _matrix(self.store.rows(state, group, spec.name, rows), expert) for state in plan.inputs
         ]
         inputs = tensor_inputs(
             self.spec,
@@ -271,7 +270,7 @@ class GroupMerge:
         is_known = rotations is not None and len(rotations) == most
         if (
             self.spec.method.needs_outputs
-            and spec.name in self.spec.layout.rotated
+            and inputs.is_linear
             and not (is_known and not self.spec.method.operator.activations)
         ):
             shifts = self.captures.shifts(plan, group, spec.name, weights, columns, expert)
@@ -291,10 +290,6 @@ class GroupMerge:
     def _expert(self, spec: TensorSpec, rows: slice) -> int | None:
         """Which expert of a tensor of all experts a piece is; None: it is no expert."""
         return rows.start if is_by_expert(self.spec, spec) else None
-
-    def _matrix(self, piece: Tensor, expert: int | None) -> Tensor:
-        """A piece as it is merged: of an expert, its matrix alone."""
-        return piece if expert is None else piece[0]
 
     def _of_step(self, inputs: TensorInputs, plan: IterationPlan) -> TensorInputs:
         if plan.step is None:
@@ -342,8 +337,13 @@ class GroupMerge:
         for state in (plan.previous, BASE):
             if state not in by_state:
                 rows = self.store.rows(state, group, inputs.name, inputs.rows)
-                by_state[state] = self._matrix(rows, expert)
+                by_state[state] = _matrix(rows, expert)
         sums = similarity_sums(result.tensor, by_state[plan.previous], by_state[BASE])
         if not sums.is_finite:
             raise not_finite(inputs.name, plan)
         return sums
+
+
+def _matrix(piece: Tensor, expert: int | None) -> Tensor:
+    """A piece as it is merged: of an expert, its matrix alone."""
+    return piece if expert is None else piece[0]

@@ -72,7 +72,7 @@ def pieces_of(
 
 def is_by_expert(spec: ShardSpec, tensor: TensorSpec) -> bool:
     """Whether a tensor holds all experts, and each is rotated by itself."""
-    is_all = tensor.name in spec.layout.experts and len(tensor.shape) == 3
+    is_all = tensor.name in spec.layout.rotated and len(tensor.shape) == 3
     return is_all and spec.method.needs_outputs
 
 
