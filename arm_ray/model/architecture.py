@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from arm_ray.errors import NotACheckpointError
+from arm_ray.model.imports import import_model_classes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -265,6 +266,7 @@ def architecture_of(
         NotACheckpointError: It is no causal language model, or its parts are not where those of
             one are.
     """
+    import_model_classes()
     import transformers
 
     config = copy.deepcopy(config)
@@ -281,6 +283,7 @@ def architecture_of(
 
 def has_other_head(class_name: str | None) -> bool:
     """Whether a class of transformers is of models that give no logits over the vocabulary."""
+    import_model_classes()
     import transformers
 
     named = getattr(transformers, class_name or "", None)

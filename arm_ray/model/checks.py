@@ -19,6 +19,7 @@ from arm_ray.errors import (
     NotACheckpointError,
 )
 from arm_ray.model.architecture import has_other_head
+from arm_ray.model.imports import import_model_classes
 from arm_ray.model.layout import DERIVED, ModelLayout, model_layout, table_layout
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
             expected='such as "model_type": "qwen2"',
             hint="restore config.json from the training run",
         )
+    import_model_classes()
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
     try:

@@ -15,6 +15,7 @@ from arm_ray.model.architecture import (
     architecture_of,
     expert_name,
 )
+from arm_ray.model.imports import import_model_classes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -82,6 +83,10 @@ class ModelLayout:
     experts: frozenset[str] = frozenset()
     blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     no_forward: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to an actor, it has transformers imported before its configuration is read there."""
+        return _empty_layout, (), self.__dict__
 
     @property
     def num_layers(self) -> int:
@@ -188,6 +193,11 @@ class ModelLayout:
             groups=tuple(groups),
             carried={**self.carried, **{n: s for n, s in self.shapes.items() if n in names}},
         )
+
+
+def _empty_layout() -> ModelLayout:
+    import_model_classes()
+    return ModelLayout.__new__(ModelLayout)
 
 
 def model_layout(

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError
+from arm_ray.model.imports import OWN_PROCESS
 from arm_ray.model.partition import choose_num_shards
 from arm_ray.runtime.cluster.actors import Handle, LocalHandle, local_result, start_actor
 from arm_ray.runtime.cluster.calls import get_results
@@ -286,6 +287,7 @@ def _start(
     threads = str(runtime.threads)
     # cuBLAS is deterministic only with a workspace of fixed size.
     env = {
+        **OWN_PROCESS,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
