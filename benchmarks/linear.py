@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -34,6 +35,7 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.merging.method import open_method
+from arm_ray.model.imports import OWN_PROCESS
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts, run_rounds
 from arm_ray.runtime.shards.layer_shard import LayerShard
@@ -261,7 +263,11 @@ def run_child(program: str, case: Case, output: Path, repeats: int) -> dict[str,
         command = [sys.executable, "-m", "benchmarks.linear", "--child", program]
         command += ["--case", case.name, "--output", str(output)]
     command += ["--repeats", str(repeats)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    # As `arm-ray merge` has it.
+    environment = os.environ | OWN_PROCESS
+    process = subprocess.Popen(  # noqa: S603
+        command, stdout=subprocess.PIPE, text=True, env=environment
+    )
     # Memory is sampled in the runs that are not timed.
     watch = MemoryWatch(process.pid, 0.005) if repeats == 1 else None
     printed, _ = process.communicate()

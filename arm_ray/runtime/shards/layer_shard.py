@@ -304,6 +304,8 @@ class LayerShard:
             self._captures.check(plan, group)
         found = self._merging.measure(plan, group, columns, number, facts)
         self._store.release_unless_resident(group)
+        if columns is None:
+            self._store.unmap(group)
         return found
 
     def release_forward(self, chunk: range) -> None:

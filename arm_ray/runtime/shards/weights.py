@@ -209,6 +209,16 @@ class WeightStore:
             for key in [key for key in cache if key[1] == group]:
                 del cache[key]
 
+    def unmap(self, group: int) -> None:
+        """Let go of a group of the base and the candidates where it is only memory-mapped.
+
+        The page cache keeps what was read, and gives it up when others need the memory.
+        """
+        if self.residency == "device" and self.device.type == "cpu":
+            for key in [key for key in self._stored if key[1] == group]:
+                if iteration_of(key[0]) is None:
+                    del self._stored[key]
+
     def _group(self, state: str, group: int) -> dict[str, Tensor]:
         key = (state, group)
         if key not in self._stored:
