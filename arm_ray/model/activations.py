@@ -47,6 +47,7 @@ class GroupOutput:
         magnitudes: Weight of a linear module or norm -> mean of the input's magnitudes
             `[batch, d]` float32 over the real tokens.
         outputs: Number of a layer -> the output of its MLP `[batch, tokens, hidden]`.
+        transposed: Experts' weights that are `[d_in, d_out]` (`ExpertInputs`).
     """
 
     hidden: Tensor
@@ -54,6 +55,7 @@ class GroupOutput:
     seen: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
+    transposed: dict[str, bool] = field(default_factory=dict)
 
 
 class MaskedMeans:

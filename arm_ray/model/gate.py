@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,10 +141,13 @@ class Tried:
         why_not: Why forward passes cannot be run group by group; None: they can.
         unseen: Linear modules whose inputs cannot be seen, because the layer takes their weights
             without calling them: names of weights, after the layer's own.
+        transposed: Weights of experts that are `[experts, d_in, d_out]`, so called, and whether the
+            outputs of each are two projections, one after the other.
     """
 
     why_not: str | None = None
     unseen: frozenset[str] = frozenset()
+    transposed: Mapping[str, bool] = field(default_factory=dict)
 
 
 def try_family(config: PretrainedConfig, class_name: str | None = None) -> Tried:
@@ -205,12 +208,21 @@ def _compare(architecture: Architecture, config: Any, class_name: str | None) ->
         shapes = {name: tuple(tensor.shape) for name, tensor in written.items()}
         layout = model_layout(config, size, shapes, class_name)
         decoder = Decoder(layout, _CPU, torch.float32)
-        logits, unseen = _by_groups(decoder, layout, written, ids)
+        logits, unseen, transposed = _by_groups(decoder, layout, written, ids)
         if not torch.equal(logits, expected):
             return Tried(
                 f"run by groups of {size} layers, its logits differ from the whole model's"
             )
-    return Tried(None, frozenset(re.sub(r"^.*?\.\d+\.", "", name) for name in unseen))
+    return Tried(
+        None,
+        frozenset(map(_after_layer, unseen)),
+        {_after_layer(_of_any_expert(name)): halves for name, halves in transposed.items()},
+    )
+
+
+def _after_layer(name: str) -> str:
+    """A weight's name after its layer's own."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
 
 
 def _whole(architecture: Architecture, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
@@ -240,20 +252,22 @@ def _of_any_expert(name: str) -> str:
 
 def _by_groups(
     decoder: Decoder, layout: Any, written: Mapping[str, Tensor], ids: Tensor
-) -> tuple[Tensor, set[str]]:
-    """Logits, and the names of the weights whose inputs were not seen."""
+) -> tuple[Tensor, set[str], dict[str, bool]]:
+    """Logits, the weights whose inputs were not seen, and those of experts that are transposed."""
     lengths = torch.full((_BATCH,), _TOKENS)
     rows = written[layout.embedding][ids.flatten()]
     hidden = decoder.embed(rows, (_BATCH, _TOKENS))
-    unseen = set(layout.rotated)
+    unseen, transposed = set(layout.rotated), dict[str, bool]()
     for group in layout.groups:
         names = [name for name in group.tensors if layout.is_layer_tensor(name)]
         weights = decoder.form(names, lambda name, dtype: written[name].to(dtype))
         output = decoder.runner(group.index).forward(weights, hidden, lengths, Wanted())
         hidden = output.hidden
+        transposed |= output.transposed
         unseen -= output.means.keys() - output.seen.keys()
         # Of a layer's experts, that no token was sent to any means that none can be seen.
         sent = {_of_any_expert(name) for name, seen in output.seen.items() if bool(seen.any())}
         unseen = {name for name in unseen if _of_any_expert(name) not in sent}
     normed = decoder.final_norm({name: written[name] for name in layout.tail}, hidden)
-    return decoder.logits({name: written[name] for name in layout.head}, normed), unseen
+    logits = decoder.logits({name: written[name] for name in layout.head}, normed)
+    return logits, unseen, transposed

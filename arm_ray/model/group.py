@@ -86,7 +86,9 @@ class Decoder:
                 for weight in (self._weights.get(name) for name in group.tensors)
                 if weight is not None
             ]
-            self._runners[index] = GroupRunner(self.architecture, group, weights, self._averages)
+            self._runners[index] = GroupRunner(
+                self.architecture, group, weights, self._averages, self._layout.transposed
+            )
         return self._runners[index]
 
     def form(
@@ -214,6 +216,7 @@ class GroupRunner:
         group: The group.
         weights: The group's tensors, in the model and in the files.
         averages: Makes means of activations; one for all groups, whose buffer they share.
+        transposed: Experts' weights that are `[experts, d_in, d_out]`.
     """
 
     def __init__(
@@ -222,6 +225,7 @@ class GroupRunner:
         group: LayerGroup,
         weights: Sequence[Weight],
         averages: MaskedMeans,
+        transposed: Collection[str] = (),
     ) -> None:
         self._averages, self._wanted, self._output = averages, Wanted(), GroupOutput(_NOTHING)
         self._given, self._tuple_size = _NOTHING, 0
@@ -230,7 +234,7 @@ class GroupRunner:
         inside = architecture.layers.removeprefix(architecture.decoder).strip(".")
         # Name in the decoder's layers here -> what `Decoder.form` calls it.
         self._names: dict[str, str] = {}
-        self._experts: dict[str, tuple[tuple[str, ...], ...]] = {}
+        self._experts: dict[str, tuple[tuple[tuple[str, ...], ...], bool]] = {}
         files: dict[str, tuple[str, ...]] = {}
         for weight in weights:
             for name in weight.names:
@@ -242,7 +246,7 @@ class GroupRunner:
                 self._names[local] = weight.stored[0] if weight.make is None else name
                 files[name] = weight.stored
                 if weight.experts:
-                    self._experts[local] = weight.experts
+                    self._experts[local] = (weight.experts, weight.stored[0] in transposed)
         for number, layer in zip(span, layers, strict=True):
             self._watch(layer, number, f"{architecture.layers}.{number}", files)
         if group.first_layer > 0:
@@ -270,7 +274,7 @@ class GroupRunner:
         local = {local: weights[name] for local, name in self._names.items()}
         watched: Any = contextlib.nullcontext()
         if self._experts and wanted.means:
-            experts = [(local[name], parts) for name, parts in self._experts.items()]
+            experts = [(local[name], *parts) for name, parts in self._experts.items()]
             watched = ExpertInputs(experts, lengths, hidden.shape[1])
         # Padding is on the right and attention is causal: no real token sees it, so no mask.
         with contextlib.suppress(_FinishedError), watched:
@@ -280,6 +284,7 @@ class GroupRunner:
         if isinstance(watched, ExpertInputs):
             self._output.means |= watched.means
             self._output.seen |= watched.seen
+            self._output.transposed = watched.transposed
         output, self._output, self._given = self._output, GroupOutput(_NOTHING), _NOTHING
         return output
 

@@ -66,6 +66,7 @@ class ModelLayout:
         blocks: Name -> output rows of each of the projections that a rotated weight holds one below
             the other (q, k and v; gate and up).
         no_forward: Why no forward passes can be run; None: they can.
+        transposed: Names of the experts' weights that are `[experts, d_in, d_out]`.
     """
 
     config: PretrainedConfig
@@ -83,6 +84,7 @@ class ModelLayout:
     experts: frozenset[str] = frozenset()
     blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     no_forward: str | None = None
+    transposed: frozenset[str] = frozenset()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to an actor, it has transformers imported before its configuration is read there."""
@@ -106,7 +108,7 @@ class ModelLayout:
     def matrices_in(self, name: str) -> tuple[int, int, int]:
         """How many matrices a rotated weight holds, and `d_out` and `d_in` of each."""
         count, d_out, d_in = (1, *self.shapes[name])[-3:]
-        return count, d_out, d_in
+        return (count, d_in, d_out) if name in self.transposed else (count, d_out, d_in)
 
     def captured_as(self, name: str) -> Sequence[str]:
         """What the matrices in a weight are called in captured activations: its experts', or it."""
@@ -179,6 +181,25 @@ class ModelLayout:
     def rotated_as(self, ends: Collection[str]) -> frozenset[str]:
         """The rotated weights of the layers with one of these ends of their names."""
         return frozenset(n for n in self.rotated if any(n.endswith(f".{end}") for end in ends))
+
+    def with_transposed(self, ends: Mapping[str, bool]) -> ModelLayout:
+        """The same, where some experts' weights are `[experts, d_in, d_out]`.
+
+        Args:
+            ends: Ends of their names, and whether the outputs of each are two projections, one
+                after the other.
+        """
+        found = {
+            name: halves
+            for end, halves in ends.items()
+            for name in self.rotated_as([end])
+            if len(self.shapes[name]) == 3
+        }
+        blocks = {name: rows for name, rows in self.blocks.items() if name not in found}
+        for name in (name for name, halves in found.items() if halves):
+            half = self.shapes[name][-1] // 2
+            blocks[name] = (half, half)
+        return replace(self, transposed=frozenset(found), blocks=blocks)
 
     def carrying(self, names: Collection[str]) -> ModelLayout:
         """The same, with some more tensors copied from the base and not merged."""

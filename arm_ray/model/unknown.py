@@ -125,6 +125,7 @@ def _runnable(layout: ModelLayout, base: Checkpoint) -> tuple[ModelLayout, list[
     if why is None:
         tried = try_family(layout.config, layout.class_name)
         why, unseen = tried.why_not, tried.unseen
+        layout = layout.with_transposed(tried.transposed)
     if why is not None:
         raise NotACheckpointError(
             "activations cannot be taken of the models of this family",

@@ -282,7 +282,7 @@ def forward_work(workload: Workload, group: LayerGroup, passes: int) -> GroupWor
     # q, k and v share an input, and so do gate and up: of seven inputs four are different.
     shared = ("k_proj", "v_proj", "up_proj")
     widths = sum(
-        layout.shapes[name][-1] * (layout.expert_share if name in layout.experts else 1.0)
+        layout.matrices_in(name)[2] * (layout.expert_share if name in layout.experts else 1.0)
         for name in weights
         if name.split(".")[-2] not in shared
     )

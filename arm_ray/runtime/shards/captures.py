@@ -174,7 +174,6 @@ class Captures:
             expert: Which of the experts in the weight `whole` is of; None: the weight is a matrix.
         """
         layers = [self._store.layers(state, group) for state in plan.inputs]
-        bias = name.removesuffix("weight") + "bias"
         means = self._iterations[plan.iteration].means
         known = name if expert is None else expert_name(name, expert)
         shifts = output_shifts(
@@ -182,7 +181,7 @@ class Captures:
                 self._store.as_computed(state, group, name, weight, expert)
                 for state, weight in zip(plan.inputs, whole, strict=True)
             ],
-            [weights.get(bias) for weights in layers],
+            [_bias(weights, name, expert) for weights in layers],
             [means[state, known] for state in plan.inputs],
         )
         for state, shift in zip(plan.contributors, shifts, strict=True):
@@ -318,6 +317,14 @@ class Captures:
             dtype=torch.float64,
         )
         _put(found.information, (micro.state, place), micro, information)
+
+
+def _bias(weights: Mapping[str, Tensor], name: str, expert: int | None) -> Tensor | None:
+    """What is added to the outputs of a weight, `[d_out]`; None: nothing."""
+    if expert is None:
+        return weights.get(name.removesuffix("weight") + "bias")
+    found = weights.get(f"{name}_bias")
+    return None if found is None else found[expert]
 
 
 def _put(into: dict[_K, Tensor], key: _K, micro: MicroPass, rows: Tensor) -> None:

@@ -190,8 +190,10 @@ class GroupMerge:
                 for plan, known in zip(plans, facts, strict=True)
             ]
             merged = self.spec.method.merge_steps(by_step)
+            expert = self._expert(spec, inputs.rows)
             for found, tensor in zip(made, merged, strict=True):
-                rows_of(found[spec.name], inputs.rows).copy_(tensor)
+                rows = self._piece(tensor, spec.name, expert)
+                rows_of(found[spec.name], inputs.rows).copy_(rows)
 
         # Each step goes over a piece several times: what stays in a core's cache is faster.
         elements = linear_piece(on_gpu=device.type != "cpu")
@@ -244,7 +246,8 @@ class GroupMerge:
     ) -> TensorInputs:
         expert = self._expert(spec, rows)
         weights = [
-            _matrix(self.store.rows(state, group, spec.name, rows), expert) for state in plan.inputs
+            self._matrix(self.store.rows(state, group, spec.name, rows), spec.name, expert)
+            for state in plan.inputs
         ]
         inputs = tensor_inputs(
             self.spec,
@@ -321,7 +324,7 @@ class GroupMerge:
         result = self.spec.method.merge(inputs)
         expert = self._expert(spec, inputs.rows)
         sums = self._compare(plan, group, inputs, result, expert)
-        put(spec, inputs.rows, result.tensor if expert is None else result.tensor[None])
+        put(spec, inputs.rows, self._piece(result.tensor, spec.name, expert))
         # Not the tensor: it need not wait for those of other threads.
         return spec.name, result.rotated, result.rank_deficient, sums
 
@@ -337,13 +340,20 @@ class GroupMerge:
         for state in (plan.previous, BASE):
             if state not in by_state:
                 rows = self.store.rows(state, group, inputs.name, inputs.rows)
-                by_state[state] = _matrix(rows, expert)
+                by_state[state] = self._matrix(rows, inputs.name, expert)
         sums = similarity_sums(result.tensor, by_state[plan.previous], by_state[BASE])
         if not sums.is_finite:
             raise not_finite(inputs.name, plan)
         return sums
 
+    def _matrix(self, piece: Tensor, name: str, expert: int | None) -> Tensor:
+        """A piece as it is merged: of an expert, its matrix `[d_out, d_in]` alone."""
+        if expert is None:
+            return piece
+        return piece[0].T.contiguous() if name in self.spec.layout.transposed else piece[0]
 
-def _matrix(piece: Tensor, expert: int | None) -> Tensor:
-    """A piece as it is merged: of an expert, its matrix alone."""
-    return piece if expert is None else piece[0]
+    def _piece(self, matrix: Tensor, name: str, expert: int | None) -> Tensor:
+        """The same back again, as it is stored."""
+        if expert is None:
+            return matrix
+        return (matrix.T if name in self.spec.layout.transposed else matrix)[None]

@@ -154,6 +154,8 @@ class WeightStore:
         computed = self.layers(state, group).get(name)
         if computed is not None and expert is not None:
             computed = computed[expert]
+            if name in self._layout.transposed:
+                computed = computed.T
         if computed is not None and computed.dtype == torch.float32:
             return computed
         dtype = self._compute_dtype if computed is None else computed.dtype

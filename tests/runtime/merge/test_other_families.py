@@ -65,7 +65,50 @@ def in_model(weights: Weights, layers: int, experts: int) -> Weights:
     return found
 
 
-def mean_outputs(model: Any, samples: list[torch.Tensor]) -> dict[str, dict[int, torch.Tensor]]:
+def parts_of_qwen3(name: str, experts: Any, args: Any) -> Weights:
+    """Weight in the files -> outputs of an expert for the tokens that it is sent."""
+    hidden, chosen, _ = args
+    found = {}
+    for e in range(experts.num_experts):
+        value = hidden[(chosen == e).any(1)]
+        gate, up = (value @ experts.gate_up_proj[e].T).chunk(2, dim=-1)
+        down = (nn.functional.silu(gate) * up) @ experts.down_proj[e].T
+        for kind, output in (("gate", gate), ("up", up), ("down", down)):
+            found[f"{name}.{e}.{kind}_proj.weight"] = output
+    return found
+
+
+def parts_of_gpt_oss(name: str, experts: Any, args: Any) -> Weights:
+    """The same of parameters `[experts, d_in, d_out]`, with gate and up in turn."""
+    hidden, chosen, _ = args
+    found = {}
+    for e in range(experts.num_experts):
+        value = hidden[(chosen == e).any(1)]
+        both = value @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e]
+        found[f"{name}.gate_up_proj[{e}]"] = both
+        gate, up = both[:, ::2].clamp(max=experts.limit), both[:, 1::2]
+        inner = (up.clamp(-experts.limit, experts.limit) + 1) * gate
+        inner = inner * torch.sigmoid(gate * experts.alpha)
+        found[f"{name}.down_proj[{e}]"] = inner @ experts.down_proj[e] + experts.down_proj_bias[e]
+    return found
+
+
+def parts_of_llama4(name: str, experts: Any, args: Any) -> Weights:
+    """The same where an expert is given all tokens, by how much it is to do for each."""
+    inputs = args[0].view(experts.num_experts, -1, experts.hidden_size)
+    found = {}
+    for e, every in enumerate(inputs):
+        value = every[every.abs().sum(1) > 0]
+        both = value @ experts.gate_up_proj[e]
+        gate, up = both.chunk(2, dim=-1)
+        found[f"{name}.gate_up_proj[{e}]"] = both
+        found[f"{name}.down_proj[{e}]"] = (up * nn.functional.silu(gate)) @ experts.down_proj[e]
+    return found
+
+
+def mean_outputs(
+    model: Any, samples: list[torch.Tensor], parts_of: Callable[[str, Any, Any], Weights]
+) -> dict[str, dict[int, torch.Tensor]]:
     """Weight in the files -> sample -> mean output; of an expert, over the tokens it is sent."""
     means: dict[str, dict[int, torch.Tensor]] = {}
     handles, sample = [], 0
@@ -78,24 +121,17 @@ def mean_outputs(model: Any, samples: list[torch.Tensor]) -> dict[str, dict[int,
 
     def record_experts(name: str) -> Any:
         def record(experts: Any, args: Any) -> None:
-            hidden, chosen, _ = args
-            for e in range(experts.num_experts):
-                rows = (chosen == e).any(1)
-                if not rows.any():
-                    continue
-                both = hidden[rows] @ experts.gate_up_proj[e].T
-                gate, up = both.chunk(2, dim=-1)
-                down = (nn.functional.silu(gate) * up) @ experts.down_proj[e].T
-                for kind, value in (("gate", gate), ("up", up), ("down", down)):
-                    at = means.setdefault(f"{name}.{e}.{kind}_proj.weight", {})
-                    at[sample] = value.mean(0)
+            for each, outputs in parts_of(name, experts, args).items():
+                if len(outputs):
+                    means.setdefault(each, {})[sample] = outputs.mean(0)
 
         return record
 
     for name, part in model.named_modules():
-        if isinstance(part, nn.Linear) and ".layers." in name:
+        is_router = name.endswith("router")  # its outputs are scores
+        if isinstance(part, nn.Linear) and ".layers." in name and not is_router:
             handles.append(part.register_forward_hook(record_linear(name)))
-        if name.endswith("mlp.experts"):
+        if name.endswith(".experts"):
             handles.append(part.register_forward_pre_hook(record_experts(name)))
     with torch.no_grad():
         for number, ids in enumerate(samples):
@@ -113,30 +149,67 @@ def shift_of(
     return torch.stack(columns, dim=1) if columns else None
 
 
-def streamed(case: MergeCase, iterations: int) -> list[Weights]:
-    """Anchored ARM on Qwen3-MoE as a plain program over whole models."""
-    kind = transformers.Qwen3MoeForCausalLM
-    model = kind.from_pretrained(case.root / "base", experts_implementation="eager").eval()
+Means = dict[str, dict[int, torch.Tensor]]
+
+
+def rotated(name: str, delta: torch.Tensor, reference: Means, other: Means) -> torch.Tensor:
+    """A task vector `[d_out, d_in]` as ARM adds it."""
+    if name not in reference or name not in other:
+        return delta
+    shift = shift_of(reference[name], other[name])
+    u = None if shift is None else dense_rotation(shift, "positive_diagonal", 1e-6)
+    return delta if u is None else (u @ delta.double()).float()
+
+
+def rotated_by_expert(
+    name: str, delta: torch.Tensor, reference: Means, other: Means, halves: int
+) -> torch.Tensor:
+    """The same of `[experts, d_in, d_out]`, whose outputs are so many projections."""
+    found = []
+    for e, matrix in enumerate(delta):
+        parts = []
+        for h, part in enumerate(matrix.T.chunk(halves)):
+
+            def outputs(means: Means, e: int = e, h: int = h) -> Means:
+                at = means.get(f"{name}[{e}]", {})
+                return {name: {s: v.chunk(halves)[h] for s, v in at.items()}} if at else {}
+
+            parts.append(rotated(name, part, outputs(reference), outputs(other)))
+        found.append(torch.cat(parts).T)
+    return torch.stack(found)
+
+
+def streamed(
+    case: MergeCase,
+    iterations: int,
+    kind: Any = transformers.Qwen3MoeForCausalLM,
+    parts_of: Callable[[str, Any, Any], Weights] = parts_of_qwen3,
+    halves: int = 1,
+) -> list[Weights]:
+    """Anchored ARM on a mixture of experts as a plain program over whole models."""
+    more: Any = {"experts_implementation": "eager"} if parts_of is parts_of_qwen3 else {}
+    model = kind.from_pretrained(case.root / "base", **more).eval()
     state, candidates = read(case.root / "base"), [read(path) for path in case.candidates]
-    layers, experts = model.config.num_hidden_layers, model.config.num_experts
     history = []
     for samples in batches(case.content(), iterations):
         activations = []
         for weights in (state, *candidates):
-            model.load_state_dict(in_model(weights, layers, experts))
-            activations.append(mean_outputs(model, samples))
+            if parts_of is parts_of_qwen3:
+                sizes = model.config.num_hidden_layers, model.config.num_experts
+                model.load_state_dict(in_model(weights, *sizes))
+            else:
+                model.load_state_dict(weights)
+            activations.append(mean_outputs(model, samples, parts_of))
         new = {}
         for name, weight in state.items():
             total = torch.zeros_like(weight)
             for other, found in zip(candidates, activations[1:], strict=True):
-                delta = other[name] - weight
-                shift = None
-                if name in activations[0] and name in found:
-                    shift = shift_of(activations[0][name], found[name])
-                if shift is not None:
-                    u = dense_rotation(shift, "positive_diagonal", 1e-6)
-                    delta = delta if u is None else (u @ delta.double()).float()
-                total += delta
+                delta, means = other[name] - weight, (activations[0], found)
+                if delta.ndim == 3:
+                    split = halves if name.endswith("gate_up_proj") else 1
+                    total += rotated_by_expert(name, delta, *means, split)
+                else:
+                    total += rotated(name, delta, *means)
             new[name] = weight + 0.7 / len(candidates) * total
         state = new
         history.append(new)
@@ -155,6 +228,35 @@ def test_arm_on_experts_equals_a_plain_program(tmp_path: Path) -> None:
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
     assert outcome.model is not None
     assert transformers.Qwen3MoeForCausalLM.from_pretrained(outcome.model) is not None
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "parts_of", "halves"),
+    [
+        # Gate and up in turn: one matrix. One after the other: each by itself.
+        ("gpt_oss", transformers.GptOssForCausalLM, parts_of_gpt_oss, 1),
+        ("llama4_text", transformers.Llama4ForCausalLM, parts_of_llama4, 2),
+    ],
+)
+def test_experts_with_their_inputs_first_are_rotated_too(
+    tmp_path: Path, family: str, kind: Any, parts_of: Any, halves: int
+) -> None:
+    case = write_family(tmp_path, family)
+    fixed = ("schedule.anchor_iterations=2", "schedule.max_iterations=2")
+    outcome = run(case, "run", *fixed, "runtime.layers_per_group=2")
+    expected = streamed(case, 2, kind, parts_of, halves)
+    plain = run(case, "plain", *fixed, "method.operator=task_arithmetic")
+    for iteration, weights in enumerate(expected, start=1):
+        found = read(outcome.run / "states" / f"{iteration:04d}")
+        assert found.keys() == weights.keys()
+        for name, tensor in weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+    # And they are rotated.
+    assert plain.model is not None
+    linear = read(plain.model)
+    far = [n for n in weights if ".experts." in n and "bias" not in n]
+    assert far
+    assert all(float((found[n] - linear[n]).abs().max()) > 1e-3 for n in far)
 
 
 def test_experts_are_rotated_each_by_itself(tmp_path: Path) -> None:
