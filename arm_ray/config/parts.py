@@ -6,6 +6,8 @@ from parts of names to one of these:
     coefficient: 0.7
     coefficient: [0.2, 0.8]
     coefficient: {self_attn: 0.5, "*.down_proj": [0.4, 0.9], default: 0.7}
+
+Of `average.weights` each model's is one of these.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt
 
 from arm_ray.errors import ConfigError
-from arm_ray.merging.settings import EVERYWHERE, PARTWISE, MethodSettings
+from arm_ray.merging.settings import EVERYWHERE, PARTWISE, PARTWISE_LIST, MethodSettings
 
 _DEFAULT = "default"
 _KEYS = ", ".join(PARTWISE)
@@ -49,23 +51,28 @@ def with_parts(
     by_part = _written(method.get("by_part") or {}, problems)
     for text in overrides:
         by_part.pop(text.partition("=")[0].strip().removeprefix("method."), None)
-    for key in PARTWISE:
-        section, _, rest = key.partition(".")
-        place = method.get(section) if rest else method
-        name = rest or section
-        if not isinstance(place, dict) or not isinstance(place.get(name), list | dict):
+    listed = _found(method, PARTWISE_LIST.split("."))
+    entries = range(len(listed)) if isinstance(listed, list) else ()
+    for key in (*PARTWISE, *(f"{PARTWISE_LIST}.{index}" for index in entries)):
+        path = key.split(".")
+        given = _found(method, path)
+        if not isinstance(given, list | dict):
             continue
-        place = dict(place)
-        values, default = _parts(f"method.{key}", key, place.pop(name), problems)
-        if default is not None:
-            place[name] = default
+        values, default = _parts(f"method.{key}", key, given, problems)
         by_part.pop(key, None)
         if values:
             by_part[key] = values
-        if rest:
-            method[section] = place
-        else:
-            method = place
+        if default is None and path[-1].isdigit():
+            # An entry of a list has a number of its own, which a part `*` takes the place of.
+            if EVERYWHERE not in values:
+                problems.append(f"  - method.{key}: says nothing for other parts; add `default`")
+            default = (values.get(EVERYWHERE) or [0.0])[0]
+        method = _with(method, path, default)
+    for key in by_part:
+        if not key.startswith(f"{PARTWISE_LIST}."):
+            continue
+        if int(key.rpartition(".")[2]) >= len(_found(method, PARTWISE_LIST.split(".")) or ()):
+            problems.append(f"  - method.by_part.{key}: there is no such entry of the list")
     if problems:
         raise ConfigError(
             "\n".join(["the values of parts of a model cannot be used", *problems]), where=source
@@ -76,6 +83,37 @@ def with_parts(
     return {**content, "method": method}
 
 
+def _found(place: Any, path: Sequence[str]) -> Any:
+    """What a configuration says at a place; None: nothing."""
+    for name in path:
+        if isinstance(place, list) and name.isdigit():
+            place = place[int(name)]
+        else:
+            place = place.get(name) if isinstance(place, dict) else None
+    return place
+
+
+def _with(place: Any, path: Sequence[str], value: float | None) -> Any:
+    """The same with another value at a place; None: without it."""
+    name, *rest = path
+    if isinstance(place, list):
+        index = int(name)
+        return [*place[:index], value, *place[index + 1 :]]
+    changed = dict(place)
+    if rest:
+        changed[name] = _with(place[name], rest, value)
+    elif value is None:
+        changed.pop(name)
+    else:
+        changed[name] = value
+    return changed
+
+
+def _is_partwise(key: str) -> bool:
+    before, _, last = key.rpartition(".")
+    return key in PARTWISE or (before == PARTWISE_LIST and last.isdigit())
+
+
 def _written(given: Any, problems: list[str]) -> dict[str, dict[str, list[float]]]:
     """What a configuration that arm_ray has written says in `by_part` itself."""
     if not isinstance(given, dict):
@@ -84,7 +122,7 @@ def _written(given: Any, problems: list[str]) -> dict[str, dict[str, list[float]
     found = {}
     for key, parts in given.items():
         where = f"method.by_part.{key}"
-        if key not in PARTWISE:
+        if not _is_partwise(key):
             problems.append(f"  - {where}: no key with values by part; they are {_KEYS}")
         elif not isinstance(parts, dict):
             problems.append(f"  - {where}: got {parts!r}, expected a mapping from parts to lists")
@@ -140,6 +178,8 @@ def _numbers(where: str, key: str, values: list[Any], problems: list[str]) -> li
 
 def _out_of_range(key: str, value: float) -> str | None:
     """What a value of a key must be, where it is not that."""
+    if key.startswith(f"{PARTWISE_LIST}."):
+        return "at least 0" if value < 0.0 else None
     section, _, name = key.partition(".")
     owner = type(getattr(MethodSettings(), section)) if name else MethodSettings
     annotation: Any = get_type_hints(owner, include_extras=True)[name or section]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from arm_ray.merging.settings import EVERYWHERE, MethodSettings
+from arm_ray.merging.settings import EVERYWHERE, PARTWISE_LIST, MethodSettings
 
 
 def passes(name: str, pattern: str) -> bool:
@@ -63,10 +63,35 @@ def resolved(settings: MethodSettings, name: str, depth: float) -> MethodSetting
 
 
 def with_value(settings: MethodSettings, key: str, value: float) -> MethodSettings:
-    """The settings with another value of a key such as `coefficient` or `ties.keep`."""
-    section, _, rest = key.partition(".")
-    changed: Any = replace(getattr(settings, section), **{rest: value}) if rest else value
-    return replace(settings, **{section: changed})
+    """The settings with another value of a key such as `coefficient` or `average.weights.1`."""
+    changed: MethodSettings = _changed(settings, key.split("."), value)
+    return changed
+
+
+def _changed(place: Any, path: Sequence[str], value: float) -> Any:
+    if not path:
+        return value
+    name, *rest = path
+    if name.isdigit():
+        index = int(name)
+        inner = _changed(place[index], rest, value)
+        return (*place[:index], inner, *place[index + 1 :])
+    return replace(place, **{name: _changed(getattr(place, name), rest, value)})
+
+
+def without_weight(settings: MethodSettings, tensors: Mapping[str, float]) -> list[str]:
+    """What is wrong with weights by part: the first tensor that has none above zero, a sentence.
+
+    Args:
+        settings: Of the method.
+        tensors: Name -> depth.
+    """
+    if not any(key.startswith(f"{PARTWISE_LIST}.") for key in settings.by_part):
+        return []
+    for name, depth in tensors.items():
+        if not any(resolved(settings, name, depth).average.weights or ()):
+            return [f"method.{PARTWISE_LIST}: the weights of all models are zero for {name}"]
+    return []
 
 
 def unmatched(

@@ -123,8 +123,9 @@ class MethodSettings:
 
         The number that holds elsewhere is that of the part `*`.
         """
-        section, _, name = key.partition(".")
-        number = getattr(getattr(self, section), name) if name else getattr(self, section)
+        number: Any = self
+        for name in key.split("."):
+            number = number[int(name)] if name.isdigit() else getattr(number, name)
         by_part = self.by_part.get(key, {})
         return {**({} if EVERYWHERE in by_part else {EVERYWHERE: (number,)}), **by_part}
 
@@ -205,6 +206,8 @@ OPERATOR_NAMES = (
 THINNING = ("dare", "della", "breadcrumbs")
 # The part that every tensor is of.
 EVERYWHERE = "*"
+# A list of which each entry may: `average.weights.0` is the first model's.
+PARTWISE_LIST = "average.weights"
 # Keys that may differ between parts of a model.
 PARTWISE = (
     "coefficient",

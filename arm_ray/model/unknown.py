@@ -15,7 +15,7 @@ from arm_ray.checkpoints.validation import check_no_adapter
 from arm_ray.checkpoints.weight_file import DTYPES
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ConfigError, MismatchError, NotACheckpointError, about
-from arm_ray.merging.parts import unmatched
+from arm_ray.merging.parts import unmatched, without_weight
 from arm_ray.model.architecture import architecture_of
 from arm_ray.model.checks import check_layout
 from arm_ray.model.gate import try_family
@@ -110,8 +110,9 @@ def check_all(
         with about(label):
             check_layout(layout, checkpoint, label)
     problems = unmatched(config.method.by_part, list(layout.shapes))
+    problems += without_weight(config.method, {n: layout.depth_of(n) for n in layout.shapes})
     if problems:
-        raise ConfigError("\n".join(["parts of the model are not there", *problems]))
+        raise ConfigError("\n".join(["the values by part do not fit the model", *problems]))
     if config.runs_forward:
         with about(BASE):
             layout, unseen = _runnable(layout, named[BASE])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,61 @@ def test_limits_hold_for_each_part() -> None:
 def test_ties_settings_keep_their_type() -> None:
     settings = MethodSettings("ties", ties=TiesSettings(scope="per_tensor"))
     assert settings.unused_sections == []
+
+
+def test_weights_of_an_average_by_part_are_those_of_each_tensor(case: MergeCase) -> None:
+    """The first model's a number, the second's by name, and by depth where no name fits."""
+    case.make()
+    average = (
+        "method.operator=average",
+        "method.average.kind=weighted",
+        "method.average.weights=[1.0, {self_attn: 0.5, default: [0.0, 2.0]}]",
+        "schedule.anchor_iterations=1",
+        "schedule.max_iterations=1",
+    )
+    found = merged(case, "run", *average)
+    candidates = [load_all(path) for path in case.candidates]
+    layers = 3
+    for name, tensor in found.items():
+        number = name.split(".layers.")[-1].partition(".")[0]
+        layer = int(number) if number.isdigit() else (0 if "embed" in name else layers - 1)
+        second = 0.5 if "self_attn" in name else 2.0 * layer / (layers - 1)
+        weights = np.array([1.0, second]) / (1.0 + second)
+        expected = sum(w * c[name].double() for w, c in zip(weights, candidates, strict=True))
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        ([1.0, {"self_attn": 0.5}], "method.average.weights.1: says nothing for other parts"),
+        ([1.0, {"self_attn": -1.0, "default": 1.0}], "weights.1.self_attn: got -1.0"),
+        ([1.0, []], "method.average.weights.1: is an empty list"),
+    ],
+)
+def test_weights_by_part_that_say_nothing_are_told(weights: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        with_parts({"method": {"average": {"weights": weights}}}, "merge.yaml")
+
+
+def test_a_part_without_any_weight_is_refused(case: MergeCase) -> None:
+    zero = "method.average.weights=[{mlp: 0.0, default: 1.0}, {mlp: [0.0, 0.0], default: 1.0}]"
+    average = (
+        "method.operator=average",
+        "method.average.kind=weighted",
+        zero,
+        "schedule.anchor_iterations=1",
+        "schedule.max_iterations=1",
+    )
+    case.make()
+    with pytest.raises(ConfigError, match="the weights of all models are zero for"):
+        merged(case, "run", *average)
+
+
+def test_saved_weights_by_part_name_an_entry_that_is_there() -> None:
+    method = {
+        "average": {"kind": "weighted", "weights": [1.0, 2.0]},
+        "by_part": {"average.weights.2": {"mlp": [1.0]}},
+    }
+    with pytest.raises(ConfigError, match=r"average\.weights\.2: there is no such entry"):
+        with_parts({"method": method}, "merge.yaml")
