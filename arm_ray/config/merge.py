@@ -186,6 +186,10 @@ class MergeConfig(Section):
     point and of one shape, are merged without activations, and the base's others are carried over.
     base: all of the base's are carried over. refuse: there must be none. What only a candidate has
     is left out. What was done is said before the merge."""
+    trust_remote_code: tuple[str, ...] = ()
+    """Families (`model_type`) that transformers does not have, whose code in the base's directory
+    may be run: without it their checkpoints are merged without activations. It runs with all that
+    the job itself may do, in the driver and in every layer shard."""
     preset: Annotated[str | None, NOTHING] = None
     """Where keys that are not given come from, instead of the defaults: see `arm_ray.presets`."""
     calibration: CalibrationConfig | None = None

@@ -147,6 +147,11 @@ class AttachConfig(Section):
         return RuntimeConfig.model_validate((self.merge.model_extra or {}).get("runtime") or {})
 
     @property
+    def trusted_families(self) -> tuple[str, ...]:
+        """Families whose own code in the base's directory may be run."""
+        return tuple((self.merge.model_extra or {}).get("trust_remote_code") or ())
+
+    @property
     def work(self) -> Path:
         """Directory of snapshots, merges and records."""
         given = self.output or str(Path(self.publish.dir) / "work")

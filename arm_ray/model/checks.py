@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from arm_ray.errors import (
 from arm_ray.model.architecture import has_other_head
 from arm_ray.model.imports import import_model_classes
 from arm_ray.model.layout import DERIVED, ModelLayout, model_layout, table_layout
+from arm_ray.model.remote_code import has_code, load_trusted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -71,10 +73,15 @@ _SIZES = (
 _OWN_BASE = "merge checkpoints of one training run, and its own base"
 
 
-def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
+def load_config(checkpoint: Checkpoint, trusted: Collection[str] = ()) -> PretrainedConfig:
     """Read a checkpoint's configuration, with the defaults that its family fills in.
 
-    A family that transformers does not have keeps what its file says, and nothing else.
+    A family that transformers does not have keeps what its file says, and nothing else, unless the
+    checkpoint's own code is trusted.
+
+    Args:
+        checkpoint: The checkpoint.
+        trusted: Families whose code may be run.
 
     Raises:
         NotACheckpointError: The weights are quantised, or no family is named.
@@ -101,6 +108,8 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
     try:
+        if runs_own_code(checkpoint, trusted):
+            return load_trusted(checkpoint.config_directory)
         if family not in CONFIG_MAPPING:
             return PretrainedConfig.from_dict(dict(checkpoint.config))
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -114,9 +123,19 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
         told = told.get("text_config") or told
         if "vocab_size" in told:
             text.vocab_size = int(told["vocab_size"])
+    except ArmRayError:
+        raise
     except Exception as error:  # each family validates in its own way
         raise _bad_config(checkpoint, error) from None
     return config
+
+
+def runs_own_code(checkpoint: Checkpoint, trusted: Collection[str]) -> bool:
+    """Whether the model's classes are taken from the checkpoint, and not from transformers."""
+    from transformers import CONFIG_MAPPING
+
+    family = checkpoint.config.get("model_type")
+    return family in trusted and family not in CONFIG_MAPPING and has_code(checkpoint.config)
 
 
 def _bad_config(checkpoint: Checkpoint, error: Exception) -> CorruptCheckpointError:
@@ -128,25 +147,29 @@ def _bad_config(checkpoint: Checkpoint, error: Exception) -> CorruptCheckpointEr
     )
 
 
-def layout_of(checkpoint: Checkpoint, layers_per_group: int = 1) -> ModelLayout:
+def layout_of(
+    checkpoint: Checkpoint, layers_per_group: int = 1, trusted: Collection[str] = ()
+) -> ModelLayout:
     """The layout of a base, from what transformers knows of its family, or from its tables alone.
 
     Args:
         checkpoint: The base; without tensors, they are as transformers would write them.
         layers_per_group: Decoder layers of a group.
+        trusted: Families whose own code in the checkpoint may be run.
 
     Raises:
         NotACheckpointError: Nothing is known of the family, and there are no tensors either.
         CorruptCheckpointError: The configuration is wrong.
     """
-    config, classes = load_config(checkpoint), checkpoint.config.get("architectures")
+    config, classes = load_config(checkpoint, trusted), checkpoint.config.get("architectures")
     stored = {name: entry.shape for name, entry in checkpoint.tensors.items()}
     name = classes[0] if isinstance(classes, list) and classes else None
     try:
         layout = model_layout(config, layers_per_group, stored or None, name)
         missing = [head for head in layout.head if head not in stored]
         if not stored or not missing or not has_other_head(name):
-            return layout
+            own = runs_own_code(checkpoint, trusted)
+            return replace(layout, code=checkpoint.config_directory) if own else layout
         why = f"{name} has no head over the vocabulary"
     except NotACheckpointError as error:
         if not stored:
@@ -176,7 +199,11 @@ def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> Non
     family, expected_family = checkpoint.config.get("model_type"), layout.config.model_type
     if family != expected_family:
         raise _mismatch("the architecture differs from the base's", where, family, expected_family)
-    config, known = load_config(checkpoint), layout.text_config
+    known = layout.text_config
+    if layout.code is None:
+        config = load_config(checkpoint)
+    else:  # the base's code reads all of them
+        config = type(layout.config).from_dict(dict(checkpoint.config))
     text = config.get_text_config(decoder=True)
     for key in _SIZES:
         hint = _OWN_BASE

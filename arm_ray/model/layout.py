@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arm_ray.model.architecture import (
@@ -16,6 +17,7 @@ from arm_ray.model.architecture import (
     expert_name,
 )
 from arm_ray.model.imports import import_model_classes
+from arm_ray.model.remote_code import load_trusted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -67,6 +69,7 @@ class ModelLayout:
             the other (q, k and v; gate and up).
         no_forward: Why no forward passes can be run; None: they can.
         transposed: Names of the experts' weights that are `[experts, d_in, d_out]`.
+        code: The directory of the model's own code, which is trusted; None: transformers has it.
     """
 
     config: PretrainedConfig
@@ -85,10 +88,11 @@ class ModelLayout:
     blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     no_forward: str | None = None
     transposed: frozenset[str] = frozenset()
+    code: Path | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Sent to an actor, it has transformers imported before its configuration is read there."""
-        return _empty_layout, (), self.__dict__
+        """Sent to an actor, it has imported there what its configuration's class needs."""
+        return _empty_layout, (self.code,), self.__dict__
 
     @property
     def num_layers(self) -> int:
@@ -216,8 +220,10 @@ class ModelLayout:
         )
 
 
-def _empty_layout() -> ModelLayout:
+def _empty_layout(code: Path | None) -> ModelLayout:
     import_model_classes()
+    if code is not None:
+        load_trusted(code)
     return ModelLayout.__new__(ModelLayout)
 
 

@@ -10,18 +10,20 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import open_checkpoint
 from arm_ray.errors import NotACheckpointError
 from arm_ray.model.architecture import architecture_of
+from arm_ray.model.remote_code import load_trusted
 
 
-def loading_problems(directory: Path) -> list[str]:
+def loading_problems(directory: Path, *, trusts_code: bool = False) -> list[str]:
     """What keeps transformers or vLLM from loading a model directory; empty: nothing.
 
     The configuration is read, the class that it names is built on the `meta` device and compared
     with the tables of the weight files, and the tokenizer and the generation settings are loaded.
     Where vLLM is installed, its table of classes is searched, without importing it. No weights are
-    read, and no code of the directory is run.
+    read, and no code of the directory is run unless it is trusted.
 
     Args:
         directory: Of the model.
+        trusts_code: Whether its classes are in it.
 
     Returns:
         A sentence each.
@@ -29,8 +31,12 @@ def loading_problems(directory: Path) -> list[str]:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
-        config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        found = _of_weights(directory, config)
+        config: Any = (
+            load_trusted(directory)
+            if trusts_code
+            else AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        )
+        found = _of_weights(directory, config, trusts_code=trusts_code)
     except Exception as error:  # the library raises many types
         return [f"its configuration or weights cannot be loaded: {_line(error)}"]
     if (directory / "generation_config.json").is_file():
@@ -53,12 +59,12 @@ def loading_problems(directory: Path) -> list[str]:
     return found
 
 
-def _of_weights(directory: Path, config: Any) -> list[str]:
+def _of_weights(directory: Path, config: Any, *, trusts_code: bool) -> list[str]:
     """The same of the class that the configuration names, and its tensors."""
     import transformers
 
     [name] = config.architectures
-    if not hasattr(transformers, name):
+    if not trusts_code and not hasattr(transformers, name):
         return [f"transformers, as it is installed, has no class {name}"]
     found = []
     if not vllm_knows(name):

@@ -20,6 +20,7 @@ from arm_ray.model.architecture import architecture_of
 from arm_ray.model.checks import check_layout
 from arm_ray.model.gate import try_family
 from arm_ray.model.layout import DERIVED, ModelLayout
+from arm_ray.model.remote_code import has_code
 from arm_ray.schedule import BASE
 
 UnknownTensors = Literal["merge", "base", "refuse"]
@@ -133,7 +134,8 @@ def _runnable(layout: ModelLayout, base: Checkpoint) -> tuple[ModelLayout, list[
             where=base.config_directory / "config.json",
             got=why,
             expected="a decoder that gives the same bits run group by group as run whole",
-            hint="merge without calibration: with method.operator task_arithmetic, ties, slerp or "
+            hint=_own_code_hint(base)
+            + "merge without calibration: with method.operator task_arithmetic, ties, slerp or "
             "another that needs no activations, and without the section calibration",
         )
     names = layout.rotated_as(unseen)
@@ -144,6 +146,14 @@ def _runnable(layout: ModelLayout, base: Checkpoint) -> tuple[ModelLayout, list[
         f"without calling their modules: the first is {min(names)}"
     )
     return replace(layout, rotated=layout.rotated - names), [note]
+
+
+def _own_code_hint(base: Checkpoint) -> str:
+    """What to do where the family's code is in the checkpoint."""
+    if not has_code(base.config):
+        return ""
+    family = base.config.get("model_type")
+    return f"if you trust the code in the checkpoint, set trust_remote_code: [{family}]; or "
 
 
 def _count(names: list[str]) -> str:

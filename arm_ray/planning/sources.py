@@ -66,9 +66,9 @@ def open_workload(
         )
     if path is None:
         base = _open_url(config.base, BASE, config)
-        layout = layout_of(base, config.runtime.layers_per_group)
+        layout = layout_of(base, config.runtime.layers_per_group, config.trust_remote_code)
     else:
-        layout, base = _open_base(path, kind, masters, config.runtime.layers_per_group, notes)
+        layout, base = _open_base(path, kind, config, notes)
     checkpoints = {BASE: base}
     others = {candidate_name(i): given for i, given in enumerate(config.candidates)}
     if config.initial_state is not None:
@@ -87,7 +87,9 @@ def open_workload(
     if config.vocabulary == "common":
         checkpoints = with_grown_base(checkpoints, layout.embedding, layout.token_rows)
     if checkpoints[BASE] is not base:
-        layout = layout_of(checkpoints[BASE], config.runtime.layers_per_group)
+        layout = layout_of(
+            checkpoints[BASE], config.runtime.layers_per_group, config.trust_remote_code
+        )
     layout, checkpoints, unknown = check_all(layout, checkpoints, config)
     notes += unknown
     return workload_of(config, layout, checkpoints, tokens_per_sample, units, notes), notes
@@ -212,18 +214,20 @@ def _has_weights(path: Path) -> bool:
 
 
 def _open_base(
-    path: Path, kind: FormatOrAuto, masters: bool, layers_per_group: int, notes: list[str]
+    path: Path, kind: FormatOrAuto, config: MergeConfig, notes: list[str]
 ) -> tuple[ModelLayout, Checkpoint]:
+    layers_per_group, trusted = config.runtime.layers_per_group, config.trust_remote_code
     if not (path / "config.json").is_file() or _has_weights(path):
-        base = _open(path, BASE, kind, masters)  # with its own words for what is missing
-        return layout_of(base, layers_per_group), base
+        # With its own words for what is missing.
+        base = _open(path, BASE, kind, config.precision.masters)
+        return layout_of(base, layers_per_group, trusted), base
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CorruptCheckpointError(
             "base: config.json cannot be read", where=path / "config.json", got=error
         ) from None
-    layout = layout_of(Checkpoint(path, content, {}), layers_per_group)
+    layout = layout_of(Checkpoint(path, content, {}), layers_per_group, trusted)
     name = content.get("dtype") or content.get("torch_dtype") or "bfloat16"
     code = _CODES.get(str(name), "BF16")
     notes.append(f"base: no weights at {path.name}; taken to be stored in {_name(code)}")

@@ -150,12 +150,12 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
             raise error.of(label) from None
     base, per_group = checkpoints[BASE], config.runtime.layers_per_group
     with about(BASE):
-        layout = layout_of(base, per_group)
+        layout = layout_of(base, per_group, config.trust_remote_code)
         if config.vocabulary == "common":
             checkpoints = with_grown_base(checkpoints, layout.embedding, layout.token_rows)
         if checkpoints[BASE] is not base:
             base = checkpoints[BASE]
-            layout = layout_of(base, per_group)
+            layout = layout_of(base, per_group, config.trust_remote_code)
     layout, checkpoints, unknown = check_all(layout, checkpoints, config)
     for label, checkpoint in checkpoints.items():
         with about(label):

@@ -56,6 +56,6 @@ def check_base(config: AttachConfig) -> None:
     """
     try:
         base = open_given(config.merge.base)
-        check_layout(layout_of(base), base, BASE)
+        check_layout(layout_of(base, trusted=config.trusted_families), base, BASE)
     except ArmRayError as error:
         raise error.of("merge.base") from None

@@ -291,6 +291,7 @@ class Publisher:
         states.write_export_index(partial, files)
         dtype = main_dtype(self._inputs.layout, self._inputs.storage_dtypes.__getitem__)
         states.write_companions(partial, self._inputs.model_config(dtype), self._inputs.tokenizer)
-        for problem in loading_problems(partial):
+        is_own = self._inputs.layout.code is not None
+        for problem in loading_problems(partial, trusts_code=is_own):
             self._job.reporter.warn(f"the merged model may not load: {problem}")
         return sum(file.num_bytes for file in files)

@@ -1,7 +1,10 @@
 """Whole merges of mixtures of experts, of models with vision, and of families unknown to anyone."""
 
 import json
+import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from arm_ray.events import read_events
 from arm_ray.model.gate import tiny_model_config
 from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.plan import make_plan
+from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge import run as module
 from arm_ray.runtime.merge.run import MergeOutcome, merge
 from tests.builders.checkpoints import assert_same_bits, load_all
@@ -523,6 +527,80 @@ def test_a_family_that_transformers_does_not_have_is_merged_without_activations(
     assert all(torch.equal(found[name], tensor) for name, tensor in known.items())
     config = json.loads((outcome.model / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("not-a-family", ["OtherForCausalLM"])
+
+
+# A family of its own, that leaves a file where its code is run.
+_OWN_CONFIG = """
+from pathlib import Path
+from transformers import LlamaConfig
+Path({marker!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+"""
+_OWN_MODEL = """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def with_own_code(case: MergeCase, marker: Path) -> None:
+    for directory in (case.root / "base", *case.candidates):
+        (directory / "configuration_own.py").write_text(_OWN_CONFIG.format(marker=str(marker)))
+        (directory / "modeling_own.py").write_text(_OWN_MODEL)
+        file = directory / "config.json"
+        content = json.loads(file.read_text())
+        content |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"]}
+        content["auto_map"] = {
+            "AutoConfig": "configuration_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        }
+        file.write_text(json.dumps(content))
+
+
+def test_code_in_a_checkpoint_is_run_only_where_it_is_trusted_by_name(case: MergeCase) -> None:
+    case.make()
+    known = read(run(case, "known").model or Path())
+    marker = case.root / "code-was-run"
+    with_own_code(case, marker)
+    for trusted in ("[]", "[another]"):
+        with pytest.raises(NotACheckpointError, match="activations cannot be taken") as caught:
+            run(case, "refused", f"trust_remote_code={trusted}")
+        assert "trust_remote_code: [own_llama]" in (caught.value.hint or "")
+        assert not marker.exists()
+    outcome = run(case, "trusted", "trust_remote_code=[own_llama]")
+    assert marker.exists()
+    found = read(outcome.model or Path())
+    assert found.keys() == known.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in known.items())
+    # The result can be loaded as the base could; an engine that is installed may lack the class.
+    assert not [n for n in notes(outcome) if "may not load" in n and "vLLM" not in n]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        outcome.model, trust_remote_code=True
+    )
+    assert type(loaded).__name__ == "OwnForCausalLM"
+
+
+def test_a_layer_shard_runs_the_code_that_is_trusted(case: MergeCase) -> None:
+    """In another process, where the layout is what brings the code along."""
+    case.make()
+    with_own_code(case, case.root / "code-was-run")
+    layout = open_inputs(case.config("trust_remote_code=[own_llama]")).layout
+    program = "import pickle, sys; print(type(pickle.load(sys.stdin.buffer).config).__name__)"
+    printed = subprocess.run(
+        [sys.executable, "-c", program], input=pickle.dumps(layout), capture_output=True, check=True
+    )
+    assert printed.stdout.split() == [b"OwnConfig"]
+
+
+def test_code_of_a_repository_on_the_hub_is_refused(case: MergeCase) -> None:
+    case.make()
+    with_own_code(case, case.root / "code-was-run")
+    file = case.root / "base" / "config.json"
+    file.write_text(file.read_text().replace("modeling_own.Own", "someone/model--modeling_own.Own"))
+    with pytest.raises(NotACheckpointError, match="own code is not all in it"):
+        run(case, "run", "trust_remote_code=[own_llama]")
 
 
 @pytest.mark.parametrize("kind", ["Qwen3ForSequenceClassification", "Qwen3Model"])
