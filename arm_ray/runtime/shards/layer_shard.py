@@ -303,9 +303,7 @@ class LayerShard:
         if columns is not None:
             self._captures.check(plan, group)
         found = self._merging.measure(plan, group, columns, number, facts)
-        self._store.release_unless_resident(group)
-        if columns is None:
-            self._store.unmap(group)
+        self._store.release_unless_resident(group, mapped=columns is None)
         return found
 
     def release_forward(self, chunk: range) -> None:

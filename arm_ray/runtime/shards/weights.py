@@ -200,9 +200,19 @@ class WeightStore:
                 if self.residency == "disk" or not keep(key[0]):
                     del cache[key]
 
-    def release_unless_resident(self, group: int) -> None:
-        """Let go of a group for now: of compute copies, and of what was read from disk."""
+    def release_unless_resident(self, group: int, *, mapped: bool = False) -> None:
+        """Let go of a group for now: of compute copies, and of what was read from disk.
+
+        Args:
+            group: The layer group.
+            mapped: Also of the base and the candidates on a CPU, which are memory-mapped: the page
+                cache keeps what was read of them, and gives it up when others need the memory.
+        """
         if self.residency == "device":
+            if mapped and self.device.type == "cpu":
+                for key in [key for key in self._stored if key[1] == group]:
+                    if iteration_of(key[0]) is None:
+                        del self._stored[key]
             return
         caches = [self._compute]
         if self.residency == "disk":
@@ -210,16 +220,6 @@ class WeightStore:
         for cache in caches:
             for key in [key for key in cache if key[1] == group]:
                 del cache[key]
-
-    def unmap(self, group: int) -> None:
-        """Let go of a group of the base and the candidates where it is only memory-mapped.
-
-        The page cache keeps what was read, and gives it up when others need the memory.
-        """
-        if self.residency == "device" and self.device.type == "cpu":
-            for key in [key for key in self._stored if key[1] == group]:
-                if iteration_of(key[0]) is None:
-                    del self._stored[key]
 
     def _group(self, state: str, group: int) -> dict[str, Tensor]:
         key = (state, group)
