@@ -24,7 +24,9 @@ from arm_ray.storage.mirror import mirror, with_adapter
 from arm_ray.storage.store import Store
 from arm_ray.storage.urls import parse_url
 
-_STEP = re.compile(r"(?:best_)?(?:checkpoint-|global_step_?|step[-_])(\d+)(?:_hf|_universal)?")
+_STEP = re.compile(
+    r"(?:best_)?(?:checkpoint-|global_step_?|step[-_]|iter_)(\d+)(?:_hf|_universal)?"
+)
 _ADAPTER_KEYS = ("r", "lora_alpha", "base_model_name_or_path")
 
 
@@ -184,7 +186,7 @@ def _once(opened: Checkpoint) -> list[TensorEntry]:
     """The tensors, without second names of the same pieces."""
     if not isinstance(opened, ShardedCheckpoint):
         return list(opened.tensors.values())
-    first = {tensor.pieces: name for name, tensor in opened.stored.items()}
+    first = {(tensor.pieces, tensor.part): name for name, tensor in opened.stored.items()}
     return [opened.tensors[name] for name in first.values()]
 
 
