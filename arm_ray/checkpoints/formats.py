@@ -91,7 +91,7 @@ def open_source(
     try:
         kind = find_format(path)[0] if format == "auto" else format
         if kind == "hf":
-            return read_as_bfloat16(open_checkpoint(path))
+            return read_as_bfloat16(open_checkpoint(path, base))
         if kind != "peft":
             return _SHARDED[kind].open(path, base, masters)
         if base is None:
