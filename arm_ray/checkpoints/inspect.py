@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arm_ray.checkpoints.formats import find_format, missing_of, one_line, open_source
+from arm_ray.checkpoints.fp8 import Fp8Checkpoint
 from arm_ray.checkpoints.huggingface import Checkpoint, open_tensors, read_json
 from arm_ray.checkpoints.naming import Format, FormatOrAuto
 from arm_ray.checkpoints.peft import CONFIG_NAME
@@ -152,6 +153,8 @@ def inspect_url(given: str, format: FormatOrAuto, scratch: Path) -> Inspection: 
         opened = open_url(given, None, format, scratch)
     except CheckpointError as error:
         return replace(found, complete=False, reason=one_line(error))
+    if isinstance(opened, Fp8Checkpoint):
+        opened = opened.source
     files = store.files()
     return replace(
         found,

@@ -487,3 +487,27 @@ def test_what_is_planted_among_the_plans_of_ranks_does_not_run(
     with pytest.raises(PickleRefusedError, match=r"posix\.mkdir"):
         open_source(path, bases["qwen2"])
     assert not (tmp_path / "harmed").exists()
+
+
+def test_an_export_of_torchtitan_takes_the_configuration_of_the_base(
+    models: dict[str, PreTrainedModel], bases: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    """Its last step, by the writer of torch that it calls, is safetensors without a config.json."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as write
+
+    model, base = models["qwen3"], bases["qwen3"]
+    expected = weights_of(model)
+    path = tmp_path / "step-20"
+    writer = HuggingFaceStorageWriter(str(path), save_distributed=True, enable_consolidation=True)
+    write(dict(expected), storage_writer=writer, no_dist=True)
+    assert sorted(file.name for file in path.iterdir()) == [
+        "model-00001-of-00001.safetensors", "model.safetensors.index.json", "sharded",
+    ]  # fmt: skip
+    assert find_format(path) == ("hf", "model.safetensors.index.json")
+    opened = open_source(path, base)
+    assert opened.config_directory == base.path
+    found = opened.read(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(NotACheckpointError, match=r"not a model directory(?s:.*)config\.json"):
+        open_source(path)
