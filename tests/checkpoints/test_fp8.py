@@ -19,9 +19,12 @@ from arm_ray.planning.sources import open_workload
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge import run as module
 from arm_ray.runtime.merge.run import merge
+from arm_ray.runtime.shards import files
+from arm_ray.runtime.shards.meter import Meter, RateLimit
 from arm_ray.storage.store import StoredFile
 from tests.builders.checkpoints import assert_same_bits, load_all
 from tests.builders.merge_case import MergeCase
+from tests.builders.shards import DirectShard
 from tests.builders.tensors import gaussian
 
 BLOCK = [16, 32]
@@ -292,3 +295,20 @@ def test_fp8_behind_a_url_is_the_same(
         assert torch.equal(found, here.read([name])[name])
     assert counts == [2 * found.numel() + 2 * 48]
     assert layout_of(there).shapes == layout_of(here).shapes
+
+
+def test_a_node_without_the_files_fetches_weights_and_scales(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = case.make("qwen2.5", dtype=torch.bfloat16).root / "base"
+    write_fp8(base)
+    shard = DirectShard(case.config("method.operator=task_arithmetic"))
+    expected = open_source(base).read(shard.inputs.layout.shapes)
+    fingerprints = shard.inputs.fingerprints
+    # The driver's node has them, and this one does not.
+    there = base.rename(tmp_path / "there")
+    monkeypatch.setattr(files, "NodeDirectory", lambda _origin, _path: Elsewhere(there))
+    given = files.ShardFiles(shard.spec, Meter(), RateLimit(None))
+    moved = given.moved_to("run", None, fingerprints)  # type: ignore[arg-type]
+    found = moved.spec.checkpoints["base"].read(expected)
+    assert_same_bits(found, expected)

@@ -30,6 +30,8 @@ from arm_ray.errors import (
     NotACheckpointError,
     PickleRefusedError,
 )
+from arm_ray.following.layouts import RunWatcher
+from arm_ray.following.snapshots import take
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge import run as module
 from arm_ray.runtime.merge.run import merge
@@ -511,3 +513,35 @@ def test_an_export_of_torchtitan_takes_the_configuration_of_the_base(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with pytest.raises(NotACheckpointError, match=r"not a model directory(?s:.*)config\.json"):
         open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "folder", "weights"),
+    [
+        ("torchtitan", "checkpoint/step-20", ""),
+        ("megatron", "iter_0000020", ""),
+        ("verl", "global_step_20/actor", "dist_ckpt"),
+        ("nemo-rl", "step_20/policy/weights", "iter_0000000"),
+    ],
+)
+def test_what_attach_keeps_of_a_step_is_a_checkpoint(
+    models: dict[str, PreTrainedModel],
+    bases: dict[str, Checkpoint],
+    tmp_path: Path,
+    layout: str,
+    folder: str,
+    weights: str,
+) -> None:
+    model, run = models["qwen3"], tmp_path / "run"
+    write = write_torchtitan if layout == "torchtitan" else write_megatron
+    write(run / folder / weights, weights_of(model), model.config)
+    (run / "latest_checkpointed_iteration.txt").write_text("20")
+    watcher = RunWatcher(run, missing=missing)
+    watcher.scan()
+    [found] = watcher.scan()
+    assert (watcher.layout, found.step, found.complete, found.reason) == (layout, 20, True, "")
+    snapshot, reason = take(found, watcher, tmp_path / "held")
+    assert snapshot is not None, reason
+    shutil.rmtree(run)
+    assert not list(snapshot.path.rglob("common.pt"))
+    assert_read(snapshot.path, bases["qwen3"], weights_of(model))
