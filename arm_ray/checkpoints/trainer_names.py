@@ -7,9 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch.nn import functional
+
+from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.sharded import Part, StoredTensor, Table
 from arm_ray.errors import CorruptCheckpointError, MismatchError, NotACheckpointError
 
+# Format -> whose names it has.
+_TRAINERS = {"megatron": "Megatron", "torchtitan": "torchtitan"}
+_NORM = "model.norm.weight"
+_QUERIES = "model.layers.0.self_attn.q_proj.weight"
 # Name in the files, Hugging Face name, and what of the stored tensor it is.
 Named = tuple[str, str, Part | None]
 
@@ -160,6 +167,75 @@ def unknown_tensor(name: str, trainer: str, path: Path, expected: str) -> Mismat
         expected=expected,
         hint="mixtures of experts and other kinds of attention are not read in this form: convert "
         "the checkpoint to safetensors with the trainer's own tool",
+    )
+
+
+def check_conventions(checkpoint: Checkpoint, base: Checkpoint, where: object) -> None:
+    """Refuse a checkpoint that stores what no name or shape tells in another way than it is read.
+
+    Two settings of trainers do that: rotary pairs that lie side by side or half a head apart, and
+    norms less one. Training moves weights little, so the base's show it: of the first layer's
+    queries and the last norm, what is read must be nearer to the base than what the other way
+    would give.
+
+    Args:
+        checkpoint: A candidate; those that have Hugging Face's names in their files are passed
+            over.
+        base: The base.
+        where: For the message.
+
+    Raises:
+        MismatchError: The other way is nearer.
+    """
+    if checkpoint.kind not in _TRAINERS or base.kind == checkpoint.kind:
+        return
+    trainer = _TRAINERS[checkpoint.kind]
+    names = [name for name in (_NORM, _QUERIES) if name in base.tensors]
+    own, theirs = checkpoint.read(names), base.read(names)
+    if _NORM in names:
+        norm, expected = (float(each[_NORM].float().mean()) for each in (own, theirs))
+        if abs(norm + 1 - expected) < abs(norm - expected):
+            raise _otherwise(
+                "norms",
+                where,
+                f"a mean of {norm:.3f} in {_NORM}",
+                f"about {expected:.3f}, as in the base",
+                f"{trainer} stores them less one (--apply-layernorm-1p)",
+            )
+    if _QUERIES not in names:
+        return
+    rows, expected_rows = own[_QUERIES].double(), theirs[_QUERIES].double()
+    decoder = decoder_of(
+        checkpoint.config, checkpoint.path, trainer, [str(base.config["model_type"])]
+    )
+    heads, half = decoder.heads, decoder.head_dim // 2
+    likeness = {
+        split: float(functional.cosine_similarity(given.flatten(), expected_rows.flatten(), dim=0))
+        for split, given in {
+            (): rows,
+            (half, 2): Part(None, (heads, half, 2), 0, 0, heads, (1, 2)).of(rows),
+            (2, half): Part(None, (heads, 2, half), 0, 0, heads, (1, 2)).of(rows),
+        }.items()
+    }
+    best = max(likeness.values())
+    if best > 2 * abs(likeness[()]) and best > 0.5:
+        raise _otherwise(
+            "rows of the queries",
+            where,
+            f"a cosine of {likeness[()]:.3f} between {_QUERIES} and the base's",
+            f"about {best:.3f}, which another order of the rows of each head gives",
+            f"{trainer} rotates other pairs (--rotary-interleaved), or the model is not of the "
+            f"base's family",
+        )
+
+
+def _otherwise(what: str, where: object, got: str, expected: str, reason: str) -> MismatchError:
+    return MismatchError(
+        f"the {what} of a checkpoint are stored otherwise than they are read",
+        where=where,
+        got=got,
+        expected=expected,
+        hint=f"{reason}: convert the checkpoint to safetensors with the trainer's own tool",
     )
 
 

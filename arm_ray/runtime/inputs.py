@@ -14,6 +14,7 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.formats import open_given
 from arm_ray.checkpoints.fp8 import Fp8Storage
 from arm_ray.checkpoints.huggingface import Checkpoint, open_tensors, resolve_path
+from arm_ray.checkpoints.trainer_names import check_conventions
 from arm_ray.checkpoints.validation import check_tied_head, check_zero_padding
 from arm_ray.checkpoints.vocabulary import GrownBase, with_grown_base
 from arm_ray.checkpoints.weight_file import STORED_DTYPES, TensorSpec
@@ -179,8 +180,10 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
     layout, checkpoints, unknown = check_all(layout, checkpoints, config)
     for label, checkpoint in checkpoints.items():
         with about(label):
+            where = f"{label}: {checkpoint.path}"
+            if label != BASE:
+                check_conventions(checkpoint, checkpoints[BASE], where)
             if layout.tied_copy is not None:
-                where = f"{label}: {checkpoint.path}"
                 check_tied_head(checkpoint, where, layout.embedding, layout.tied_copy)
     check_zero_padding(checkpoints)
     compute, storage = config.precision.compute_dtype, config.precision.storage_dtype

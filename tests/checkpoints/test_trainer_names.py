@@ -545,3 +545,38 @@ def test_what_attach_keeps_of_a_step_is_a_checkpoint(
     shutil.rmtree(run)
     assert not list(snapshot.path.rglob("common.pt"))
     assert_read(snapshot.path, bases["qwen3"], weights_of(model))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "change", "message"),
+    [
+        ("megatron", "norm", r"norms(?s:.*)--apply-layernorm-1p"),
+        ("megatron", "order", r"rows of the queries(?s:.*)--rotary-interleaved"),
+        ("torchtitan", "order", "rows of the queries"),
+    ],
+)
+def test_what_no_name_tells_is_seen_by_the_base(
+    bases: dict[str, Checkpoint], tmp_path: Path, trainer: str, change: str, message: str
+) -> None:
+    base = tiny_model("smollm2", seed=1, num_layers=2)
+    save(base, tmp_path / "base")
+    model = fine_tuned(base, 2)
+    weights = weights_of(model)
+    content = {
+        "base": str(tmp_path / "base"),
+        "candidates": [str(tmp_path / "step-1")],
+        "output": str(tmp_path / "out"),
+        "method": {"operator": "task_arithmetic"},
+    }
+    WRITERS[trainer](tmp_path / "step-1", weights, model.config)
+    open_inputs(parse_merge_config(content))
+    for name, tensor in weights.items():
+        if change == "norm" and "norm" in name:
+            weights[name] = tensor - 1
+        elif change == "order" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            weights[name] = by_neighbours(tensor, 4 if "q_proj" in name else 2)
+    shutil.rmtree(tmp_path / "step-1")
+    WRITERS[trainer](tmp_path / "step-1", weights, model.config)
+    with pytest.raises(MismatchError, match=message) as caught:
+        open_inputs(parse_merge_config(content))
+    assert caught.value.subject == "candidate-1"
