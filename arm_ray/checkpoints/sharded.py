@@ -145,19 +145,20 @@ class ShardedCheckpoint(Checkpoint):
             CorruptCheckpointError: A file is gone, or not what it was.
             PickleRefusedError: A file holds something else by now.
         """
-        found: dict[str, Tensor] = {}
-        # Queries, keys and values may be parts of one stored tensor, which is read once for those
-        # that follow each other.
-        before, loaded = None, torch.empty(0)
+        names = list(names)
+        # Queries, keys and values may be parts of one stored tensor, which is read once for them.
+        sharing: dict[object, list[str]] = {}
         for name in names:
-            part, pieces = self.stored[name].part, self.stored[name].pieces
-            if part is None:
-                found[name] = self._whole(name)
-                continue
-            if before != (pieces, part.layer):
-                before, loaded = (pieces, part.layer), self._whole(name)
-            found[name] = part.of(loaded)
-        return found
+            part = self.stored[name].part
+            key = name if part is None else (self.stored[name].pieces, part.layer)
+            sharing.setdefault(key, []).append(name)
+        found: dict[str, Tensor] = {}
+        for members in sharing.values():
+            whole = self._whole(members[0])
+            for name in members:
+                part = self.stored[name].part
+                found[name] = whole if part is None else part.of(whole)
+        return {name: found[name] for name in names}
 
     @property
     def left_out(self) -> tuple[str, ...]:

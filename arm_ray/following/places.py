@@ -120,11 +120,6 @@ def find_layout(path: Path) -> Layout:
     if iterations := numbered(path, _ITERATION).values():
         known = (each / name for each in iterations for name in _MEGATRON_FILES)
         return "megatron" if any(map(Path.is_file, known)) and not _exports(path) else "slime"
-    if numbered(path / _TITAN_FOLDER, _TITAN_STEP):
-        return "torchtitan"
-    for step in numbered(path, _TITAN_STEP).values():
-        if any(next(step.glob(pattern), None) for pattern in (".metadata", "*.distcp", "sharded")):
-            return "torchtitan"
     if (path / "weights").is_dir() and numbered(path / "weights", _STEP):
         return "prime-rl"
     if any(_UNFINISHED_STEP.fullmatch(name) for name in names):
@@ -144,6 +139,11 @@ def find_layout(path: Path) -> Layout:
         return "openrlhf"
     if any(_CHECKPOINT.fullmatch(name) for name in names):
         return "hf"
+    if numbered(path / _TITAN_FOLDER, _TITAN_STEP):
+        return "torchtitan"
+    for step in numbered(path, _TITAN_STEP).values():
+        if any(next(step.glob(pattern), None) for pattern in (".metadata", "*.distcp", "sharded")):
+            return "torchtitan"
     if steps:
         return "deepspeed"
     if any((path / name / ADAPTER).is_file() for name in names if _ENDS_IN_NUMBER.fullmatch(name)):

@@ -222,9 +222,9 @@ def test_only_the_pieces_of_a_layer_are_read(
     models: dict[str, PreTrainedModel], bases: dict[str, Checkpoint], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    model = models["qwen3"]
+    model = models["qwen2"]
     path = write_megatron(tmp_path / "iter_0000001", weights_of(model), model.config, ranks=2)
-    opened = open_source(path, bases["qwen3"])
+    opened = open_source(path, bases["qwen2"])
     loaded: list[Any] = []
     load = type(opened).load  # type: ignore[attr-defined]
 
@@ -233,10 +233,14 @@ def test_only_the_pieces_of_a_layer_are_read(
         return load(self, file, key)
 
     monkeypatch.setattr(type(opened), "load", counted)
-    names = [f"model.layers.1.self_attn.{kind}_proj.weight" for kind in "qkv"]
-    opened.read(names)
-    # Two ranks' pieces of the one layer, once for the three of them.
-    assert len(loaded) == 2
+    names = [
+        f"model.layers.1.self_attn.{kind}_proj.{end}"
+        for kind in "qkv"
+        for end in ("weight", "bias")
+    ]
+    assert list(opened.read(names)) == names
+    # Two ranks' pieces of the one layer, of weights and biases, once for the three of them.
+    assert len(loaded) == 4
 
 
 def test_where_checkpoints_of_megatron_are_found(

@@ -43,6 +43,7 @@ def nothing_missing(_path: Path) -> None:
         (["iter_0000010/metadata.json", "rollout-10/config.json"], "slime"),
         (["checkpoint/step-10/__0_0.distcp"], "torchtitan"),
         (["step-10/.metadata"], "torchtitan"),
+        (["step-10/.metadata", "checkpoint-10/config.json"], "hf"),
         (["step-10/sharded/shard-00001-model-00001-of-00002.safetensors"], "torchtitan"),
     ],
 )
