@@ -12,15 +12,18 @@ file that says otherwise does not change torch's own; other classes are refused.
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from arm_ray.checkpoints import pickles
+from arm_ray.checkpoints.naming import Format
 from arm_ray.checkpoints.shard_format import ShardFormat
 from arm_ray.checkpoints.sharded import (
     CODES,
@@ -31,9 +34,9 @@ from arm_ray.checkpoints.sharded import (
     Table,
     check_covered,
 )
-from arm_ray.errors import CorruptCheckpointError, NotACheckpointError
+from arm_ray.errors import ArmRayError, CorruptCheckpointError, NotACheckpointError
 
-_METADATA = ".metadata"
+METADATA = ".metadata"
 _PIECES = "__*_*.distcp"
 _ACCELERATE = "pytorch_model_fsdp_0"
 _TORCH = "torch.distributed.checkpoint"
@@ -49,15 +52,23 @@ _RECORDS = (
     f"{_TORCH}.filesystem._StorageInfo",
     f"{_TORCH}.filesystem._StoragePrefix",
     f"{_TORCH}.filesystem.SerializationFormat",
+    # Megatron keeps the plans of all ranks beside the table.
+    f"{_TORCH}.planner.SavePlan",
+    f"{_TORCH}.planner.WriteItem",
+    f"{_TORCH}.planner.WriteItemType",
+    f"{_TORCH}.planner.TensorWriteData",
+    f"{_TORCH}.planner.BytesIOWriteData",
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan",
 )
 # What a trainer saves beside the model, when the model's tensors have no prefix of their own.
-_OTHERS = ("optimizer.", "optim.", "lr_scheduler.", "dataloader.", "train_state.")
+_OTHERS = re.compile(r"(chained_\d+\.)?(optimizer|optim|lr_scheduler|dataloader|train_state)\.")
 
 
 class DcpCheckpoint(ShardedCheckpoint):
     """A distributed checkpoint of torch."""
 
-    kind = "dcp"
+    kind: ClassVar[Format] = "dcp"
 
     def load(self, file: Path, key: Key) -> Any:
         """The piece at a place in a file: its first byte, and their number."""
@@ -69,25 +80,51 @@ class DcpCheckpoint(ShardedCheckpoint):
 
 def find(path: Path) -> Path | None:
     """Where the pieces are: in the path, or where accelerate puts them below it."""
-    for directory in (path, path / _ACCELERATE):
-        if (directory / _METADATA).is_file() or next(directory.glob(_PIECES), None) is not None:
-            return directory
-    return None
+    return next((each for each in (path, path / _ACCELERATE) if is_one(each)), None)
+
+
+def is_one(directory: Path) -> bool:
+    """Whether a directory holds a distributed checkpoint, whole or not, whoever wrote it."""
+    return (directory / METADATA).is_file() or next(directory.glob(_PIECES), None) is not None
+
+
+def names(directory: Path) -> Collection[str]:
+    """Names of everything in a directory's table; empty where there is none that can be read."""
+    try:
+        return list(_table_of(directory / METADATA).state_dict_metadata)
+    except (OSError, ArmRayError, AttributeError, TypeError):
+        return ()
+
+
+def _table_of(file: Path) -> Any:
+    status = file.stat()
+    return _unpickled(file, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+# It is asked for what it is, whose it is, and where the tensors are, one after another.
+@functools.lru_cache(maxsize=2)
+def _unpickled(file: Path, _inode: int, _size: int, _changed: int) -> Any:
+    return pickles.unpickle(file, _known())
 
 
 def read_table(source: Path, _masters: bool = True) -> Table:
     """Where each tensor lies; see `ShardFormat`. Masters are not told apart: it is as it is."""
-    file = source / _METADATA
+    file = source / METADATA
     if not file.is_file():
         raise CorruptCheckpointError(
             "a distributed checkpoint has no table of its tensors",
             where=source,
             got=", ".join(sorted(p.name for p in source.glob(_PIECES))[:4]),
-            expected=_METADATA,
+            expected=METADATA,
             hint="torch writes it last: wait until the checkpoint is complete",
         )
-    metadata = pickles.unpickle(file, _known())
+    metadata = _table_of(file)
     try:
+        entries = {
+            name: found
+            for name, found in metadata.state_dict_metadata.items()
+            if not _OTHERS.match(name)
+        }
         places = {
             (index.fqn, tuple(index.offset)): info
             for index, info in metadata.storage_data.items()
@@ -95,8 +132,8 @@ def read_table(source: Path, _masters: bool = True) -> Table:
         }
         stored = {
             name: _tensor(source, name, found, places)
-            for name, found in metadata.state_dict_metadata.items()
-            if hasattr(found, "chunks") and not name.startswith(_OTHERS)
+            for name, found in entries.items()
+            if hasattr(found, "chunks")
         }
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise CorruptCheckpointError(
@@ -109,7 +146,8 @@ def read_table(source: Path, _masters: bool = True) -> Table:
     _check_sizes(stored, files)
     ranks = {piece.name.removeprefix("__").partition("_")[0] for piece in files}
     facts = {"ranks": len(ranks), "weights": "as the trainer holds them"}
-    return Table(stored, facts, holds_others=True)
+    left = tuple(sorted(entries.keys() - stored.keys()))
+    return Table(stored, facts, holds_others=True, left=left)
 
 
 def _tensor(
@@ -134,7 +172,7 @@ def _tensor(
         if Path(info.relative_path).name != info.relative_path:
             raise CorruptCheckpointError(
                 "the table names a file outside its directory",
-                where=source / _METADATA,
+                where=source / METADATA,
                 got=info.relative_path,
             )
         key = (int(info.offset), int(info.length))
@@ -191,9 +229,9 @@ def _known() -> dict[str, Any]:
 
 FORMAT = ShardFormat(
     DcpCheckpoint,
-    mark=_METADATA,
+    mark=METADATA,
     find=find,
     read=read_table,
     absent="the directory holds no distributed checkpoint of torch",
-    expected=_METADATA,
+    expected=METADATA,
 )

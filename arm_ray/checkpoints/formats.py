@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arm_ray.checkpoints import dcp, fsdp, universal, zero
+from arm_ray.checkpoints import dcp, fsdp, megatron, torchtitan, universal, zero
 from arm_ray.checkpoints.fp8 import read_as_bfloat16
 from arm_ray.checkpoints.huggingface import (
     INDEX_NAME,
@@ -34,12 +34,14 @@ __all__ = [
     "open_source",
     "split_source",
 ]
-# In this order: what is exported is preferred to shards, and a trainer's own files to others made
-# of them.
+# In this order: what is exported is preferred to shards, a trainer's own files to others made of
+# them, and names that are known to those that are taken as they are.
 _SHARDED: dict[Format, ShardFormat] = {
     "zero": zero.FORMAT,
     "universal": universal.FORMAT,
     "fsdp": fsdp.FORMAT,
+    "megatron": megatron.FORMAT,
+    "torchtitan": torchtitan.FORMAT,
     "dcp": dcp.FORMAT,
 }
 
@@ -89,7 +91,7 @@ def open_source(
     try:
         kind = find_format(path)[0] if format == "auto" else format
         if kind == "hf":
-            return read_as_bfloat16(open_checkpoint(path))
+            return read_as_bfloat16(open_checkpoint(path, base))
         if kind != "peft":
             return _SHARDED[kind].open(path, base, masters)
         if base is None:

@@ -106,6 +106,22 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class BareCheckpoint(Checkpoint):
+    """Weight files without a configuration, which another checkpoint's describes.
+
+    Attributes:
+        described: The directory whose `config.json` describes the model.
+    """
+
+    described: Path
+
+    @property
+    def config_directory(self) -> Path:
+        """The other's."""
+        return self.described
+
+
 def resolve_path(path_or_id: str) -> Path:
     """Return a local directory for a path or a Hugging Face hub id, downloading the latter.
 
@@ -148,8 +164,13 @@ def resolve_path(path_or_id: str) -> Path:
         ) from None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, base: Checkpoint | None = None) -> Checkpoint:
     """Read the configuration and the headers of a checkpoint directory.
+
+    Args:
+        path: The directory.
+        base: Whose configuration is taken where weight files have none, as the last step of
+            torchtitan.
 
     Raises:
         NotACheckpointError: It is no directory, cannot be read, or holds no model.
@@ -157,6 +178,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CorruptCheckpointError: A file is missing, truncated or malformed, or the index points
             outside the directory.
     """
+    is_bare = (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists()
+    if base is not None and base.config and is_bare and not (path / "config.json").exists():
+        opened = open_tensors(path)
+        return BareCheckpoint(path, base.config, opened.tensors, base.config_directory)
     return _open(path, _read_config)
 
 

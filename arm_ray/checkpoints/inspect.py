@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arm_ray.checkpoints.formats import find_format, missing_of, one_line, open_source
+from arm_ray.checkpoints.fp8 import Fp8Checkpoint
 from arm_ray.checkpoints.huggingface import Checkpoint, open_tensors, read_json
 from arm_ray.checkpoints.naming import Format, FormatOrAuto
 from arm_ray.checkpoints.peft import CONFIG_NAME
@@ -24,7 +25,9 @@ from arm_ray.storage.mirror import mirror, with_adapter
 from arm_ray.storage.store import Store
 from arm_ray.storage.urls import parse_url
 
-_STEP = re.compile(r"(?:best_)?(?:checkpoint-|global_step_?|step[-_])(\d+)(?:_hf|_universal)?")
+_STEP = re.compile(
+    r"(?:best_)?(?:checkpoint-|global_step_?|step[-_]|iter_)(\d+)(?:_hf|_universal)?"
+)
 _ADAPTER_KEYS = ("r", "lora_alpha", "base_model_name_or_path")
 
 
@@ -150,6 +153,8 @@ def inspect_url(given: str, format: FormatOrAuto, scratch: Path) -> Inspection: 
         opened = open_url(given, None, format, scratch)
     except CheckpointError as error:
         return replace(found, complete=False, reason=one_line(error))
+    if isinstance(opened, Fp8Checkpoint):
+        opened = opened.source
     files = store.files()
     return replace(
         found,
@@ -184,7 +189,7 @@ def _once(opened: Checkpoint) -> list[TensorEntry]:
     """The tensors, without second names of the same pieces."""
     if not isinstance(opened, ShardedCheckpoint):
         return list(opened.tensors.values())
-    first = {tensor.pieces: name for name, tensor in opened.stored.items()}
+    first = {(tensor.pieces, tensor.part): name for name, tensor in opened.stored.items()}
     return [opened.tensors[name] for name in first.values()]
 
 

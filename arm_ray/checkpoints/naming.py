@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from arm_ray.errors import MismatchError
 
-Format = Literal["hf", "zero", "universal", "fsdp", "dcp", "peft"]
+Format = Literal["hf", "zero", "universal", "fsdp", "megatron", "torchtitan", "dcp", "peft"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 # The tensors that have a row for each token.
 EMBEDDING = "model.embed_tokens.weight"
@@ -35,28 +35,31 @@ def split_source(given: str) -> tuple[FormatOrAuto, str]:
     return "auto", given
 
 
-def model_names(names: Iterable[str], path: Path, *, others: bool = False) -> dict[str, str]:
-    """Name in the files -> Hugging Face name, with what wrappers put around it taken off.
+def model_names(
+    names: Iterable[str], path: Path, *, others: bool = False, embedding: str = EMBEDDING
+) -> dict[str, str]:
+    """Name in the files -> the model's name, with what wrappers put around it taken off.
 
     Args:
         names: In the files.
         path: For messages.
         others: Whether names that do not begin as the model's do are left out.
+        embedding: The model's name of its embedding: Hugging Face's, or a trainer's own.
 
     Raises:
         MismatchError: There are two models, or two tensors of the same name.
     """
     plain = {name: ".".join(p for p in name.split(".") if p not in _WRAPPERS) for name in names}
     prefixes = {
-        name.removesuffix(EMBEDDING)
+        name.removesuffix(embedding)
         for name in plain.values()
-        if name == EMBEDDING or name.endswith(f".{EMBEDDING}")
+        if name == embedding or name.endswith(f".{embedding}")
     }
     if len(prefixes) > 1:
         raise MismatchError(
             "the checkpoint holds more than one model",
             where=path,
-            got=" and ".join(sorted(f"{prefix}{EMBEDDING}" for prefix in prefixes)),
+            got=" and ".join(sorted(f"{prefix}{embedding}" for prefix in prefixes)),
             expected="one",
             hint="save the one to merge by itself",
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arm_ray.checkpoints.huggingface import Checkpoint
-from arm_ray.checkpoints.sharded import ShardedCheckpoint, Table, assemble
+from arm_ray.checkpoints.sharded import Rename, ShardedCheckpoint, Table, assemble
 from arm_ray.errors import NotACheckpointError
 
 
@@ -26,6 +26,7 @@ class ShardFormat:
         beside: Where the configuration and tokenizer may be, given the path and what `find` gave.
         hint: What to do where there are none.
         unwritten: What is still to come of a checkpoint that is being written; None: nothing.
+        rename: Gives tensors Hugging Face's names where the trainer has its own; None: it does not.
     """
 
     checkpoint: type[ShardedCheckpoint]
@@ -37,6 +38,7 @@ class ShardFormat:
     beside: Callable[[Path, Path], Sequence[Path]] = lambda path, found: [path, found, found.parent]
     hint: str | None = None
     unwritten: Callable[[Path], str | None] = lambda _found: None
+    rename: Rename | None = None
 
     def open(self, path: Path, base: Checkpoint | None, masters: bool) -> ShardedCheckpoint:
         """Find every tensor. Reads no weights.
@@ -58,7 +60,7 @@ class ShardFormat:
                 self.absent, where=path, expected=self.expected, hint=self.hint
             )
         table, beside = self.read(found, masters), list(self.beside(path, found))
-        return assemble(self.checkpoint, path, table, base, masters, beside)
+        return assemble(self.checkpoint, path, table, base, masters, beside, self.rename)
 
     def missing(self, path: Path) -> str | None:
         """What is missing of the files; None where they are complete.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,50 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a tensor of the model is of a stored one: some of its rows, perhaps in another order.
+
+    The rows are counted by several numbers, `split`, as the digits of a number are. Of one of them
+    a range is taken, and two of them may be exchanged.
+
+    Attributes:
+        layer: Which entry of the stored tensor's first dimension is meant, where trainers store the
+            tensors of all layers as one; None: all of it.
+        split: How the rows are counted, the slowest first; empty: all rows, as they are.
+        axis, begin, end: The range that is taken, of which of these numbers.
+        exchanged: Two of these numbers that change places.
+    """
+
+    layer: int | None = None
+    split: tuple[int, ...] = ()
+    axis: int = 0
+    begin: int = 0
+    end: int = 0
+    exchanged: tuple[int, int] | None = None
+
+    def shape(self, stored: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the part of a stored tensor."""
+        whole = tuple(stored if self.layer is None else stored[1:])
+        if not self.split:
+            return whole
+        counts = [*self.split[: self.axis], self.end - self.begin, *self.split[self.axis + 1 :]]
+        return (math.prod(counts), *whole[1:])
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of a stored tensor, or of the layer that is meant; shares no memory with it."""
+        if not self.split:
+            return tensor
+        rows = tensor.reshape((*self.split, *tensor.shape[1:]))
+        rows = rows.narrow(self.axis, self.begin, self.end - self.begin)
+        if self.exchanged is not None:
+            rows = rows.transpose(*self.exchanged)
+        found = rows.flatten(0, len(self.split) - 1)
+        # A view would keep all of the stored tensor in memory.
+        shares = found.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        return found.clone() if shares else found
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor in pieces, all of them runs or all of them boxes.
 
@@ -58,11 +102,18 @@ class StoredTensor:
         shape: Of the whole.
         code: The dtype of all pieces, as safetensors spells it.
         pieces: Where they are.
+        part: What the tensor is of what the pieces make up; None: all of it.
     """
 
     shape: tuple[int, ...]
     code: str
     pieces: tuple[Run, ...] | tuple[Box, ...]
+    part: Part | None = None
+
+    @property
+    def made_shape(self) -> tuple[int, ...]:
+        """Shape of what is read."""
+        return self.shape if self.part is None else self.part.shape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -94,7 +145,20 @@ class ShardedCheckpoint(Checkpoint):
             CorruptCheckpointError: A file is gone, or not what it was.
             PickleRefusedError: A file holds something else by now.
         """
-        return {name: self._whole(name) for name in names}
+        names = list(names)
+        # Queries, keys and values may be parts of one stored tensor, which is read once for them.
+        sharing: dict[object, list[str]] = {}
+        for name in names:
+            part = self.stored[name].part
+            key = name if part is None else (self.stored[name].pieces, part.layer)
+            sharing.setdefault(key, []).append(name)
+        found: dict[str, Tensor] = {}
+        for members in sharing.values():
+            whole = self._whole(members[0])
+            for name in members:
+                part = self.stored[name].part
+                found[name] = whole if part is None else part.of(whole)
+        return {name: found[name] for name in names}
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -114,7 +178,10 @@ class ShardedCheckpoint(Checkpoint):
         return {piece.file for name in names for piece in self.stored[name].pieces}
 
     def _whole(self, name: str) -> Tensor:
+        """What a tensor is a part of: the stored tensor, or its layer."""
         stored, wanted = self.stored[name], STORED_DTYPES[self.tensors[name].code]
+        if stored.part is not None and stored.part.layer is not None:
+            return self._layer(name, stored.part.layer).to(wanted)
         if len(stored.pieces) == 1:
             [only] = stored.pieces
             return self._part(name, only).reshape(stored.shape).to(wanted)
@@ -128,6 +195,18 @@ class ShardedCheckpoint(Checkpoint):
             else:
                 at = [slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True)]
                 whole[tuple(at)] = part
+        return whole
+
+    def _layer(self, name: str, layer: int) -> Tensor:
+        """One entry of a stored tensor's first dimension; only pieces that lie in it are read."""
+        stored = self.stored[name]
+        whole = torch.empty(stored.shape[1:], dtype=STORED_DTYPES[stored.code])
+        for piece in stored.pieces:
+            assert isinstance(piece, Box), "only boxes are of several layers"
+            index = layer - piece.offsets[0]
+            if 0 <= index < piece.sizes[0]:
+                ends = zip(piece.offsets[1:], piece.sizes[1:], strict=True)
+                whole[tuple(slice(o, o + s) for o, s in ends)] = self._part(name, piece)[index]
         return whole
 
     def _part(self, name: str, piece: Run | Box) -> Tensor:
@@ -187,6 +266,8 @@ class ShardedCheckpoint(Checkpoint):
             digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         for name, tensor in sorted(self.stored.items()):
             digest.update(f"{name}\0{self.tensors[name].code}\0{tensor.shape}\0".encode())
+            if tensor.part is not None:
+                digest.update(f"{tensor.part}\0".encode())
             for piece in tensor.pieces:
                 at = (piece.begin, piece.end) if isinstance(piece, Run) else piece.offsets
                 digest.update(f"{piece.file.name}\0{piece.key}\0{at}\0".encode())
@@ -212,6 +293,11 @@ class Table:
     left: tuple[str, ...] = ()
 
 
+# Table with a trainer's own names, content of `config.json`, path for messages -> table with
+# Hugging Face's names.
+Rename = Callable[[Table, Mapping[str, Any], Path], Table]
+
+
 def assemble(
     kind: type[ShardedCheckpoint],
     path: Path,
@@ -219,6 +305,7 @@ def assemble(
     base: Checkpoint | None,
     masters: bool,
     beside: Sequence[Path],
+    rename: Rename | None = None,
 ) -> ShardedCheckpoint:
     """Make a checkpoint of what was found.
 
@@ -230,14 +317,15 @@ def assemble(
         masters: Whether float32 stays; else it is rounded to the model's dtype, which is what the
             files say, or the configuration.
         beside: Directories that the configuration may be in.
+        rename: For trainers with names of their own; without any configuration, as when a
+            checkpoint is only described, they stay.
 
     Raises:
         NotACheckpointError: There is no configuration, or there are adapters.
-        MismatchError: It is not clear which tensors are the model's.
+        MismatchError: It is not clear which tensors are the model's, or how.
         CorruptCheckpointError: The configuration is malformed.
     """
     check_no_adapter(table.stored, path)
-    named = model_names(table.stored, path, others=table.holds_others)
     found = next((d for d in beside if (d / "config.json").is_file()), None)
     if found is not None:
         config: Mapping[str, Any] = read_json(found / "config.json")
@@ -251,6 +339,11 @@ def assemble(
             hint="copy config.json and the tokenizer of the model that the training began with "
             "into it",
         )
+    if rename is not None and config:
+        table = rename(table, config, path)
+        named = {name: name for name in table.stored}
+    else:
+        named = model_names(table.stored, path, others=table.holds_others)
     usual = _BY_CONFIG.get(str(config.get("dtype") or config.get("torch_dtype")))
     stored, tensors = {}, {}
     for old, name in named.items():
@@ -261,9 +354,10 @@ def assemble(
             raise _not_merged(name, file, code)
         if not masters and code == "F32":
             code = table.codes.get(old) or usual or code
-        size = math.prod(tensor.shape) * STORED_DTYPES[code].itemsize
+        shape = tensor.made_shape
+        size = math.prod(shape) * STORED_DTYPES[code].itemsize
         stored[name] = tensor
-        tensors[name] = TensorEntry(name, code, tensor.shape, file, 0, size)
+        tensors[name] = TensorEntry(name, code, shape, file, 0, size)
     left = (*table.left, *sorted(table.stored.keys() - named.keys()))
     return kind(path, config, tensors, stored, found, masters, table.facts, left)
 

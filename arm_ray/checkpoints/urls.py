@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from arm_ray.checkpoints.fp8 import read_as_bfloat16
 from arm_ray.checkpoints.huggingface import INDEX_NAME, SINGLE_NAME, Checkpoint
 from arm_ray.checkpoints.naming import FormatOrAuto
 from arm_ray.checkpoints.peft import CONFIG_NAME, open_adapter
@@ -59,7 +60,7 @@ def open_url(
                     hint="name the model that it was trained on as the base",
                 )
             return open_adapter(mirror(store, scratch, with_adapter), base)
-        return open_remote(store, mirror(store, scratch))
+        return read_as_bfloat16(open_remote(store, mirror(store, scratch)))
     except CheckpointError as error:
         raise _with_whole_url(error) from None
 

@@ -42,6 +42,8 @@ STORED_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    # Powers of two, as scales; torch 2.7 and later.
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
 }
 _CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
 _LENGTH_BYTES = 8

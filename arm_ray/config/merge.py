@@ -22,6 +22,7 @@ from arm_ray.config.sections import (
     DTypeOrAuto,
     PositiveInt,
     Section,
+    StorageDType,
     TrackingConfig,
 )
 from arm_ray.errors import ConfigError
@@ -99,8 +100,10 @@ class PrecisionConfig(Section):
     compute_dtype: DTypeOrAuto = "auto"
     """Of the forward pass; auto: the base's where the devices multiply it by themselves, else
     float32. A run that goes on elsewhere keeps it."""
-    storage_dtype: DTypeOrAuto = "auto"
-    """Of the final model; auto: each tensor as in the base."""
+    storage_dtype: StorageDType = "auto"
+    """Of the final model; auto: each tensor as in the base, and bfloat16 for what that has in FP8.
+    float8_e4m3fn: the weights that the base has in FP8 with a scale for each block are quantised so
+    again, and the others are as in the base."""
     masters: bool = True
     """Read float32 masters where a checkpoint has them, as DeepSpeed's and FSDP's shards do; false:
     the weights in the model's own dtype."""

@@ -13,6 +13,7 @@ from arm_ray.storage.urls import is_url
 
 PositiveInt = Annotated[int, Field(ge=1)]
 DTypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
+StorageDType = Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"]
 
 
 def _no_url(value: Any) -> Any:

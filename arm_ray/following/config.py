@@ -48,6 +48,8 @@ class RunConfig(Section):
         "prime-rl",
         "nemo-rl",
         "slime",
+        "megatron",
+        "torchtitan",
     ] = "auto"
     """How the trainer lays its checkpoints out; auto: as the directory looks."""
     kind: Literal["auto", "hf", "actor"] = "auto"

@@ -13,7 +13,9 @@
 | `nemo-rl` | `step_N/policy/weights/` | nothing changes; until then it is `tmp_step_N/` |
 | `slime`, kind `hf` | any directory that ends in N and has a `config.json` | \
 `model.safetensors.index.json` is there, and nothing changes |
-| `slime`, kind `actor` | `iter_N/` | N <= the tracker's, nothing changes |
+| `slime`, kind `actor`, `megatron` | `iter_N/` | N <= the tracker's, nothing changes |
+| `torchtitan` | `checkpoint/step-N/` or `step-N/` | `.metadata`, or the index of an export, is \
+there, and nothing changes |
 
 And always: every weight file is there and whole. "Nothing changes" compares two looks: files, sizes
 and times are as they were at the look before. No clock is trusted.
@@ -55,15 +57,18 @@ _COMPANIONS = (
     "latest_universal",
     "fsdp_config.json", _DCP_METADATA, places.STABLE, _TOKENIZER, "tokenizer_config.json",
     "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-    "chat_template.json",
+    "chat_template.json", "metadata.json",
 )  # fmt: skip
 _COMPANION_ENDINGS = (".index.json", ".model", ".jinja", ".tiktoken")
 # Weights by their endings, but of the optimizer, or of no use for a merge.
 _NEVER = (
     "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "training_args.bin",
-    "exp_avg.pt", "exp_avg_sq.pt", "step.pt", "rng.pt",
+    "exp_avg.pt", "exp_avg_sq.pt", "step.pt", "rng.pt", "common.pt",
 )  # fmt: skip
-_NEVER_PREFIXES = ("rng_state", "optim_world_size_", "extra_state_world_size_", "optimizer_0/")
+_NEVER_PREFIXES = (
+    "rng_state", "optim_world_size_", "extra_state_world_size_", "optimizer_0/",
+    "sharded/",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,10 @@ class RunWatcher:
             # Whichever comes first: exports and shards are never mixed.
             self._kind = places.slime_kind(self._path)
             if self._kind == "auto":
-                reason = "shards of Megatron are not read; have slime export with --save-hf"
+                reason = (
+                    "shards of Megatron's older form (mp_rank_…) are not read; save with "
+                    "--ckpt-format torch_dist, or have slime export with --save-hf"
+                )
                 return _waiting(places.slime_shards(self._path), reason)
         if self._layout == "openrlhf" and self._kind == "auto":
             self._kind = self._find_kind()
@@ -257,6 +265,8 @@ class RunWatcher:
             "openrlhf": places.METRIC,
             "prime-rl": places.STABLE,
         }
+        if self._layout == "torchtitan":
+            return files.get(_DCP_METADATA) or files.get(_INDEX)
         exported = {"openrlhf": _TOKENIZER, "slime": _INDEX}
         known = {**names, **exported} if self._kind == "hf" else names
         return files.get(known.get(self._layout, ""))
@@ -264,7 +274,8 @@ class RunWatcher:
     @property
     def _is_tracked(self) -> bool:
         """Whether a file of the run says which step is complete."""
-        return self._layout == "verl" or (self._layout == "slime" and self._kind != "hf")
+        is_slime = self._layout == "slime" and self._kind != "hf"
+        return self._layout in ("verl", "megatron") or is_slime
 
     def _half_rewritten(
         self, step: int, marker: Identity | None, files: Mapping[str, Identity]
@@ -298,6 +309,8 @@ class RunWatcher:
             return f"no {places.ADAPTER}"
         elif self._layout == "prime-rl" and places.STABLE not in files:
             return f"no {places.STABLE}"
+        elif self._layout == "torchtitan" and not {_DCP_METADATA, _INDEX} & files.keys():
+            return f"no {_DCP_METADATA}"
         elif self._layout == "slime" and self._kind == "hf" and _INDEX not in files:
             return f"no {_INDEX}"
         elif self._is_tracked:
@@ -310,7 +323,8 @@ class RunWatcher:
             self._writes_metrics = self._writes_metrics or places.METRIC in files
             if self._writes_metrics and places.METRIC not in files:
                 return f"no {places.METRIC}"
-        return _unnamed(files)
+        # What torchtitan exports at the end has no configuration: it is read with the base's.
+        return _unnamed(files, needs_config=self._layout != "torchtitan")
 
     def _read_tracker(self) -> None:
         """Read the tracker, which may be empty for a moment; it never goes back."""
@@ -336,7 +350,7 @@ def _waiting(directories: Mapping[int, Path], reason: str) -> list[Found]:
     return [Found(step, path, False, reason, "") for step, path in found]
 
 
-def _unnamed(files: Mapping[str, Identity]) -> str | None:
+def _unnamed(files: Mapping[str, Identity], *, needs_config: bool) -> str | None:
     """What the names of the files that are there say is missing."""
     for name in files:
         if match := _VERL_SHARD.fullmatch(name):
@@ -351,6 +365,8 @@ def _unnamed(files: Mapping[str, Identity]) -> str | None:
                     return f"no {expected}"
             if f"{match[1]}{match[4]}.index.json" not in files:
                 return f"no {match[1]}{match[4]}.index.json"
+    if not needs_config:
+        return None
     models = [n for n in files if "/" not in n and n.endswith(".safetensors")]
     if any("adapter" not in name for name in models) and "config.json" not in files:
         return "no config.json"

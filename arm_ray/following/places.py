@@ -10,7 +10,18 @@ from typing import Literal
 from arm_ray.errors import ConfigError
 
 Layout = Literal[
-    "auto", "hf", "trl", "openrlhf", "verl", "deepspeed", "peft", "prime-rl", "nemo-rl", "slime"
+    "auto",
+    "hf",
+    "trl",
+    "openrlhf",
+    "verl",
+    "deepspeed",
+    "peft",
+    "prime-rl",
+    "nemo-rl",
+    "slime",
+    "megatron",
+    "torchtitan",
 ]
 Kind = Literal["auto", "hf", "actor"]
 VERL_TRACKER = "latest_checkpointed_iteration.txt"
@@ -25,8 +36,13 @@ _STEP = re.compile(r"step_(\d+)")
 _UNFINISHED_STEP = re.compile(r"tmp_step_(\d+)")
 _ITERATION = re.compile(r"iter_(\d+)")
 _EXPORT = re.compile(r"(?!iter_\d+$).*?(\d+)")
-# Only in checkpoints of Megatron.
-_MEGATRON_FILE = "common.pt"
+# In a distributed checkpoint of Megatron, by its age.
+_MEGATRON_FILES = ("common.pt", "metadata.json")
+# In one of its older form: a folder for each rank.
+_MEGATRON_RANKS = "mp_rank_*"
+# torchtitan's folder of checkpoints in that of the run, by default.
+_TITAN_FOLDER = "checkpoint"
+_TITAN_STEP = re.compile(r"step-(\d+)")
 _ENDS_IN_NUMBER = re.compile(r".*?(\d+)")
 # Below a step of NeMo-RL: what it writes first, and where the policy's weights are, exported in one
 # piece, exported, or in shards.
@@ -51,7 +67,7 @@ def directories(path: Path, layout: Layout, kind: Kind) -> dict[int, Path]:
         return numbered(path, _GLOBAL_STEP)
     if layout == "verl":
         steps = numbered(path, _VERL_STEP)
-        return {s: p / "actor" if (p / "actor").is_dir() else p for s, p in steps.items()}
+        return {s: _verl_weights(p) for s, p in steps.items()}
     if layout == "prime-rl":
         weights = path / "weights"
         return numbered(weights if weights.is_dir() else path, _STEP)
@@ -60,9 +76,22 @@ def directories(path: Path, layout: Layout, kind: Kind) -> dict[int, Path]:
             s: next((p / name for name in _NEMO_WEIGHTS if (p / name).is_dir()), p)
             for s, p in numbered(path, _STEP).items()
         }
+    if layout == "megatron":
+        return numbered(path, _ITERATION)
+    if layout == "torchtitan":
+        folder = path / _TITAN_FOLDER
+        return numbered(folder if folder.is_dir() else path, _TITAN_STEP)
     if layout == "slime":
         return _exports(path) if kind == "hf" else numbered(path, _ITERATION)
     return openrlhf_exports(path) if kind == "hf" else openrlhf_shards(path)
+
+
+def _verl_weights(step: Path) -> Path:
+    """Where verl has a step's weights: with Megatron it may export them, and shard the rest."""
+    actor = step / "actor" if (step / "actor").is_dir() else step
+    export = actor / "huggingface"
+    is_exported = (actor / "dist_ckpt").is_dir() and any(export.glob("*.safetensors"))
+    return export if is_exported else actor
 
 
 def openrlhf_exports(path: Path) -> dict[int, Path]:
@@ -88,8 +117,9 @@ def find_layout(path: Path) -> Layout:
         names = sorted(entry.name for entry in os.scandir(path))
     except OSError:
         return "auto"
-    if any(_ITERATION.fullmatch(name) for name in names):
-        return "slime"
+    if iterations := numbered(path, _ITERATION).values():
+        known = (each / name for each in iterations for name in _MEGATRON_FILES)
+        return "megatron" if any(map(Path.is_file, known)) and not _exports(path) else "slime"
     if (path / "weights").is_dir() and numbered(path / "weights", _STEP):
         return "prime-rl"
     if any(_UNFINISHED_STEP.fullmatch(name) for name in names):
@@ -109,6 +139,11 @@ def find_layout(path: Path) -> Layout:
         return "openrlhf"
     if any(_CHECKPOINT.fullmatch(name) for name in names):
         return "hf"
+    if numbered(path / _TITAN_FOLDER, _TITAN_STEP):
+        return "torchtitan"
+    for step in numbered(path, _TITAN_STEP).values():
+        if any(next(step.glob(pattern), None) for pattern in (".metadata", "*.distcp", "sharded")):
+            return "torchtitan"
     if steps:
         return "deepspeed"
     if any((path / name / ADAPTER).is_file() for name in names if _ENDS_IN_NUMBER.fullmatch(name)):
@@ -123,7 +158,7 @@ def find_layout(path: Path) -> Layout:
             got=", ".join(weights[:4]),
             expected="the directory above: with checkpoint-N (transformers, TRL), global_stepN_hf "
             "or _actor (OpenRLHF), global_step_N (verl), global_stepN (DeepSpeed), step_N "
-            "(prime-rl, NeMo-RL), iter_N (slime)",
+            "(prime-rl, NeMo-RL), iter_N (slime, Megatron), step-N (torchtitan)",
         )
     return "auto"
 
@@ -143,7 +178,7 @@ def slime_kind(path: Path) -> Kind:
     if _exports(path):
         return "hf"
     iterations = numbered(path, _ITERATION).values()
-    is_readable = any(not (each / _MEGATRON_FILE).is_file() for each in iterations)
+    is_readable = any(next(each.glob(_MEGATRON_RANKS), None) is None for each in iterations)
     return "actor" if is_readable else "auto"
 
 

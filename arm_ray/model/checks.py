@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from arm_ray.checkpoints.fp8 import Fp8Checkpoint, Fp8Storage
 from arm_ray.checkpoints.huggingface import Checkpoint, check_codes
+from arm_ray.checkpoints.vocabulary import GrownBase
 from arm_ray.checkpoints.weight_file import DTYPES
+from arm_ray.config import StorageDType
 from arm_ray.errors import (
     ArmRayError,
+    ConfigError,
     CorruptCheckpointError,
     MismatchError,
     NotACheckpointError,
@@ -94,7 +98,7 @@ def load_config(checkpoint: Checkpoint, trusted: Collection[str] = ()) -> Pretra
             where=where,
             expected="weights in float32, bfloat16 or float16",
             hint="merge the full-precision checkpoints, and quantise the result; FP8 with a scale "
-            "for each block (weight_block_size) is read from directories and hub ids",
+            "for each block (weight_block_size) is read",
         )
     if not isinstance(family, str):
         raise NotACheckpointError(
@@ -274,6 +278,51 @@ def _mismatch(
 def base_dtype(layout: ModelLayout, base: Checkpoint) -> torch.dtype:
     """The dtype that most of the base's rotated weights are stored in."""
     return main_dtype(layout, lambda name: DTYPES[base.tensors[name].code])
+
+
+def fp8_storage(base: Checkpoint, storage: StorageDType) -> Fp8Storage | None:
+    """How the base stores weights in FP8, where the merged model is to do so too.
+
+    Args:
+        base: The base, perhaps with rows that its candidates have added.
+        storage: `precision.storage_dtype`.
+
+    Raises:
+        ConfigError: It is asked for, and the base has none.
+    """
+    if storage != "float8_e4m3fn":
+        return None
+    stored = base.base if isinstance(base, GrownBase) else base
+    if not isinstance(stored, Fp8Checkpoint) or not stored.quantised:
+        raise ConfigError(
+            "the base has no weights in FP8, so it is not known which ones are to be quantised",
+            where="precision.storage_dtype",
+            got=f"float8_e4m3fn, with the base {base.path}",
+            expected="a base with quant_method fp8 and weight_block_size in its config.json",
+            hint="set it to auto, and quantise the merged model (transformers: "
+            "FineGrainedFP8Config; or llm-compressor)",
+        )
+    return stored.storage
+
+
+def storage_dtypes(
+    layout: ModelLayout, base: Checkpoint, storage: StorageDType
+) -> dict[str, torch.dtype]:
+    """Name -> dtype that the final model is written in.
+
+    Weights that become FP8 are written in float32 at first, so that they are rounded once.
+
+    Raises:
+        ConfigError: As `fp8_storage`.
+    """
+    fp8 = fp8_storage(base, storage)
+    if fp8 is None and storage != "auto":
+        return dict.fromkeys(layout.shapes, getattr(torch, storage))
+    low = frozenset[str]() if fp8 is None else fp8.names
+    return {
+        name: torch.float32 if name in low else DTYPES[base.tensors[name].code]
+        for name in layout.shapes
+    }
 
 
 def main_dtype(layout: ModelLayout, of: Callable[[str], torch.dtype]) -> torch.dtype:

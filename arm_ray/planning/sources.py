@@ -22,7 +22,7 @@ from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, CorruptCheckpointError, NotACheckpointError
 from arm_ray.hardware import Units
-from arm_ray.model.checks import base_dtype, layout_of
+from arm_ray.model.checks import base_dtype, layout_of, storage_dtypes
 from arm_ray.model.layout import ModelLayout
 from arm_ray.model.unknown import check_all
 from arm_ray.planning.workload import Workload
@@ -122,6 +122,11 @@ def workload_of(
         for label, c in checkpoints.items()
     }
     storage = config.precision.storage_dtype
+    if storage == "float8_e4m3fn":
+        notes.append(
+            "precision.storage_dtype: weights that become FP8 are written in float32 at first, and "
+            "count so"
+        )
     samples, tokens = _calibration(config, tokens_per_sample, notes)
     if not config.method.is_plain_sum:
         notes.append(
@@ -131,7 +136,7 @@ def workload_of(
     return Workload(
         layout,
         dtypes,
-        dtypes[BASE] if storage == "auto" else dict.fromkeys(layout.shapes, _dtype(storage)),
+        storage_dtypes(layout, checkpoints[BASE], storage),
         _compute_dtype(config, base_dtype(layout, checkpoints[BASE]), units, notes),
         config.schedule,
         samples,

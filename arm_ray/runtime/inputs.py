@@ -12,13 +12,23 @@ import torch
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.formats import open_given
+from arm_ray.checkpoints.fp8 import Fp8Storage
 from arm_ray.checkpoints.huggingface import Checkpoint, open_tensors, resolve_path
+from arm_ray.checkpoints.trainer_names import check_conventions
 from arm_ray.checkpoints.validation import check_tied_head, check_zero_padding
 from arm_ray.checkpoints.vocabulary import GrownBase, with_grown_base
-from arm_ray.checkpoints.weight_file import DTYPES, STORED_DTYPES, TensorSpec
+from arm_ray.checkpoints.weight_file import STORED_DTYPES, TensorSpec
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError, ConfigError, NotACheckpointError, about
-from arm_ray.model.checks import base_dtype, check_tensors, derived_tensors, layout_of
+from arm_ray.model.checks import (
+    base_dtype,
+    check_tensors,
+    derived_tensors,
+    fp8_storage,
+    layout_of,
+    main_dtype,
+    storage_dtypes,
+)
 from arm_ray.model.layout import ModelLayout
 from arm_ray.model.unknown import check_all
 from arm_ray.schedule import BASE, INITIAL, candidate_name
@@ -44,6 +54,7 @@ class MergeInputs:
         second_moments: Name of a candidate -> its second moments; empty unless configured.
         unknown: What becomes of tensors that the model does not have: a sentence each.
         carried: The base's that are taken over; None: none.
+        fp8: How weights of the final model are stored in FP8; None: none are.
     """
 
     checkpoints: Mapping[str, Checkpoint]
@@ -54,6 +65,7 @@ class MergeInputs:
     second_moments: Mapping[str, Checkpoint]
     unknown: tuple[str, ...] = ()
     carried: states.Carried | None = None
+    fp8: Fp8Storage | None = None
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -111,6 +123,15 @@ class MergeInputs:
             return names
         return [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
 
+    @property
+    def final_config(self) -> dict[str, Any]:
+        """Content of `config.json` of the final model."""
+        if self.fp8 is None:
+            dtypes = self.storage_dtypes
+            return self.model_config(main_dtype(self.layout, dtypes.__getitem__))
+        quantised = {"quantization_config": dict(self.fp8.base.settings)}
+        return {**self.model_config(torch.bfloat16), **quantised}
+
     def model_config(self, dtype: torch.dtype) -> dict[str, Any]:
         """Content of `config.json` for weights in `dtype`; everything else as in the base."""
         config: dict[str, Any] = copy.deepcopy(dict(self.checkpoints[BASE].config))
@@ -159,8 +180,10 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
     layout, checkpoints, unknown = check_all(layout, checkpoints, config)
     for label, checkpoint in checkpoints.items():
         with about(label):
+            where = f"{label}: {checkpoint.path}"
+            if label != BASE:
+                check_conventions(checkpoint, checkpoints[BASE], where)
             if layout.tied_copy is not None:
-                where = f"{label}: {checkpoint.path}"
                 check_tied_head(checkpoint, where, layout.embedding, layout.tied_copy)
     check_zero_padding(checkpoints)
     compute, storage = config.precision.compute_dtype, config.precision.storage_dtype
@@ -168,14 +191,12 @@ def open_inputs(config: MergeConfig) -> MergeInputs:
         checkpoints,
         layout,
         base_dtype(layout, base) if compute == "auto" else _DTYPE_BY_NAME[compute],
-        {
-            name: DTYPES[base.tensors[name].code] if storage == "auto" else _DTYPE_BY_NAME[storage]
-            for name in layout.shapes
-        },
+        storage_dtypes(layout, base, storage),
         _tokenizer_source(config, checkpoints),
         _open_second_moments(config, layout),
         tuple(unknown),
         _carried(layout, base),
+        fp8_storage(base, storage),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from arm_ray.checkpoints.huggingface import open_checkpoint
 from arm_ray.checkpoints.peft_file import WEIGHTS_NAME
@@ -19,6 +20,7 @@ from arm_ray.config import parse_merge_config
 from arm_ray.errors import ArmRayError
 from arm_ray.runtime.inputs import open_inputs
 from tests.builders.adapters import factors, write_adapter
+from tests.builders.trainer_names import write_megatron, write_torchtitan
 
 CASES = {
     "zero-2-tied": "checkpoint-2",
@@ -26,8 +28,11 @@ CASES = {
     "universal-1-tied": "",
     "fsdp-1d-tied": "global_step_7",
     "dcp-tied": "step-3",
+    "torchtitan": "step-3",
+    "megatron": "iter_0000003",
     "peft": "",
 }
+WRITERS = {"torchtitan": write_torchtitan, "megatron": write_megatron}
 PARTS = st.sampled_from(
     ["model", "layers", "0", "7", "mtp", "visual", "q_proj", "rotary_emb", "inv_freq", "weight",
      "bias", "num_batches_tracked", "embed_tokens", "_extra_state"]
@@ -51,7 +56,7 @@ def add(root: Path, kind: str, name: str, tensor: Tensor) -> None:
         # The first rank's: a tensor of the module that no optimizer has.
         file = sorted(root.rglob("*mp_rank_00_model_states.pt"))[0]
         _rewrite_pickle(file, name, tensor, "module")
-    elif kind.startswith("dcp"):
+    elif kind.startswith("dcp") or kind in WRITERS:
         _rewrite_dcp(root, name, tensor)
     else:
         tensors = load_file(root / WEIGHTS_NAME)
@@ -72,14 +77,20 @@ def _rewrite_dcp(root: Path, name: str, tensor: Tensor) -> None:
     }
     assume(name not in state)
     dcp.load(state, checkpoint_id=directory, no_dist=True)
-    shutil.rmtree(directory)
+    for file in (metadata, *directory.glob("*.distcp")):
+        file.unlink()
     dcp.save({**state, name: tensor}, checkpoint_id=directory, no_dist=True)
 
 
 @pytest.fixture(scope="module")
 def sources(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {kind: shards / kind for kind in CASES if kind != "peft"}
+    own = (*WRITERS, "peft")
+    found = {kind: shards / kind for kind in CASES if kind not in own}
     base = open_checkpoint(shards / "base-tied")
+    config, weights = AutoConfig.from_pretrained(base.path), base.read(base.tensors)
+    for kind, write in WRITERS.items():
+        found[kind] = tmp_path_factory.mktemp(kind)
+        write(found[kind] / CASES[kind], weights, config)
     found["peft"] = write_adapter(
         tmp_path_factory.mktemp("peft") / "adapter",
         factors(base, "model.layers.0.self_attn.q_proj", 4),

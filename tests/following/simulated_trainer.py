@@ -29,6 +29,7 @@ class Shape:
         weights: Names of the weight files, below the folder's part that is watched.
         before, after: Other files, written before and after the weights; the last is the marker.
         how: In what ways weights are written.
+        others_how: In what ways the other files are.
         sibling: Another folder of each step, with other weights, written first.
         tracker: Name of the file of the run that names the newest step.
         rotates_first: Whether old steps are removed before the new one is written.
@@ -41,6 +42,7 @@ class Shape:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     how: tuple[str, ...] = ("rename", "grow", "preallocate")
+    others_how: tuple[str, ...] = ("grow", "rename")
     kind: Kind = "auto"
     sibling: str | None = None
     tracker: str | None = None
@@ -110,6 +112,24 @@ SHAPES = {
     "slime-fsdp": Shape(
         "auto", "iter_{n:07d}", ("__0_0.distcp", "__1_0.distcp"), (), (".metadata", "meta.json"),
         how=("grow",), tracker="latest_checkpointed_iteration.txt",
+    ),
+    "megatron": Shape(
+        "auto", "iter_{n:07d}", ("__0_0.distcp", "__1_0.distcp"),
+        (), ("common.pt", ".metadata", "metadata.json"),
+        how=("grow",), tracker="latest_checkpointed_iteration.txt",
+    ),
+    "verl-megatron": Shape(
+        "auto", "global_step_{n}/actor", ("dist_ckpt/__0_0.distcp", "dist_ckpt/__1_0.distcp"),
+        (), ("dist_ckpt/.metadata", "dist_ckpt/metadata.json", "huggingface/config.json"),
+        how=("grow",), tracker="latest_checkpointed_iteration.txt", rotates_first=True,
+    ),
+    # torch itself renames its table into place.
+    "torchtitan": Shape(
+        "auto", "checkpoint/step-{n}", ("__0_0.distcp", "__1_0.distcp"), (), (".metadata",),
+        how=("grow",), others_how=("rename",),
+    ),
+    "torchtitan-hf": Shape(
+        "torchtitan", "step-{n}", _SHARDS, (), ("model.safetensors.index.json",), how=("grow",)
     ),
     "peft": Shape(
         "auto", "adapter-{n}", ("adapter_model.safetensors",), (), ("adapter_config.json",)
@@ -218,7 +238,7 @@ class Trainer:
             if name == last:
                 # With the last file's last byte it is whole, before we are asked for more.
                 self.finished.setdefault(step, {})[attempt] = meant
-            how = self._how if name in shape.weights else self.rng.choice(["grow", "rename"])
+            how = self._how if name in shape.weights else self.rng.choice(shape.others_how)
             yield from self._put(folder / name, meant[name], how)
         if folder != whole:
             shutil.rmtree(whole.parents[1], ignore_errors=True)

@@ -18,7 +18,7 @@ from arm_ray.following.layouts import RunWatcher
 from arm_ray.following.snapshots import Snapshot, changed, take
 from tests.following.simulated_trainer import SHAPES, Trainer, missing
 
-INTERLEAVINGS = 320
+INTERLEAVINGS = 400
 ROUNDS = 90
 
 

@@ -38,6 +38,13 @@ def nothing_missing(_path: Path) -> None:
         (["tmp_step_10/training_info.json"], "nemo-rl"),
         (["iter_0000010/.metadata", "latest_checkpointed_iteration.txt"], "slime"),
         (["rollout-10/config.json"], "slime"),
+        (["iter_0000010/metadata.json"], "megatron"),
+        (["iter_0000010/common.pt"], "megatron"),
+        (["iter_0000010/metadata.json", "rollout-10/config.json"], "slime"),
+        (["checkpoint/step-10/__0_0.distcp"], "torchtitan"),
+        (["step-10/.metadata"], "torchtitan"),
+        (["step-10/.metadata", "checkpoint-10/config.json"], "hf"),
+        (["step-10/sharded/shard-00001-model-00001-of-00002.safetensors"], "torchtitan"),
     ],
 )
 def test_a_layout_is_found(tmp_path: Path, files: list[str], layout: str) -> None:
@@ -126,7 +133,7 @@ def test_exports_and_shards_of_slime_are_never_mixed(tmp_path: Path) -> None:
 
 
 def test_shards_of_megatron_do_not_keep_slime_from_its_exports(tmp_path: Path) -> None:
-    write(tmp_path / "iter_0000010/common.pt")
+    write(tmp_path / "iter_0000010/mp_rank_00/model_optim_rng.pt")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
     watcher = RunWatcher(tmp_path, missing=nothing_missing)
     for _ in range(2):
@@ -148,6 +155,39 @@ def test_a_step_of_prime_rl_is_whole_with_its_marker(tmp_path: Path) -> None:
     write(tmp_path / "weights/step_20/STABLE")
     assert [found.complete for found in watcher.scan()] == [False]
     assert [found.complete for found in watcher.scan()] == [True]
+
+
+def test_weights_that_verl_exports_beside_the_shards_of_megatron(tmp_path: Path) -> None:
+    write(tmp_path / "global_step_10/actor/dist_ckpt/__0_0.distcp")
+    write(tmp_path / "global_step_10/actor/huggingface/config.json", "{}")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    watcher = RunWatcher(tmp_path, missing=nothing_missing)
+    assert [found.path.name for found in watcher.scan()] == ["actor"]
+    write(tmp_path / "global_step_10/actor/huggingface/model.safetensors")
+    watcher.scan()
+    assert [(f.path.name, f.complete) for f in watcher.scan()] == [("huggingface", True)]
+
+
+def test_the_last_step_of_torchtitan_is_an_export_without_a_configuration(tmp_path: Path) -> None:
+    for step in (10, 20):
+        write(tmp_path / f"checkpoint/step-{step}/__0_0.distcp")
+    write(tmp_path / "checkpoint/step-10/.metadata")
+    write(tmp_path / "checkpoint/step-30/sharded/shard-00001-model-00001-of-00002.safetensors")
+    write(tmp_path / "checkpoint/step-30/model-00001-of-00001.safetensors")
+    watcher = RunWatcher(tmp_path, missing=nothing_missing)
+    watcher.scan()
+    reasons = ["", "no .metadata", "no .metadata"]
+    assert [found.reason for found in watcher.scan()] == reasons
+    write(tmp_path / "checkpoint/step-30/model.safetensors.index.json", "{}")
+    watcher.scan()
+    last = watcher.scan()[-1]
+    assert last.complete
+    # What it was put together from is not needed.
+    assert not [name for name in last.files if name.startswith("sharded")]
+    # An old table beside new pieces: the step is being written again.
+    write(tmp_path / "checkpoint/step-10/__0_0.distcp", "other")
+    for _ in range(2):
+        assert watcher.scan()[0].reason == "it is being written again"
 
 
 def test_the_end_of_a_run(tmp_path: Path) -> None:

@@ -11,11 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from arm_ray.calibration.files import index_file
 from arm_ray.calibration.sources import find_source
 from arm_ray.checkpoints.formats import open_given
+from arm_ray.checkpoints.fp8 import quantised
 from arm_ray.checkpoints.huggingface import Checkpoint, resolve_path
+from arm_ray.checkpoints.inspect import inspect_url
 from arm_ray.checkpoints.peft import AdaptedCheckpoint
 from arm_ray.cli import main
 from arm_ray.errors import (
@@ -67,6 +70,31 @@ def test_a_model_is_read_by_range(bucket: str, model: Path, tmp_path: Path) -> N
     assert (source.path, source.weights) == (str(found.path), url)
     Store(url).write("config.json", (model / "config.json").read_bytes() + b" ")
     assert open_given(url, scratch=tmp_path / "scratch").fingerprint != found.fingerprint
+
+
+def test_fp8_is_read_by_range(bucket: str, model: Path, tmp_path: Path) -> None:
+    block = (8, 16)
+    for file in model.glob("*.safetensors"):
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        for name in [n for n in tensors if n.endswith("_proj.weight")]:
+            tensors[name], tensors[f"{name}_scale_inv"] = quantised(tensors[name], block)
+        save_file(tensors, file, {"format": "pt"})
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    scales = {f"{n}_scale_inv": f for n, f in index["weight_map"].items() if "_proj.weight" in n}
+    index["weight_map"] |= scales
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": block}
+    (model / "config.json").write_text(json.dumps(config))
+    url = put(model, f"{bucket}/models/base")
+    found = open_given(url, scratch=tmp_path / "scratch")
+    here = open_given(str(model))
+    assert_same(here, found)
+    assert found.read([f"{MODULE}.weight"])[f"{MODULE}.weight"].dtype == torch.bfloat16
+    assert inspect_url(url, "auto", tmp_path / "scratch").dtypes["F8_E4M3"] == len(scales)
+    with pytest.raises(EvaluationError, match=r"FP8 from a URL(?s:.*)copy"):
+        model_source(found)
+    assert model_source(here).path == str(model)
 
 
 def test_a_truncated_weight_file_is_named(bucket: str, model: Path, tmp_path: Path) -> None:

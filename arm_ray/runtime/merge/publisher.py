@@ -18,7 +18,6 @@ from arm_ray.checkpoints.remote import local_copy
 from arm_ray.checkpoints.weight_file import SharedWeightFile, write_weight_file
 from arm_ray.evaluation.selection import Selection
 from arm_ray.events import ModelWritten, StateWritten
-from arm_ray.model.checks import main_dtype
 from arm_ray.model.loading import loading_problems
 from arm_ray.planning.state_life import StateLife
 from arm_ray.report.model_card import write_model_card
@@ -288,9 +287,10 @@ class Publisher:
             self._storage.write_model(merged, selection.iteration or 0)
         if self._inputs.carried is not None:
             self._inputs.carried.write(partial / files[-1].name)
+        if self._inputs.fp8 is not None:
+            files = [self._inputs.fp8.rewrite(partial, file) for file in files]
         states.write_export_index(partial, files)
-        dtype = main_dtype(self._inputs.layout, self._inputs.storage_dtypes.__getitem__)
-        states.write_companions(partial, self._inputs.model_config(dtype), self._inputs.tokenizer)
+        states.write_companions(partial, self._inputs.final_config, self._inputs.tokenizer)
         is_own = self._inputs.layout.code is not None
         for problem in loading_problems(partial, trusts_code=is_own):
             self._job.reporter.warn(f"the merged model may not load: {problem}")

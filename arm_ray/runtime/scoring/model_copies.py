@@ -180,7 +180,7 @@ class ModelCopies:
             step = bytes(data).decode("utf-8", "replace").strip() + "/"
             if any(name.startswith(step) for name in files):
                 files = {n: f for n, f in files.items() if "/" not in n or n.startswith(step)}
-        if kind in ("fsdp", "dcp"):
+        if kind in ("fsdp", "dcp", "megatron", "torchtitan"):
             files = {
                 name: file
                 for name, file in files.items()

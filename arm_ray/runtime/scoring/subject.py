@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.fp8 import Fp8Checkpoint
+from arm_ray.checkpoints.huggingface import BareCheckpoint, Checkpoint
 from arm_ray.checkpoints.peft import AdaptedCheckpoint
 from arm_ray.checkpoints.remote import RemoteCheckpoint
 from arm_ray.checkpoints.sharded import ShardedCheckpoint
@@ -59,6 +60,15 @@ def model_source(checkpoint: Checkpoint) -> ModelSource:
     if isinstance(checkpoint, ShardedCheckpoint):
         given = f"{checkpoint.kind}:{checkpoint.path}"
         return ModelSource(str(checkpoint.config_directory), given, masters=checkpoint.masters)
+    if isinstance(checkpoint, BareCheckpoint):
+        return ModelSource(str(checkpoint.described), f"hf:{checkpoint.path}")
+    if isinstance(checkpoint, Fp8Checkpoint) and not checkpoint.is_local:
+        raise EvaluationError(
+            "engines do not load FP8 from a URL: they have the weights in bfloat16 from there",
+            where=checkpoint.path,
+            expected="a directory",
+            hint="copy the checkpoint to a disk that all nodes see, and name that",
+        )
     if isinstance(checkpoint, RemoteCheckpoint):
         # Engines fetch it tensor by tensor.
         return ModelSource(str(checkpoint.path), str(checkpoint.directory))

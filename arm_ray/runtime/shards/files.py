@@ -16,7 +16,8 @@ from pathlib import Path
 import ray
 
 from arm_ray.checkpoints import states
-from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.fp8 import Fp8Checkpoint
+from arm_ray.checkpoints.huggingface import BareCheckpoint, Checkpoint
 from arm_ray.checkpoints.remote import LocalCopy, RemoteCheckpoint, local_copy
 from arm_ray.checkpoints.validation import check_finite
 from arm_ray.checkpoints.weight_file import atomic_file
@@ -199,10 +200,14 @@ def _reachable(
     """
     if not given.is_local:
         return given
+    if isinstance(given, Fp8Checkpoint):
+        stored = given.with_scales(n for n in names if n in given.tensors)
+        source = _reachable(label, given.source, stored, origin, fingerprint)
+        return replace(given, source=source)
     absent = sorted(file for file in given.files(names) if not file.is_file())
     if not absent:
         return given
-    if type(given) is not Checkpoint:
+    if type(given) not in (Checkpoint, BareCheckpoint):
         raise NotACheckpointError(
             f"{label} is not on a node of the cluster, and its format is not fetched by parts",
             where=f"{absent[0]}, on {socket.gethostname()}",
