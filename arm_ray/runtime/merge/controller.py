@@ -31,7 +31,7 @@ from arm_ray.runtime.merge.job import MergeJob
 from arm_ray.runtime.merge.policies import RecoveryPolicy, ScalingPolicy, last_usable
 from arm_ray.runtime.merge.promise import Promise
 from arm_ray.runtime.merge.publisher import Publisher
-from arm_ray.runtime.merge.specs import shard_specs
+from arm_ray.runtime.merge.specs import planned, shard_specs
 from arm_ray.runtime.merge.state_storage import StateStorage, storage_of
 from arm_ray.runtime.merge.stepped import sweep_for
 from arm_ray.runtime.merge.sweeps import SweepParts
@@ -288,6 +288,9 @@ class MergeController:
                 job.stream.digest if job.stream else "",
             )
         )
+        config, method = job.config, job.method
+        until = job.last if job.stop_after is not None else None
+        job.reporter.write(planned(config, method, job.inputs, placement, until))
         last = self._run.last_iteration
         verb = f"going on after iteration {last}" if self._run.finished else "merging"
         job.reporter.say(
