@@ -1,0 +1,342 @@
+"""The published model against all others on the same problems, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from arm_ray.evaluation.records import (
+    TaskScores,
+    paired_scores,
+    read_records,
+    read_scores,
+)
+from arm_ray.evaluation.settings import EvaluationSettings
+from arm_ray.evaluation.statistics import Comparison, compare
+from arm_ray.report.page.facts import (
+    SELECTION,
+    Score,
+    main_scores,
+    number,
+    scored_record,
+    study_rows,
+)
+from arm_ray.report.page.records import RunRecord
+from arm_ray.report.scores import main_metric
+from arm_ray.report.verdict import verdict
+
+Tone = Literal["good", "even", "bad", "unknown"]
+# Numbers that are drawn for one comparison at most: a page must not keep a run waiting.
+_MOST_DRAWN = 4_000_000
+_FEWEST_RESAMPLES = 500
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The published model minus another one, on the problems that both were scored on.
+
+    Attributes:
+        other: What it is compared with.
+        comparison: The difference, its interval and p-value.
+    """
+
+    other: Score
+    comparison: Comparison
+
+    @property
+    def gain(self) -> float:
+        """By how much the published model is better; negative where it is worse."""
+        return -self.comparison.difference if self.other.is_loss else self.comparison.difference
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether its interval is on one side of zero."""
+        return self.comparison.low > 0.0 or self.comparison.high < 0.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a run has come to.
+
+    Attributes:
+        tone: Whether the merge is better than what it was made of.
+        headline: In one sentence: which model, how much better, how sure.
+        next: What to do now.
+    """
+
+    tone: Tone
+    headline: str
+    next: str
+
+
+def settings_of(record: RunRecord) -> EvaluationSettings:
+    """The confidence and resamples of a run's intervals; the defaults where it does not say."""
+    given = scored_record(record).section("evaluation")
+    confidence, resamples = number(given.get("confidence")), given.get("resamples")
+    known = EvaluationSettings(tasks=("any",))
+    if confidence is None or not 0.0 < confidence < 1.0:
+        confidence = known.confidence
+    if not isinstance(resamples, int) or resamples < 1:
+        resamples = known.resamples
+    return EvaluationSettings(tasks=("any",), confidence=confidence, resamples=resamples)
+
+
+def differences_of(
+    record: RunRecord, scores: Sequence[Score], chosen: str | None
+) -> list[Difference]:
+    """The published model against each other one, task by task, where the records allow it."""
+    if chosen is None:
+        return []
+    if record.kind == "study":
+        return list(_study_differences(record, scores, chosen))
+    found = list(_recorded(record, scores, chosen))
+    return [*found, *_selected(record, scores, chosen)]
+
+
+def _recorded(record: RunRecord, scores: Sequence[Score], chosen: str) -> Iterator[Difference]:
+    directory, settings = scored_record(record).scores, settings_of(record)
+    if directory is None:
+        return
+    tasks = dict.fromkeys(s.task for s in scores if s.model == chosen and s.task != SELECTION)
+    for task in tasks:
+        ours = _records(directory / chosen, task)
+        if ours is None:
+            continue
+        for other in scores:
+            if other.task != task or other.model == chosen:
+                continue
+            theirs = _records(directory / other.model, task)
+            if theirs is None:
+                continue
+            try:
+                pair = paired_scores(ours, theirs, other.metric)
+            except KeyError:
+                # One of them was scored on other problems.
+                continue
+            if pair.problems:
+                yield Difference(other, _compared(pair.first, pair.second, pair.weights, settings))
+
+
+def _records(directory: Path, task: str) -> list[Any] | None:
+    try:
+        return read_records(directory, task)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _compared(first: Any, second: Any, weights: Any, settings: EvaluationSettings) -> Comparison:
+    most = max(_FEWEST_RESAMPLES, _MOST_DRAWN // max(1, len(first)))
+    return compare(
+        first,
+        second,
+        weights,
+        confidence=settings.confidence,
+        resamples=min(settings.resamples, most),
+    )
+
+
+def _selected(record: RunRecord, scores: Sequence[Score], chosen: str) -> Iterator[Difference]:
+    """By the losses that `select.promise` has compared (`selection.json`)."""
+    try:
+        content = json.loads((record.path / "selection.json").read_text(encoding="utf-8"))
+        losses = {name: np.array(rows, dtype=float) for name, rows in content["losses"].items()}
+        ours = losses[chosen]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    settings = settings_of(record)
+    for other in scores:
+        theirs = losses.get(other.model)
+        if other.task != SELECTION or other.model == chosen or theirs is None:
+            continue
+        if theirs.shape == ours.shape and ours.ndim == 2 and ours[:, 1].sum() > 0:
+            yield Difference(other, _compared(ours[:, 0], theirs[:, 0], ours[:, 1], settings))
+
+
+def _study_differences(
+    record: RunRecord, scores: Sequence[Score], chosen: str
+) -> Iterator[Difference]:
+    by_name = {(s.model, s.task): s for s in scores}
+    for row in study_rows(record):
+        if row.get("model") != chosen:
+            continue
+        told = set()
+        for name in ("base", "last_candidate", "best_checkpoint"):
+            other = by_name.get((str(row.get(name)), str(row.get("task"))))
+            values = [number(row.get(f"{name}_{key}")) for key in ("difference", "low", "high")]
+            difference, low, high = values
+            if other is None or difference is None or low is None or high is None:
+                continue
+            if other.model in told:
+                continue
+            told.add(other.model)
+            p, count = number(row.get(f"{name}_p")), row.get("n")
+            yield Difference(
+                other,
+                Comparison(
+                    difference,
+                    low,
+                    high,
+                    float("nan") if p is None else p,
+                    count if isinstance(count, int) else 0,
+                ),
+            )
+        return
+
+
+def finding_of(
+    record: RunRecord,
+    scores: Sequence[Score],
+    chosen: str | None,
+    differences: Sequence[Difference],
+) -> Finding:
+    """What the run has come to, in words."""
+    failed = record.last("run_failed", "run_finished", "stage_finished")
+    if failed is not None and failed.get("event") == "run_failed" and not scores:
+        return Finding("bad", f"The run failed: {failed.get('message')}", _GO_ON)
+    headline = _headline(record, scores, chosen)
+    if headline is None:
+        return _unscored(record, scores, chosen)
+    tone = _tone(scores, chosen, differences)
+    if tone == "unknown" and not differences:
+        return Finding(tone, headline, "Score the models on the same problems to compare them.")
+    return Finding(tone, headline, _NEXT[tone].format(model=_place(record, chosen)))
+
+
+_GO_ON = "The same command goes on where it stopped; what is complete stays."
+_NEXT: Mapping[Tone, str] = {
+    "good": "Use the merged model{model}. Before it is relied on, score it on problems that chose "
+    "neither the step nor the state.",
+    "even": "Within the error there is nothing to choose between them: score more problems, or "
+    "keep the checkpoint. A searched step (schedule.step: subspace) or candidates further apart may "
+    "gain more.",
+    "bad": "Keep the checkpoint. A shorter step (schedule.step: subspace finds one) or other "
+    "candidates may gain more; select.promise publishes the checkpoint in such a case.",
+    "unknown": "Score the merged model and the checkpoints on the same problems.",
+}
+
+
+def _headline(record: RunRecord, scores: Sequence[Score], chosen: str | None) -> str | None:
+    """The sentence of the command itself, or of the event that tells of the choice."""
+    holder = scored_record(record)
+    directory = holder.scores
+    if directory is not None and record.kind != "study":
+        known: dict[str, dict[str, TaskScores]] = {}
+        merged = {s.model for s in scores if s.role == "merged"}
+        for score in scores:
+            found = (
+                None
+                if score.task == SELECTION
+                else read_scores(directory / score.model, score.task)
+            )
+            if found is not None and found.metrics:
+                known.setdefault(score.model, {})[score.task] = found
+        shared = [m for m, tasks in known.items() if tasks.keys() >= _first_tasks(known)]
+        known = {model: known[model] for model in shared}
+        if known and merged & known.keys() and known.keys() - merged:
+            try:
+                return _titled(verdict(known, directory, merged, settings_of(record)), scores)
+            except (OSError, ValueError, KeyError, TypeError):
+                pass
+    selected = record.last("model_selected")
+    if selected is not None and selected.get("verdict"):
+        text = str(selected["verdict"])
+        return _titled(text[0].upper() + text[1:] + "." * (not text.endswith(".")), scores)
+    if record.kind == "study":
+        return _study_headline(record, scores, chosen)
+    return None
+
+
+def _first_tasks(known: Mapping[str, Mapping[str, TaskScores]]) -> set[str]:
+    first = next(iter(known.values()), {})
+    losses = [name for name, found in first.items() if main_metric(found) == "loss"]
+    return set(losses[:1] or list(first)[:1])
+
+
+def _titled(text: str, scores: Sequence[Score]) -> str:
+    """With the checkpoints' own names in place of `candidate-1`."""
+    for score in sorted(scores, key=lambda s: -len(s.model)):
+        if score.title != score.model:
+            text = text.replace(score.model, score.title)
+    return text
+
+
+def _study_headline(record: RunRecord, scores: Sequence[Score], chosen: str | None) -> str | None:
+    if chosen is None:
+        return None
+    found = _study_differences(record, scores, chosen)
+    against = next((d for d in found if d.other.role == "checkpoint"), None)
+    best = min(main_scores(scores), key=lambda s: s.rank)
+    if against is None:
+        return f"{best.title} has the best {best.task} {best.metric} of the study."
+    verb = "is" if against.is_sure and against.gain > 0 else "is not surely"
+    made = against.comparison
+    return (
+        f"{chosen}, the best merge of the study, {verb} better than {against.other.title} "
+        f"({against.other.task} {against.other.metric}: difference {made.difference:+.4f}, "
+        f"interval {made.low:+.4f} to {made.high:+.4f}, {made.num_problems} problems)."
+    )
+
+
+def _tone(scores: Sequence[Score], chosen: str | None, differences: Sequence[Difference]) -> Tone:
+    tasks = list(dict.fromkeys(d.other.task for d in differences))
+    main = main_scores([d.other for d in differences])
+    ours = next((s for s in scores if s.model == chosen), None)
+    if ours is None or not tasks:
+        return "unknown"
+    task = main[0].task
+    rivals = [d for d in differences if d.other.task == task and d.other.role != "merged"]
+    if ours.role != "merged":
+        return "bad"
+    if not rivals:
+        return "unknown"
+    rival = min(rivals, key=lambda d: d.other.rank)
+    if not rival.is_sure:
+        return "even"
+    return "good" if rival.gain > 0.0 else "bad"
+
+
+def _place(record: RunRecord, chosen: str | None) -> str:
+    written = record.last("model_written")
+    if written is not None:
+        return f" ({written.get('path')})"
+    scored = [e for e in scored_record(record).of("model_scored") if e.get("model") == chosen]
+    return f" ({scored[-1].get('path')})" if scored else ""
+
+
+def _unscored(record: RunRecord, scores: Sequence[Score], chosen: str | None) -> Finding:
+    written = record.last("model_written")
+    if record.kind == "training":
+        done = record.last("training_finished")
+        text = (
+            "The training is not finished."
+            if done is None
+            else (
+                f"The training is finished after step {done.get('step')}, with a loss of "
+                f"{number(done.get('loss')) or float('nan'):.4f}."
+            )
+        )
+        return Finding("unknown", text, "Merge its checkpoints: arm-ray merge.")
+    if scores:
+        best = min(main_scores(scores), key=lambda s: s.rank)
+        return Finding(
+            "unknown",
+            f"{best.title} has the best {best.task} {best.metric} of {len(main_scores(scores))} "
+            "model(s); there is no merged model and another one to compare it with.",
+            "Score a merged model and its checkpoints together: arm-ray evaluate.",
+        )
+    if written is not None:
+        name = chosen or "the model"
+        return Finding(
+            "unknown",
+            f"{name[0].upper()}{name[1:]} is the model; nothing says yet whether it is better than "
+            "its checkpoints, because nothing was scored.",
+            f"arm-ray evaluate CHECKPOINT {written.get('path')} --tasks …",
+        )
+    if record.kind == "unknown":
+        return Finding("unknown", "This is no run of arm_ray.", "Name a run's output directory.")
+    return Finding("unknown", "The run has not come to a model yet.", _GO_ON)
