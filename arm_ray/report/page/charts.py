@@ -40,8 +40,8 @@ def chart_of(
     name: str, title: str, description: str, spec: Mapping[str, Any], note: str = ""
 ) -> Chart:
     """A plot as wide as there is room."""
-    whole = {"description": description, "width": "container", **spec}
-    return Chart(name, title, description, whole, note)
+    whole = {"description": description, "width": "container", "autosize": _AUTOSIZE, **spec}
+    return Chart(f"{name}-plot", title, description, whole, note)
 
 
 def shown(value: float, is_loss: bool) -> float:
@@ -69,7 +69,12 @@ def scores_chart(name: str, scores: Sequence[Score], chosen: str | None) -> Char
     ]
     order = [row["model"] for row in rows]
     y = {"field": "model", "type": "nominal", "sort": order, "title": None}
-    x = {"field": "value", "type": "quantitative", "title": _unit(first.metric)}
+    x = {
+        "field": "value",
+        "type": "quantitative",
+        "title": _unit(first.metric),
+        "axis": _FEW,
+    }
     colour = {"field": "role", "type": "nominal", "scale": _ROLE_COLOURS, "legend": TOP}
     tooltip = [
         {"field": "model"},
@@ -83,7 +88,7 @@ def scores_chart(name: str, scores: Sequence[Score], chosen: str | None) -> Char
         f"{first.task}: {_unit(first.metric)}",
         f"Scores of {len(rows)} models on {first.task}, with 95 % intervals.",
         {
-            "height": {"step": 26},
+            "height": 26 * len(rows),
             "data": {"values": rows},
             "encoding": {"y": {**y, "axis": {"labelLimit": 220}}},
             "layer": [
@@ -114,6 +119,8 @@ def scores_chart(name: str, scores: Sequence[Score], chosen: str | None) -> Char
     )
 
 
+_FEW = {"tickCount": 8, "labelOverlap": True}
+_AUTOSIZE = {"type": "fit-x", "contains": "padding"}
 # Of a legend above the plot.
 TOP = {"orient": "top", "title": None, "direction": "horizontal"}
 
@@ -147,7 +154,7 @@ def differences_chart(name: str, found: Sequence[Difference], ours: str) -> Char
         f"{ours} minus the others on {first.task}, problem by problem",
         f"Paired differences of {ours} and {len(rows)} other models, with intervals.",
         {
-            "height": {"step": 26},
+            "height": 26 * len(rows),
             "data": {"values": rows},
             "layer": [
                 {
@@ -165,7 +172,7 @@ def differences_chart(name: str, found: Sequence[Difference], ours: str) -> Char
                             "title": None,
                             "axis": {"labelLimit": 220},
                         },
-                        "x": {"field": "low", "type": "quantitative", "title": title},
+                        "x": {"field": "low", "type": "quantitative", "title": title, "axis": _FEW},
                         "x2": {"field": "high"},
                         "color": colour,
                     },
@@ -209,7 +216,8 @@ def progress_chart(
         }
         for t, s in states
     ]
-    lines = [{"model": s.title, "role": s.role, "value": shown(s.mean, is_loss)} for s in others]
+    near = _near(states, others)
+    lines = [{"model": s.title, "role": s.role, "value": shown(s.mean, is_loss)} for s in near]
     # Names of lines that are close to each other would cover each other: apart, to both sides.
     lines.sort(key=lambda line: float(line["value"]))
     for index, line in enumerate(lines):
@@ -251,7 +259,7 @@ def progress_chart(
                     "type": "text",
                     "align": "right" if side == 0 else "left",
                     "dx": -4 if side == 0 else 4,
-                    "dy": -6,
+                    "dy": 11 if side == 0 else -6,
                     "fontSize": 11,
                 },
                 "encoding": {
@@ -300,8 +308,21 @@ def progress_chart(
         title,
         f"{title}: {len(rows)} merged states, and {len(lines)} checkpoints as lines across.",
         {"height": 240, "layer": layers},
-        "Diamond: the chosen state. Band: its interval. Dashed: base and checkpoints.",
+        "Diamond: the chosen state. Band: its interval. Dashed: checkpoints and base."
+        + "".join(
+            f" {s.title} is outside, at {shown(s.mean, is_loss):g}."
+            for s in others
+            if s not in near
+        ),
     )
+
+
+def _near(states: Sequence[tuple[int, Score]], others: Sequence[Score]) -> list[Score]:
+    """The models whose lines do not press what is of interest into a corner."""
+    values = [s.mean for _, s in states] + [s.mean for s in others if s.role != "base"]
+    low, high = min(values), max(values)
+    reach = 0.6 * (high - low)
+    return [s for s in others if s.role != "base" or low - reach <= s.mean <= high + reach]
 
 
 def training_chart(name: str, log: Sequence[Mapping[str, Any]]) -> Chart | None:

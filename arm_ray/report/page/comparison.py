@@ -67,11 +67,13 @@ class Finding:
         tone: Whether the merge is better than what it was made of.
         headline: In one sentence: which model, how much better, how sure.
         next: What to do now.
+        against: How much better than the base and each checkpoint, a text each.
     """
 
     tone: Tone
     headline: str
     next: str
+    against: Sequence[str] = ()
 
 
 def settings_of(record: RunRecord) -> EvaluationSettings:
@@ -204,7 +206,23 @@ def finding_of(
     tone = _tone(scores, chosen, differences)
     if tone == "unknown" and not differences:
         return Finding(tone, headline, "Score the models on the same problems to compare them.")
-    return Finding(tone, headline, _NEXT[tone].format(model=_place(record, chosen)))
+    advice = _NEXT[tone].format(model=_place(record, chosen))
+    return Finding(tone, headline, advice, _against(differences))
+
+
+def _against(differences: Sequence[Difference]) -> list[str]:
+    """On the main task, by how much better than the base and each checkpoint."""
+    main = main_scores([d.other for d in differences])
+    found = []
+    for d in differences:
+        if d.other not in main or d.other.role == "merged":
+            continue
+        gains = [d.comparison.low, d.comparison.high]
+        low, high = sorted(-g if d.other.is_loss else g for g in gains)
+        shown = [f"{v:+.3f}" if d.other.is_loss else f"{100 * v:+.1f}" for v in (d.gain, low, high)]
+        unit = "" if d.other.is_loss else " points"
+        found.append(f"{d.other.title} {shown[0]}{unit} ({shown[1]} to {shown[2]})")
+    return found[:12]
 
 
 _GO_ON = "The same command goes on where it stopped; what is complete stays."
@@ -212,8 +230,8 @@ _NEXT: Mapping[Tone, str] = {
     "good": "Use the merged model{model}. Before it is relied on, score it on problems that chose "
     "neither the step nor the state.",
     "even": "Within the error there is nothing to choose between them: score more problems, or "
-    "keep the checkpoint. A searched step (schedule.step: subspace) or candidates further apart may "
-    "gain more.",
+    "keep the checkpoint. A searched step (schedule.step: subspace) or candidates further apart "
+    "may gain more.",
     "bad": "Keep the checkpoint. A shorter step (schedule.step: subspace finds one) or other "
     "candidates may gain more; select.promise publishes the checkpoint in such a case.",
     "unknown": "Score the merged model and the checkpoints on the same problems.",

@@ -95,11 +95,13 @@ def heat_chart(
     if not rows:
         return None
     numbers_of = sorted({row["t"] for row in rows})
-    scale: dict[str, Any] = {"range": ["$low", "$middle", "$high"], "zero": False}
+    scale: dict[str, Any] = {"range": ["$low", "$middle", "$high"]}
     if log and all(row["value"] > 0 for row in rows):
         scale["type"] = "log"
+    else:
+        scale["zero"] = False
     spec: dict[str, Any] = {
-        "height": {"step": 20},
+        "height": 20 * len(modules),
         "data": {"values": rows},
         "transform": [{"filter": "datum.t == chosen"}],
         "params": [_choice("chosen", "iteration", numbers_of)],
@@ -184,6 +186,7 @@ def spectrum_chart(name: str, iterations: Sequence[Iteration]) -> Chart | None:
                     "type": "quantitative",
                     "title": "rank, from the largest (0) to the smallest (1) singular value",
                     "scale": {"domain": [0, 1]},
+                    "axis": {"tickCount": 5},
                 },
                 "y": {
                     "field": "value",
@@ -194,7 +197,7 @@ def spectrum_chart(name: str, iterations: Sequence[Iteration]) -> Chart | None:
                 "color": {
                     "field": "layer",
                     "type": "quantitative",
-                    "scale": {"range": ["$checkpoint", "$merged"]},
+                    "scale": {"range": ["$checkpoint", "$merged"], "interpolate": "lab"},
                     "legend": {"orient": "top", "gradientLength": 180, "title": "layer"},
                 },
                 "detail": {"field": "layer"},
@@ -233,7 +236,7 @@ def timeline_chart(name: str, work: Sequence[Work]) -> Chart | None:
         "What each actor did, seconds since the beginning",
         f"A timeline of {len(actors)} actors and {len(rows)} pieces of work.",
         {
-            "height": {"step": 24},
+            "height": 24 * len(actors),
             "data": {"values": rows},
             "mark": {"type": "bar", "height": {"band": 0.7}},
             "encoding": {
