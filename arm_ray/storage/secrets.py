@@ -31,6 +31,7 @@ _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
 )
+_BEGINNINGS = ("hf_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "AKIA", "ASIA")
 _NAMES = re.compile(r"(token|secret|password|passwd|api_?key|credential)s?$", re.I)
 
 
@@ -45,8 +46,15 @@ def environment_hidden(text: str) -> str:
 
 def hidden(text: str) -> str:
     """A text without secrets: those of the environment, in URLs, and tokens of known kinds."""
-    text = _AUTHORITY.sub(rf"\g<scheme>{HIDDEN}@", environment_hidden(text))
-    return _TOKEN.sub(HIDDEN, _QUERY.sub(rf"\g<key>{HIDDEN}", text))
+    text = environment_hidden(text)
+    # Logs are long, and most of their lines have none of these.
+    if "://" in text and "@" in text:
+        text = _AUTHORITY.sub(rf"\g<scheme>{HIDDEN}@", text)
+    if "=" in text and ("?" in text or "&" in text):
+        text = _QUERY.sub(rf"\g<key>{HIDDEN}", text)
+    if any(beginning in text for beginning in _BEGINNINGS):
+        text = _TOKEN.sub(HIDDEN, text)
+    return text
 
 
 def all_hidden(content: Any) -> Any:

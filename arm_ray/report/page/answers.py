@@ -30,11 +30,13 @@ class Answer:
         text: Its completion, perhaps cut; empty for a loss.
         verdict: Its score in words.
         is_right: Whether it is right; None where that is not asked.
+        taken: What was taken for its answer; empty where nothing was, or it is all of the text.
     """
 
     text: str
     verdict: str
     is_right: bool | None
+    taken: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,13 @@ def _answer(record: Record | None, value: float | None, is_loss: bool) -> Answer
     if is_loss:
         return Answer("", f"{value:.3f} nats/token", None)
     told = "right" if value == 1.0 else "wrong" if value == 0.0 else f"{100 * value:.0f} % right"
-    taken = f", took {hidden(_cut(record.answer, 80))!r}" if record.answer else ""
-    return Answer(hidden(_cut(record.completion)), f"{told}{taken}", value >= 0.5)
+    short = record.answer or ""
+    taken = "" if "\n" in short or len(short) > 60 else hidden(short)
+    return Answer(hidden(_cut(record.completion)), told, value >= 0.5, taken)
 
 
-def _cut(text: str, longest: int = _LONGEST) -> str:
-    return text if len(text) <= longest else f"{text[:longest]} … ({len(text)} characters)"
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"
 
 
 def _within(found: Sequence[ChangedAnswers]) -> list[ChangedAnswers]:

@@ -28,12 +28,13 @@ from arm_ray.report.page.facts import (
 )
 from arm_ray.report.page.records import RunRecord
 from arm_ray.report.scores import main_metric
-from arm_ray.report.verdict import verdict
+from arm_ray.report.verdict import sentence, verdict
 
 Tone = Literal["good", "even", "bad", "unknown"]
 # Numbers that are drawn for one comparison at most: a page must not keep a run waiting.
 _MOST_DRAWN = 4_000_000
 _FEWEST_RESAMPLES = 500
+_MOST_COMPARED = 24
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,7 @@ def _recorded(record: RunRecord, scores: Sequence[Score], chosen: str) -> Iterat
         ours = _records(directory / chosen, task)
         if ours is None:
             continue
-        for other in scores:
-            if other.task != task or other.model == chosen:
-                continue
+        for other in _compared_with(scores, task, chosen):
             theirs = _records(directory / other.model, task)
             if theirs is None:
                 continue
@@ -122,6 +121,16 @@ def _recorded(record: RunRecord, scores: Sequence[Score], chosen: str) -> Iterat
                 continue
             if pair.problems:
                 yield Difference(other, _compared(pair.first, pair.second, pair.weights, settings))
+
+
+def _compared_with(scores: Sequence[Score], task: str, chosen: str) -> list[Score]:
+    """The others of a task: all of few; of many the base and the best, so that a page is quick."""
+    others = [s for s in scores if s.task == task and s.model != chosen]
+    if len(others) <= _MOST_COMPARED:
+        return others
+    best = sorted(others, key=lambda s: (s.role != "base", s.role == "merged", s.rank))
+    kept = {s.model for s in best[:_MOST_COMPARED]}
+    return [s for s in others if s.model in kept]
 
 
 def _records(directory: Path, task: str) -> list[Any] | None:
@@ -286,17 +295,18 @@ def _titled(text: str, scores: Sequence[Score]) -> str:
 def _study_headline(record: RunRecord, scores: Sequence[Score], chosen: str | None) -> str | None:
     if chosen is None:
         return None
-    found = _study_differences(record, scores, chosen)
-    against = next((d for d in found if d.other.role == "checkpoint"), None)
-    best = min(main_scores(scores), key=lambda s: s.rank)
-    if against is None:
-        return f"{best.title} has the best {best.task} {best.metric} of the study."
-    verb = "is" if against.is_sure and against.gain > 0 else "is not surely"
-    made = against.comparison
-    return (
-        f"{chosen}, the best merge of the study, {verb} better than {against.other.title} "
-        f"({against.other.task} {against.other.metric}: difference {made.difference:+.4f}, "
-        f"interval {made.low:+.4f} to {made.high:+.4f}, {made.num_problems} problems)."
+    ours = next(s for s in main_scores(scores) if s.model == chosen)
+    found = [d for d in _study_differences(record, scores, chosen) if d.other.task == ours.task]
+    if not found:
+        return f"{ours.title} is the best merge of the study; nothing is compared with it."
+    rival = min(found, key=lambda d: d.other.rank)
+    return sentence(
+        ours.title,
+        rival.other.title,
+        (ours.task, ours.metric),
+        (ours.mean, rival.other.mean),
+        rival.comparison,
+        settings_of(record).confidence,
     )
 
 

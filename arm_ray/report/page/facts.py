@@ -302,6 +302,9 @@ def work_of(record: RunRecord) -> list[Work]:
     """When the actors of a run did what, as far as its events say."""
     found: list[Work] = []
     for iteration in iterations_of(record):
+        if not iteration.event.get("spans"):
+            # Of an older version: when it was, and not who worked.
+            found += _ending(iteration.event, "shards", "merge", f"iteration {iteration.number}")
         for shard, spans in enumerate(iteration.event.get("spans") or (), start=1):
             for span in spans:
                 if isinstance(span, list) and len(span) == 3 and len(numbers(span[1:])) == 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -59,17 +59,3 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
             hint="name another file (--output)",
         ) from None
     return file
-
-
-def refresh_report(run: Path, failed: Callable[[str], object]) -> None:
-    """Write a run's report at its end; where that fails, say so and nothing else.
-
-    Args:
-        run: Its directory.
-        failed: Called with a sentence.
-    """
-    try:
-        write_report([run])
-    except Exception as error:  # the run has its result, whatever is wrong with a page
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        failed(f"the report is not written: {text}; arm-ray report {run} tries again")
