@@ -46,7 +46,11 @@ def environment_hidden(text: str) -> str:
 
 def hidden(text: str) -> str:
     """A text without secrets: those of the environment, in URLs, and tokens of known kinds."""
-    text = environment_hidden(text)
+    return patterns_hidden(environment_hidden(text))
+
+
+def patterns_hidden(text: str) -> str:
+    """A text without what looks like a secret: in URLs, and tokens of known kinds."""
     # Logs are long, and most of their lines have none of these.
     if "://" in text and "@" in text:
         text = _AUTHORITY.sub(rf"\g<scheme>{HIDDEN}@", text)

@@ -217,9 +217,11 @@ def progress_chart(
         for t, s in states
     ]
     near = _near(states, others)
-    lines = [{"model": s.title, "role": s.role, "value": shown(s.mean, is_loss)} for s in near]
+    lines: list[dict[str, Any]] = [
+        {"model": s.title, "role": s.role, "value": shown(s.mean, is_loss)} for s in near
+    ]
     # Names of lines that are close to each other would cover each other: apart, to both sides.
-    lines.sort(key=lambda line: float(line["value"]))
+    lines.sort(key=lambda line: line["value"])
     for index, line in enumerate(lines):
         line["side"] = index % 2
     x = {

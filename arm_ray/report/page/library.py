@@ -44,4 +44,5 @@ def _cache() -> Path:
 def _bundle() -> str:
     import vl_convert
 
-    return str(vl_convert.javascript_bundle())
+    # The stub asks for what the function does not.
+    return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]

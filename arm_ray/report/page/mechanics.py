@@ -77,7 +77,8 @@ def heat_chart(
     name: str, title: str, key: str, unit: str, iterations: Sequence[Iteration], log: bool
 ) -> Chart | None:
     """A value of each module and layer, with a choice of the iteration."""
-    rows, modules = [], {}
+    rows: list[dict[str, Any]] = []
+    modules: dict[str, None] = {}
     for iteration in iterations:
         for module in iteration.modules:
             value = number(module.get(key))
@@ -152,7 +153,9 @@ def spectrum_chart(name: str, iterations: Sequence[Iteration]) -> Chart | None:
     if not with_spectra:
         return None
     # One iteration's lines are many; the last one is what became of them.
-    last, rows, modules = with_spectra[-1], [], {}
+    last = with_spectra[-1]
+    rows: list[dict[str, Any]] = []
+    modules: dict[str, None] = {}
     for module in last.modules:
         values, layer = numbers(module.get("spectrum")), module.get("layer")
         if not values or not isinstance(layer, int) or values[0] <= 0.0:
@@ -230,7 +233,7 @@ def timeline_chart(name: str, work: Sequence[Work]) -> Chart | None:
         for w in sorted(kept, key=lambda w: w.start)
     ]
     kinds = [kind for kind in _KINDS if any(row["kind"] == kind for row in rows)]
-    actors = list(dict.fromkeys(row["actor"] for row in rows))
+    actors = list(dict.fromkeys(str(row["actor"]) for row in rows))
     return chart_of(
         name,
         "What each actor did, seconds since the beginning",

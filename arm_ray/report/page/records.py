@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from arm_ray.errors import RunDirectoryError
-from arm_ray.storage.secrets import all_hidden, hidden
+from arm_ray.storage.secrets import all_hidden, environment_hidden, hidden, patterns_hidden
 
 Kind = Literal["merge", "evaluation", "pipeline", "study", "attach", "training", "unknown"]
 Event = Mapping[str, Any]
@@ -137,16 +137,18 @@ def open_record(path: Path) -> RunRecord:
 def _events(path: Path, missing: list[str]) -> list[Event]:
     file = path / EVENTS_NAME
     try:
-        lines = file.read_bytes().split(b"\n")
+        text = file.read_bytes().decode("utf-8", errors="replace")
     except OSError:
         return []
-    events, torn = [], 0
+    events: list[Event] = []
+    torn = 0
+    # The secrets go before anything is made of it.
+    lines = environment_hidden(text).split("\n")
     for line in lines:
         if not line.strip():
             continue
         try:
-            # The secrets go before anything is made of it.
-            event = json.loads(hidden(line.decode()))
+            event = json.loads(patterns_hidden(line))
         except ValueError:
             torn += 1
             continue

@@ -177,7 +177,10 @@ def _arrivals(record: RunRecord, prefix: str) -> Iterator[Figure]:
     failed = list(record.of("arrival_failed"))
     if not events and not failed:
         return
-    rows, merged, beside, marked = [], [], [], []
+    rows: list[list[str]] = []
+    merged: list[tuple[int, float]] = []
+    beside: list[tuple[int, float]] = []
+    marked: list[int] = []
     best: Any = None
     for index, event in enumerate(events):
         value, other = number(event.get("value")), number(event.get("checkpoint_value"))

@@ -122,7 +122,7 @@ def _facts(record: RunRecord, scores: Sequence[Score]) -> list[tuple[str, str]]:
     """Name and value of what a reader looks for first."""
     started, finished = record.last("run_started") or {}, record.last("run_finished") or {}
     iterations = iterations_of(record)
-    found = [("kind", record.kind)]
+    found: list[tuple[str, str]] = [("kind", record.kind)]
     if started.get("operator"):
         found.append(("operator", str(started["operator"])))
     if started.get("num_shards"):
@@ -134,9 +134,9 @@ def _facts(record: RunRecord, scores: Sequence[Score]) -> list[tuple[str, str]]:
         found.append(("ended", str(finished["reason"]).replace("_", " ")))
     stages: dict[str, float] = {}
     for event in record.of("stage_finished"):
-        stage, seconds = str(event.get("stage")), number(event.get("seconds")) or 0.0
+        stage, took = str(event.get("stage")), number(event.get("seconds")) or 0.0
         # A stage that is done already is gone through at once when the command is run again.
-        stages[stage] = max(stages.get(stage, 0.0), seconds)
+        stages[stage] = max(stages.get(stage, 0.0), took)
     seconds = number(finished.get("seconds")) or (sum(stages.values()) if stages else None)
     if seconds is not None:
         found.append(("time", seconds_text(seconds)))
