@@ -215,8 +215,15 @@ def finding_of(
     tone = _tone(scores, chosen, differences)
     if tone == "unknown" and not differences:
         return Finding(tone, headline, "Score the models on the same problems to compare them.")
+    if is_going_on(record):
+        return Finding(tone, f"So far: {headline}", _UNFINISHED, _against(differences))
     advice = _NEXT[tone].format(model=_place(record, chosen))
     return Finding(tone, headline, advice, _against(differences))
+
+
+def is_going_on(record: RunRecord) -> bool:
+    """Whether a merge has not come to a model yet."""
+    return record.kind == "merge" and record.last("model_written", "run_finished") is None
 
 
 def _against(differences: Sequence[Difference]) -> list[str]:
@@ -234,6 +241,7 @@ def _against(differences: Sequence[Difference]) -> list[str]:
     return found[:12]
 
 
+_UNFINISHED = "The run has not come to a model yet."
 _GO_ON = "The same command goes on where it stopped; what is complete stays."
 _NEXT: Mapping[Tone, str] = {
     "good": "Use the merged model{model}. Before it is relied on, score it on problems that chose "
@@ -349,6 +357,8 @@ def _unscored(record: RunRecord, scores: Sequence[Score], chosen: str | None) ->
             )
         )
         return Finding("unknown", text, "Merge its checkpoints: arm-ray merge.")
+    if is_going_on(record):
+        return Finding("unknown", _UNFINISHED, _GO_ON)
     if scores:
         best = min(main_scores(scores), key=lambda s: s.rank)
         return Finding(
@@ -367,4 +377,4 @@ def _unscored(record: RunRecord, scores: Sequence[Score], chosen: str | None) ->
         )
     if record.kind == "unknown":
         return Finding("unknown", "This is no run of arm_ray.", "Name a run's output directory.")
-    return Finding("unknown", "The run has not come to a model yet.", _GO_ON)
+    return Finding("unknown", _UNFINISHED, _GO_ON)

@@ -43,8 +43,8 @@
 
   const draw = async (script) => {
     const place = document.getElementById(script.dataset.for);
-    // Within a closed part there is no room to draw in; it is drawn once that is opened.
-    if (!place || place.clientWidth === 0) return;
+    // What is within a closed part is drawn once that is opened.
+    if (!place || place.closest("details.part:not([open])")) return;
     const width = place.clientWidth;
     const theme = dark.matches ? themes.dark : themes.light;
     const spec = coloured(JSON.parse(script.textContent), theme);
