@@ -110,7 +110,8 @@
     clearTimeout(later);
     later = setTimeout(() => drawAll(true), 200);
   });
-  drawAll(false);
+  // The words come first.
+  requestAnimationFrame(() => setTimeout(() => drawAll(false), 0));
 
   // Served by `arm-ray serve`: ask whether there is something new, and show it where we are.
   const live = document.getElementById("live");

@@ -24,13 +24,12 @@ from arm_ray.report.page.view import RunView
 from arm_ray.storage.secrets import environment_hidden
 
 
-def render(views: Sequence[RunView], *, is_live: bool = False, made: str = "") -> str:
+def render(views: Sequence[RunView], *, is_live: bool = False) -> str:
     """The page.
 
     Args:
         views: The runs; several are compared.
         is_live: Whether it asks the server that it came from for news.
-        made: The date that stands at its foot.
     """
     library = plotting_library()
     # Its names would be everybody's otherwise.
@@ -50,7 +49,6 @@ def render(views: Sequence[RunView], *, is_live: bool = False, made: str = "") -
         contents=contents,
         title=views[0].record.name if len(views) == 1 else f"{len(views)} runs compared",
         version=arm_ray.__version__,
-        made=made,
         live=is_live,
         policy=_policy([program, *([library] if library else [])], is_live=is_live),
         # Ours, and so neither escaped nor able to end their elements: see `_inline`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 from arm_ray.errors import RunDirectoryError
@@ -16,7 +15,7 @@ REPORT_NAME = "report.html"
 
 
 def page_of(runs: Sequence[Path], *, is_live: bool = False) -> str:
-    """The page of runs, as far as they go.
+    """The page of runs, as far as they go. The same files make the same page.
 
     Raises:
         RunDirectoryError: One of them is not there.
@@ -27,8 +26,7 @@ def page_of(runs: Sequence[Path], *, is_live: bool = False) -> str:
         view_of(record, f"run-{number}" if many else "run")
         for number, record in enumerate(records, start=1)
     ]
-    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    return render(views, is_live=is_live, made=made)
+    return render(views, is_live=is_live)
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
