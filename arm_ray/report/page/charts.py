@@ -90,7 +90,7 @@ def scores_chart(name: str, scores: Sequence[Score], chosen: str | None) -> Char
         {
             "height": 26 * len(rows),
             "data": {"values": rows},
-            "encoding": {"y": {**y, "axis": {"labelLimit": 220}}},
+            "encoding": {"y": y},
             "layer": [
                 {
                     "mark": {"type": "rule", "strokeWidth": 2},
@@ -125,12 +125,21 @@ _AUTOSIZE = {"type": "fit-x", "contains": "padding"}
 TOP = {"orient": "top", "title": None, "direction": "horizontal"}
 
 
-def differences_chart(name: str, found: Sequence[Difference], ours: str) -> Chart:
-    """The published model minus each other one, on one task, with intervals."""
+def differences_chart(
+    name: str, found: Sequence[Difference], title: str, sign: str = "− "
+) -> Chart:
+    """Paired differences on one task, with intervals.
+
+    Args:
+        name: Of the chart.
+        found: The differences.
+        title: Of which models.
+        sign: Stands before the name of each.
+    """
     first = found[0].other
     rows = [
         {
-            "model": f"− {d.other.title}",
+            "model": f"{sign}{d.other.title}",
             "difference": shown(d.comparison.difference, first.is_loss),
             "low": shown(d.comparison.low, first.is_loss),
             "high": shown(d.comparison.high, first.is_loss),
@@ -148,11 +157,11 @@ def differences_chart(name: str, found: Sequence[Difference], ours: str) -> Char
         },
         "legend": TOP,
     }
-    title = _unit(first.metric).replace(", %", ", percentage points")
+    unit = _unit(first.metric).replace(", %", ", percentage points")
     return chart_of(
         name,
-        f"{ours} minus the others on {first.task}, problem by problem",
-        f"Paired differences of {ours} and {len(rows)} other models, with intervals.",
+        title,
+        f"{title}: {len(rows)} paired differences, with intervals.",
         {
             "height": 26 * len(rows),
             "data": {"values": rows},
@@ -170,9 +179,8 @@ def differences_chart(name: str, found: Sequence[Difference], ours: str) -> Char
                             "type": "nominal",
                             "sort": order,
                             "title": None,
-                            "axis": {"labelLimit": 220},
                         },
-                        "x": {"field": "low", "type": "quantitative", "title": title, "axis": _FEW},
+                        "x": {"field": "low", "type": "quantitative", "title": unit, "axis": _FEW},
                         "x2": {"field": "high"},
                         "color": colour,
                     },

@@ -28,7 +28,7 @@ from arm_ray.report.page.facts import (
 )
 from arm_ray.report.page.records import RunRecord
 from arm_ray.report.scores import main_metric
-from arm_ray.report.verdict import sentence, verdict
+from arm_ray.report.verdict import verdict
 
 Tone = Literal["good", "even", "bad", "unknown"]
 # Numbers that are drawn for one comparison at most: a page must not keep a run waiting.
@@ -92,11 +92,14 @@ def settings_of(record: RunRecord) -> EvaluationSettings:
 def differences_of(
     record: RunRecord, scores: Sequence[Score], chosen: str | None
 ) -> list[Difference]:
-    """The published model against each other one, task by task, where the records allow it."""
+    """The published model against each other one, task by task, where the records allow it.
+
+    Of a study, each merge against the best checkpoint of its own run.
+    """
     if chosen is None:
         return []
     if record.kind == "study":
-        return list(_study_differences(record, scores, chosen))
+        return list(_study_differences(record, scores))
     found = list(_recorded(record, scores, chosen))
     return [*found, *_selected(record, scores, chosen)]
 
@@ -168,35 +171,48 @@ def _selected(record: RunRecord, scores: Sequence[Score], chosen: str) -> Iterat
             yield Difference(other, _compared(ours[:, 0], theirs[:, 0], ours[:, 1], settings))
 
 
-def _study_differences(
-    record: RunRecord, scores: Sequence[Score], chosen: str
-) -> Iterator[Difference]:
+def _study_differences(record: RunRecord, scores: Sequence[Score]) -> Iterator[Difference]:
+    """Of a study, each merge minus the best checkpoint of its own run; `other` is the merge."""
     by_name = {(s.model, s.task): s for s in scores}
+    told = set()
     for row in study_rows(record):
-        if row.get("model") != chosen:
+        key = (str(row.get("model")), str(row.get("task")))
+        values = [number(row.get(f"best_checkpoint_{k}")) for k in ("difference", "low", "high")]
+        difference, low, high = values
+        if row.get("kind") != "merged" or key not in by_name or key in told:
             continue
-        told = set()
-        for name in ("base", "last_candidate", "best_checkpoint"):
-            other = by_name.get((str(row.get(name)), str(row.get("task"))))
-            values = [number(row.get(f"{name}_{key}")) for key in ("difference", "low", "high")]
-            difference, low, high = values
-            if other is None or difference is None or low is None or high is None:
-                continue
-            if other.model in told:
-                continue
-            told.add(other.model)
-            p, count = number(row.get(f"{name}_p")), row.get("n")
-            yield Difference(
-                other,
-                Comparison(
-                    difference,
-                    low,
-                    high,
-                    float("nan") if p is None else p,
-                    count if isinstance(count, int) else 0,
-                ),
-            )
-        return
+        if difference is None or low is None or high is None:
+            continue
+        told.add(key)
+        p, count = number(row.get("best_checkpoint_p")), row.get("n")
+        p = float("nan") if p is None else p
+        found = Comparison(difference, low, high, p, count if isinstance(count, int) else 0)
+        yield Difference(by_name[key], found)
+
+
+def _study_finding(differences: Sequence[Difference]) -> Finding:
+    """How many merges of a study are better than the best checkpoint of their run."""
+    main = main_scores([d.other for d in differences])
+    found = [d for d in differences if d.other in main]
+    if not found:
+        return Finding("unknown", "No merge of the study is scored yet.", _GO_ON)
+    better = [d for d in found if d.is_sure and d.gain > 0.0]
+    worse = [d for d in found if d.is_sure and d.gain < 0.0]
+    best = max(found, key=lambda d: d.gain)
+    task, metric, is_loss = best.other.task, best.other.metric, best.other.is_loss
+    factor, unit = (1.0, "") if is_loss else (100.0, " points")
+    low, high = sorted(
+        factor * (-v if is_loss else v) for v in (best.comparison.low, best.comparison.high)
+    )
+    headline = (
+        f"{len(better)} of {len(found)} merges are better than the best checkpoint of their run, "
+        f"{len(worse)} are worse and {len(found) - len(better) - len(worse)} equal within the "
+        f"error ({task} {metric}). The largest gain is {factor * best.gain:+.3g}{unit} "
+        f"({low:+.3g} to {high:+.3g}): {best.other.title}."
+    )
+    tone: Tone = "good" if better else "bad" if len(worse) == len(found) else "even"
+    advice = "The best of many is partly the best by chance: repeat it with another seed."
+    return Finding(tone, headline, advice if better else _STUDY_NEXT)
 
 
 def finding_of(
@@ -209,7 +225,9 @@ def finding_of(
     failed = record.last("run_failed", "run_finished", "stage_finished")
     if failed is not None and failed.get("event") == "run_failed" and not scores:
         return Finding("bad", f"The run failed: {failed.get('message')}", _GO_ON)
-    headline = _headline(record, scores, chosen)
+    if record.kind == "study":
+        return _study_finding(differences)
+    headline = _headline(record, scores)
     if headline is None:
         return _unscored(record, scores, chosen)
     tone = _tone(scores, chosen, differences)
@@ -217,7 +235,11 @@ def finding_of(
         return Finding(tone, headline, "Score the models on the same problems to compare them.")
     if is_going_on(record):
         return Finding(tone, f"So far: {headline}", _UNFINISHED, _against(differences))
-    advice = _NEXT[tone].format(model=_place(record, chosen))
+    best = min(
+        (s for s in main_scores(scores) if s.role != "merged"), key=lambda s: s.rank, default=None
+    )
+    rival = "the checkpoint" if best is None else best.title
+    advice = _NEXT[tone].format(model=_place(record, chosen), rival=rival)
     return Finding(tone, headline, advice, _against(differences))
 
 
@@ -241,6 +263,7 @@ def _against(differences: Sequence[Difference]) -> list[str]:
     return found[:12]
 
 
+_STUDY_NEXT = "Try a searched step (schedule.step: subspace), or other candidates."
 _UNFINISHED = "The run has not come to a model yet."
 _GO_ON = "The same command goes on where it stopped; what is complete stays."
 _NEXT: Mapping[Tone, str] = {
@@ -249,17 +272,17 @@ _NEXT: Mapping[Tone, str] = {
     "even": "Within the error there is nothing to choose between them: score more problems, or "
     "keep the checkpoint. A searched step (schedule.step: subspace) or candidates further apart "
     "may gain more.",
-    "bad": "Keep the checkpoint. A shorter step (schedule.step: subspace finds one) or other "
-    "candidates may gain more; select.promise publishes the checkpoint in such a case.",
+    "bad": "Keep {rival}. A shorter step (schedule.step: subspace finds one) or other "
+    "candidates may gain more; with select.promise, what is better is published.",
     "unknown": "Score the merged model and the checkpoints on the same problems.",
 }
 
 
-def _headline(record: RunRecord, scores: Sequence[Score], chosen: str | None) -> str | None:
+def _headline(record: RunRecord, scores: Sequence[Score]) -> str | None:
     """The sentence of the command itself, or of the event that tells of the choice."""
     holder = scored_record(record)
     directory = holder.scores
-    if directory is not None and record.kind != "study":
+    if directory is not None:
         known: dict[str, dict[str, TaskScores]] = {}
         merged = {s.model for s in scores if s.role == "merged"}
         for score in scores:
@@ -281,8 +304,6 @@ def _headline(record: RunRecord, scores: Sequence[Score], chosen: str | None) ->
     if selected is not None and selected.get("verdict"):
         text = str(selected["verdict"])
         return _titled(text[0].upper() + text[1:] + "." * (not text.endswith(".")), scores)
-    if record.kind == "study":
-        return _study_headline(record, scores, chosen)
     return None
 
 
@@ -298,24 +319,6 @@ def _titled(text: str, scores: Sequence[Score]) -> str:
         if score.title != score.model:
             text = text.replace(score.model, score.title)
     return text
-
-
-def _study_headline(record: RunRecord, scores: Sequence[Score], chosen: str | None) -> str | None:
-    if chosen is None:
-        return None
-    ours = next(s for s in main_scores(scores) if s.model == chosen)
-    found = [d for d in _study_differences(record, scores, chosen) if d.other.task == ours.task]
-    if not found:
-        return f"{ours.title} is the best merge of the study; nothing is compared with it."
-    rival = min(found, key=lambda d: d.other.rank)
-    return sentence(
-        ours.title,
-        rival.other.title,
-        (ours.task, ours.metric),
-        (ours.mean, rival.other.mean),
-        rival.comparison,
-        settings_of(record).confidence,
-    )
 
 
 def _tone(scores: Sequence[Score], chosen: str | None, differences: Sequence[Difference]) -> Tone:

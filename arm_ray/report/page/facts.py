@@ -247,7 +247,27 @@ def _study_scores(record: RunRecord) -> Iterator[Score]:
         seen.add((model, task))
         count = row.get("n") if isinstance(row.get("n"), int) else None
         low, high = number(row.get("low")), number(row.get("high"))
-        yield Score(model, model, role, task, str(row.get("metric")), mean, low, high, count)
+        title = study_title(row)
+        yield Score(model, title, role, task, str(row.get("metric")), mean, low, high, count)
+
+
+def study_title(row: Mapping[str, Any]) -> str:
+    """A row's place in the grid of its study in words: the axes are the columns before `kind`."""
+    if row.get("kind") == "base":
+        return str(row.get("model"))
+    parts, seeds = [], []
+    for key, value in row.items():
+        if key == "kind":
+            break
+        if value is None:
+            continue
+        named = isinstance(value, bool | int | float)
+        text = f"{key} {value}".replace("_", " ") if named else str(value)
+        # What tells merges apart at a glance comes first.
+        (seeds if key.endswith("seed") else parts).append(text)
+    if row.get("checkpoint") is not None:
+        parts.append(f"checkpoint {row['checkpoint']}")
+    return ", ".join([*parts, *seeds]) or str(row.get("model"))
 
 
 def _ordered(scores: Any) -> list[Score]:

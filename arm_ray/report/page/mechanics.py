@@ -118,7 +118,6 @@ def heat_chart(
                 "type": "nominal",
                 "sort": list(modules),
                 "title": None,
-                "axis": {"labelLimit": 150},
             },
             "color": {
                 "field": "value",
@@ -187,7 +186,7 @@ def spectrum_chart(name: str, iterations: Sequence[Iteration]) -> Chart | None:
                 "x": {
                     "field": "at",
                     "type": "quantitative",
-                    "title": "rank, from the largest (0) to the smallest (1) singular value",
+                    "title": "rank, largest σ (0) to smallest (1)",
                     "scale": {"domain": [0, 1]},
                     "axis": {"tickCount": 5},
                 },

@@ -29,7 +29,6 @@
       labelFontSize: 12, titleFontSize: 12, gridOpacity: 0.7, domain: false, ticks: false,
       labelPadding: 6,
     },
-    axisY: { titlePadding: 8 },
     legend: {
       labelColor: theme.text, titleColor: theme.muted, titleFontWeight: 400,
       labelFontSize: 12, titleFontSize: 12, symbolType: "circle", symbolStrokeWidth: 0,
@@ -48,10 +47,11 @@
     const width = place.clientWidth;
     const theme = dark.matches ? themes.dark : themes.light;
     const spec = coloured(JSON.parse(script.textContent), theme);
-    if (width < 480) {
-      // Long names would leave no room for what is drawn.
-      spec.config = { ...spec.config, axisY: { labelLimit: 110 } };
-    }
+    // Long names must leave room for what is drawn.
+    spec.config = {
+      ...spec.config,
+      axisY: { titlePadding: 8, labelLimit: Math.min(400, 0.36 * width) },
+    };
     const known = drawn.get(place);
     if (known) known.finalize();
     const own = spec.config || {};

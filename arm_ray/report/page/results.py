@@ -21,6 +21,9 @@ from arm_ray.report.page.parts import (
 from arm_ray.report.page.records import RunRecord, json_lines
 from arm_ray.schedule import iteration_of
 
+# Rows of a plot at most: the best ones.
+_MOST_ROWS = 40
+
 
 def scores_section(
     record: RunRecord,
@@ -36,19 +39,37 @@ def scores_section(
     for index, task in enumerate(dict.fromkeys(s.task for s in scores)):
         of_task = [s for s in scores if s.task == task]
         shown = of_task
-        if len(shown) > 40:
-            best = {s.model for s in sorted(of_task, key=lambda s: s.rank)[:40]}
+        if len(shown) > _MOST_ROWS:
+            best = {s.model for s in sorted(of_task, key=lambda s: s.rank)[:_MOST_ROWS]}
             shown = [s for s in of_task if s.model in best or s.model == chosen or s.role == "base"]
         chart = charts.scores_chart(f"{prefix}-scores-{index}", shown, chosen)
         figures.append(Figure(chart, _scores_table(of_task, chosen)))
         found = [d for d in differences if d.other.task == task]
         if found:
-            ours = next((s.title for s in of_task if s.model == chosen), str(chosen))
-            few = found if len(found) <= 40 else sorted(found, key=lambda d: d.other.rank)[:40]
-            chart = charts.differences_chart(f"{prefix}-differences-{index}", few, ours)
-            figures.append(Figure(chart, _differences_table(found)))
+            figures.append(
+                _differences(record, f"{prefix}-differences-{index}", found, of_task, chosen)
+            )
     note = f"Intervals: {100 * settings_of(record).confidence:g} %, by bootstrap over problems."
     return Section(f"{prefix}-scores", "Scores", figures, note)
+
+
+def _differences(
+    record: RunRecord,
+    name: str,
+    found: Sequence[Difference],
+    of_task: Sequence[Score],
+    chosen: str | None,
+) -> Figure:
+    """Paired differences of a task, as a plot and a table."""
+    task = found[0].other.task
+    if record.kind == "study":
+        few = sorted(found, key=lambda d: -d.gain)[:_MOST_ROWS]
+        title = f"Each merge minus the best checkpoint of its run on {task}"
+        return Figure(charts.differences_chart(name, few, title, ""), _differences_table(found))
+    ours = next((s.title for s in of_task if s.model == chosen), str(chosen))
+    few = sorted(found, key=lambda d: d.other.rank)[:_MOST_ROWS] if len(found) > 40 else found
+    title = f"{ours} minus the others on {task}, problem by problem"
+    return Figure(charts.differences_chart(name, few, title), _differences_table(found))
 
 
 def _scores_table(scores: Sequence[Score], chosen: str | None) -> Table:
