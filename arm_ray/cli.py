@@ -362,7 +362,7 @@ def _status_text(options: argparse.Namespace) -> tuple[str, int]:
 
 def _serve(options: argparse.Namespace) -> int:
     """Show a run's report in the browser of this machine, refreshed as events come."""
-    from arm_ray.report.page.records import open_record
+    from arm_ray.report.run_record import open_record
     from arm_ray.report.serving import PageServer
 
     run = open_record(Path(plain_path(options.path))).path

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from arm_ray.errors import ConfigError
-from arm_ray.report.page.records import CONFIG_NAME, EVENTS_NAME
 from arm_ray.report.page.write import page_of
+from arm_ray.report.run_record import CONFIG_NAME, EVENTS_NAME
 from arm_ray.report.status import status_of
 
 _LOOPBACK = "127.0.0.1"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from arm_ray.report.page.facts import (
+from arm_ray.report.run_facts import (
     SELECTION,
     Score,
     iterations_of,
@@ -20,7 +20,7 @@ from arm_ray.report.page.facts import (
     scores_of,
     warnings_of,
 )
-from arm_ray.report.page.records import RunRecord, open_record
+from arm_ray.report.run_record import RunRecord, open_record
 from arm_ray.report.words import duration
 from arm_ray.storage.room import LOCK_NAME
 

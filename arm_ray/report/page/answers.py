@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from arm_ray.evaluation.records import Record, per_problem, read_records
 from arm_ray.evaluation.tasks import problem_key, question_text
-from arm_ray.report.page.facts import SELECTION, Score, scored_record
-from arm_ray.report.page.records import RunRecord, json_lines
+from arm_ray.report.run_facts import SELECTION, Score, scored_record
+from arm_ray.report.run_record import RunRecord, json_lines
 from arm_ray.storage.secrets import hidden
 from arm_ray.storage.urls import is_url
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arm_ray.report.page.comparison import Difference
-from arm_ray.report.page.facts import ROLES, Score, number
+from arm_ray.report.run_facts import ROLES, Score, number
 
 Spec = Mapping[str, Any]
 _ROLE_COLOURS = {"domain": list(ROLES), "range": [f"${role}" for role in ROLES]}

@@ -8,9 +8,9 @@ from typing import Any
 
 from arm_ray.identity import flat
 from arm_ray.report.page import charts
-from arm_ray.report.page.facts import Score, iterations_of, number, numbers
 from arm_ray.report.page.parts import Figure, Section, seconds_text, size_text, table_of
 from arm_ray.report.page.view import RunView
+from arm_ray.report.run_facts import Score, iterations_of, number, numbers
 
 # Settings that name places differ in all runs.
 _PLACES = ("output", "tracking.run")

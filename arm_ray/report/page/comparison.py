@@ -18,7 +18,7 @@ from arm_ray.evaluation.records import (
 )
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.statistics import Comparison, compare
-from arm_ray.report.page.facts import (
+from arm_ray.report.run_facts import (
     SELECTION,
     Score,
     main_scores,
@@ -26,7 +26,7 @@ from arm_ray.report.page.facts import (
     scored_record,
     study_rows,
 )
-from arm_ray.report.page.records import RunRecord
+from arm_ray.report.run_record import RunRecord
 from arm_ray.report.scores import main_metric
 from arm_ray.report.verdict import verdict
 
@@ -343,6 +343,9 @@ def _place(record: RunRecord, chosen: str | None) -> str:
     written = record.last("model_written")
     if written is not None:
         return f" ({written.get('path')})"
+    best = [e for e in record.of("arrival_published") if e.get("is_best")]
+    if best:
+        return f" ({best[-1].get('path')})"
     scored = [e for e in scored_record(record).of("model_scored") if e.get("model") == chosen]
     return f" ({scored[-1].get('path')})" if scored else ""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arm_ray.report.page.charts import TOP, Chart, chart_of
-from arm_ray.report.page.facts import Iteration, Work, number, numbers
+from arm_ray.report.run_facts import Iteration, Work, number, numbers
 
 _KINDS = ("forward", "merge", "score", "stage")
 # Most spans of a plot: a page has to open at once.

@@ -8,7 +8,7 @@ from typing import Any
 
 from arm_ray.report.page.answers import ChangedAnswers
 from arm_ray.report.page.charts import Chart
-from arm_ray.report.page.facts import number
+from arm_ray.report.run_facts import number
 from arm_ray.report.words import bytes_text, duration
 
 # Rows of a table at most; what is left out is told.

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from arm_ray.report.page import mechanics
-from arm_ray.report.page.facts import (
+from arm_ray.report.page.parts import (
+    Figure,
+    Section,
+    Table,
+    plain_text,
+    seconds_text,
+    size_text,
+    table_of,
+)
+from arm_ray.report.run_facts import (
     Iteration,
     Work,
     iterations_of,
@@ -19,16 +29,7 @@ from arm_ray.report.page.facts import (
     titles_of,
     work_of,
 )
-from arm_ray.report.page.parts import (
-    Figure,
-    Section,
-    Table,
-    plain_text,
-    seconds_text,
-    size_text,
-    table_of,
-)
-from arm_ray.report.page.records import RunRecord
+from arm_ray.report.run_record import JOURNAL_NAME, RunRecord
 
 
 def angles_section(record: RunRecord, prefix: str) -> Section | None:
@@ -217,7 +218,9 @@ def costs_section(record: RunRecord, prefix: str) -> Section | None:
         ]
         table = table_of(["", "measured", "planned", "measured / planned"], rows, (1, 2, 3))
         device = plan.get("device")
-        caption = f"Planned with the rates of the device {device}" if device else ""
+        caption = "" if not device else f"Planned with the rates of the device {device}"
+        if device and record.section("calibration"):
+            caption += ", for samples of the greatest length there can be"
         figures.append(Figure(None, table, caption))
         figures.append(
             Figure(None, _iteration_costs(iterations, planned), "Iteration by iteration")
@@ -301,6 +304,8 @@ def lineage_section(record: RunRecord, prefix: str, chosen: str | None) -> Secti
     figures = []
     if record.kind == "merge":
         figures = _merge_lineage(record, chosen)
+    elif record.kind == "attach":
+        figures = _arrival_lineage(record)
     elif record.kind == "evaluation" or record.kind == "pipeline":
         holder = record.parts.get("evaluation", record)
         rows = [[str(name), str(path)] for name, path in holder.section("models").items()] or [
@@ -309,6 +314,31 @@ def lineage_section(record: RunRecord, prefix: str, chosen: str | None) -> Secti
         if rows:
             figures = [Figure(None, table_of(["model", "path"], rows), "What was scored")]
     return Section(f"{prefix}-lineage", "Lineage", figures) if figures else None
+
+
+def _arrival_lineage(record: RunRecord) -> list[Figure]:
+    """Of attach, what each arrival was made of, by its journal."""
+    try:
+        content = json.loads((record.path / JOURNAL_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    arrivals = content.get("arrivals") if isinstance(content, dict) else None
+    rows = [
+        [
+            str(given.get("number")),
+            str(given.get("step")),
+            ", ".join(texts(given.get("members"))),
+            ", ".join(f"arrival {number}" for number in texts(given.get("states"))) or "base",
+            str(given.get("version")),
+            str(given.get("outcome")),
+        ]
+        for given in (arrivals if isinstance(arrivals, list) else [])
+        if isinstance(given, dict)
+    ]
+    if not rows:
+        return []
+    columns = ["arrival", "step", "members", "onto", "digest of its checkpoint's marker", ""]
+    return [Figure(None, table_of(columns, rows, (0, 1)), "What each arrival was made of")]
 
 
 def _merge_lineage(record: RunRecord, chosen: str | None) -> list[Figure]:

@@ -9,7 +9,6 @@ from typing import Any
 from arm_ray.report.page import charts
 from arm_ray.report.page.answers import changed_answers
 from arm_ray.report.page.comparison import Difference, settings_of
-from arm_ray.report.page.facts import Score, iterations_of, number, numbers, texts
 from arm_ray.report.page.parts import (
     Figure,
     Section,
@@ -18,7 +17,8 @@ from arm_ray.report.page.parts import (
     seconds_text,
     table_of,
 )
-from arm_ray.report.page.records import RunRecord, json_lines
+from arm_ray.report.run_facts import Score, iterations_of, number, numbers, texts
+from arm_ray.report.run_record import RunRecord, json_lines
 from arm_ray.schedule import iteration_of
 
 # Rows of a plot at most: the best ones.

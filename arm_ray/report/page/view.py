@@ -8,16 +8,6 @@ from datetime import datetime, timezone
 from typing import Any
 
 from arm_ray.report.page.comparison import Finding, differences_of, finding_of
-from arm_ray.report.page.facts import (
-    SELECTION,
-    Score,
-    chosen_of,
-    iterations_of,
-    number,
-    numbers,
-    scores_of,
-    warnings_of,
-)
 from arm_ray.report.page.parts import Figure, Section, seconds_text, size_text, table_of
 from arm_ray.report.page.process import (
     angles_section,
@@ -27,13 +17,23 @@ from arm_ray.report.page.process import (
     modules_section,
     timeline_section,
 )
-from arm_ray.report.page.records import RunRecord
 from arm_ray.report.page.results import (
     answers_section,
     progress_section,
     scores_section,
     training_section,
 )
+from arm_ray.report.run_facts import (
+    SELECTION,
+    Score,
+    chosen_of,
+    iterations_of,
+    number,
+    numbers,
+    scores_of,
+    warnings_of,
+)
+from arm_ray.report.run_record import RunRecord
 
 
 @dataclass(frozen=True)

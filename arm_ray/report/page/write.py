@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arm_ray.errors import RunDirectoryError
-from arm_ray.report.page.records import open_record
 from arm_ray.report.page.render import render
 from arm_ray.report.page.view import view_of
+from arm_ray.report.run_record import open_record
 from arm_ray.storage.atomic import atomic_file
 
 REPORT_NAME = "report.html"

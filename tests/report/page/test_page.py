@@ -16,11 +16,11 @@ from arm_ray.errors import RunDirectoryError
 from arm_ray.report.page import library
 from arm_ray.report.page.answers import changed_answers
 from arm_ray.report.page.comparison import differences_of
-from arm_ray.report.page.facts import scores_of
-from arm_ray.report.page.records import open_record
 from arm_ray.report.page.view import view_of
 from arm_ray.report.page.write import REPORT_NAME, page_of, write_report
-from tests.builders.runs import EVIL, RIGHT, keep_events, merge_run
+from arm_ray.report.run_facts import scores_of
+from arm_ray.report.run_record import open_record
+from tests.builders.runs import EVIL, RIGHT, keep_events, merge_run, scored
 
 
 class Page(HTMLParser):
@@ -347,3 +347,128 @@ def test_a_report_is_written_whole_beside_the_run_or_where_asked(tmp_path: Path)
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(RunDirectoryError, match="the report cannot be written"):
         write_report([run], tmp_path / "file" / "a.html")
+
+
+def attach_run(root: Path) -> Path:
+    """Attach after two arrivals, of which the first was the better one."""
+    work = root / "published" / "work"
+    work.mkdir(parents=True)
+    config = f"run: {{path: /runs/grpo}}\nmerge: {{}}\npublish: {{dir: {root}}}\n"
+    (work / "config.yaml").write_text(config, encoding="utf-8")
+    arrivals, events = [], []
+    for number, (step, value, other) in enumerate([(20, 0.75, 0.5), (30, 0.5, 0.625)], start=1):
+        name = f"{number:04d}-step-{step:06d}"
+        arrivals.append(
+            {"number": number, "step": step, "version": f"v{number}", "states": [1] * (number - 1),
+             "members": ["step-000010", f"step-{step:06d}"], "outcome": "published"}
+        )  # fmt: skip
+        events.append(
+            {"time": 100.0 * number, "event": "arrival_published", "step": step, "value": value,
+             "checkpoint_value": other, "is_best": number == 1, "members": ["step-000010"],
+             "path": f"/published/step-{step}", "seconds": 3.0, "weight_cosine": 0.999}
+        )  # fmt: skip
+        for kind, mean in (("merged", value), ("checkpoint", other)):
+            scored(work / "scores", f"{kind}-{name}", [1] * int(8 * mean) + [0] * int(8 - 8 * mean))
+    (work / "attach.json").write_text(json.dumps({"arrivals": arrivals}), encoding="utf-8")
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    (work / "events.jsonl").write_text(lines, encoding="utf-8")
+    return root / "published"
+
+
+def test_attach_is_told_by_its_arrivals(tmp_path: Path) -> None:
+    run = attach_run(tmp_path)
+    view = view_of(open_record(run))
+    assert view.record.name == "grpo"
+    # What `best` points to, and by the steps of the training.
+    assert view.chosen == "merged-0001-step-000020"
+    assert [(s.title, s.role, s.mean) for s in view.scores] == [
+        ("checkpoint step 20", "checkpoint", 0.5),
+        ("checkpoint step 30", "checkpoint", 0.625),
+        ("merged step 20", "merged", 0.75),
+        ("merged step 30", "merged", 0.5),
+    ]
+    made = page(run)
+    values = made.specs["run-arrivals-plot"]["data"]["values"]
+    assert [(v["step"], v["value"], v["of"], v["best"]) for v in values] == [
+        (20, 0.75, "merged", True),
+        (30, 0.5, "merged", False),
+        (20, 0.5, "checkpoint", False),
+        (30, 0.625, "checkpoint", False),
+    ]
+    [lineage] = [s for s in view.sections if s.id == "run-lineage"]
+    table = lineage.figures[0].table
+    assert table is not None
+    assert [list(row) for row in table.rows] == [
+        ["1", "20", "step-000010, step-000020", "base", "v1", "published"],
+        ["2", "30", "step-000010, step-000030", "arrival 1", "v2", "published"],
+    ]
+
+
+def study_run(root: Path, differences: list[tuple[float, float, float]]) -> Path:
+    """A study of one run, with merges of such differences from the best checkpoint."""
+    (root / "config.yaml").write_text("series: {}\nevaluation: {}\n", encoding="utf-8")
+    (root / "events.jsonl").write_text(
+        '{"time": 1.0, "event": "study_started", "cells": 2}\n', encoding="utf-8"
+    )
+    score = {"task": "held", "metric": "loss", "low": 0.3, "high": 0.9, "n": 200}
+    rows: list[dict[str, Any]] = [
+        {"series": "sft", "seed": None, "operator": None, "kind": "base", "model": "base",
+         "mean": 0.9, **score},
+        {"series": "sft", "seed": 0, "operator": None, "kind": "checkpoint", "model": "sft-0-10",
+         "checkpoint": 10, "mean": 0.6, **score},
+    ]  # fmt: skip
+    for number, (difference, low, high) in enumerate(differences):
+        rows.append(
+            {"series": "sft", "seed": 0, "operator": f"op{number}", "kind": "merged",
+             "model": f"m{number}", "mean": 0.6 + difference, **score,
+             "best_checkpoint": "sft-0-10", "best_checkpoint_difference": difference,
+             "best_checkpoint_low": low, "best_checkpoint_high": high, "best_checkpoint_p": 0.01}
+        )  # fmt: skip
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (root / "results.jsonl").write_text(text, encoding="utf-8")
+    return root
+
+
+def test_a_study_is_told_by_its_merges_against_their_own_checkpoints(tmp_path: Path) -> None:
+    run = study_run(tmp_path, [(-0.1, -0.15, -0.05), (0.02, -0.01, 0.05), (0.3, 0.2, 0.4)])
+    view = view_of(open_record(run))
+    assert view.finding.headline == (
+        "1 of 3 merges are better than the best checkpoint of their run, 1 are worse and 1 equal "
+        "within the error (held loss). The largest gain is +0.1 (+0.05 to +0.15): "
+        "sft, op0, seed 0."
+    )
+    assert view.finding.tone == "good"
+    assert [s.title for s in view.scores] == [
+        "base", "sft, checkpoint 10, seed 0", "sft, op0, seed 0", "sft, op1, seed 0",
+        "sft, op2, seed 0",
+    ]  # fmt: skip
+    values = page(run).specs["run-differences-0-plot"]["data"]["values"]
+    assert [(v["model"], v["difference"], v["verdict"]) for v in values] == [
+        ("sft, op0, seed 0", -0.1, "better"),
+        ("sft, op1, seed 0", 0.02, "no difference"),
+        ("sft, op2, seed 0", 0.3, "worse"),
+    ]
+
+
+def test_steps_that_were_searched_are_shown(tmp_path: Path) -> None:
+    run = merge_run(tmp_path)
+    tried = {"state": None, "coefficients": [[0.2, 0.3]], "loss": 0.5, "low": 0.4, "high": 0.6}
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        for number in (1, 2):
+            event = {
+                "event": "step_chosen", "iteration": number, "search": "subspace",
+                "coefficients": [[0.2, 0.3]], "tried": [tried] * 4,
+                "checked": [{**tried, "loss": 0.5 - 0.1 * number}],
+                "gain": 0.25, "gain_low": 0.125, "gain_high": 0.5,
+            }  # fmt: skip
+            file.write(json.dumps(event) + "\n")
+    view = view_of(open_record(run))
+    [progress] = [s for s in view.sections if s.id == "run-progress"]
+    [steps] = [f for f in progress.figures if f.caption.startswith("Steps")]
+    assert steps.table is not None
+    assert list(steps.table.rows[1]) == [
+        "2", "subspace", "0.2, 0.3", "0.3000", "+0.2500", "+0.1250 to +0.5000", "4",
+    ]  # fmt: skip
+    assert steps.chart is not None
+    shown = steps.chart.spec["layer"][-1]["data"]["values"]
+    assert [(v["iteration"], v["value"]) for v in shown] == [(1, 0.4), (2, 0.3)]

@@ -6,17 +6,21 @@ last one counts. Imports nothing heavy.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from arm_ray.report.page.records import Event, RunRecord, json_lines
+from arm_ray.report.run_record import Event, RunRecord, json_lines
 from arm_ray.schedule import BASE, iteration_of, state_name
 
 Role = Literal["base", "checkpoint", "merged"]
 ROLES: tuple[Role, ...] = ("base", "checkpoint", "merged")
+# What attach calls its models: with the number of the arrival.
+_ARRIVAL = re.compile(r"^(checkpoint|merged)-\d+-step-(\d+)$")
 # What the loss of `select.promise` and of searched steps is called among the tasks.
 SELECTION = "selection samples"
 
@@ -195,13 +199,21 @@ def scores_of(record: RunRecord) -> list[Score]:
             number(value.get("high")),
             summary.get("num_problems") if isinstance(summary.get("num_problems"), int) else None,
         )
-    return [*_ordered(said.values()), *_selection_scores(record, titles)]
+    return [*_ordered(_with_steps(said.values())), *_selection_scores(record, titles)]
+
+
+def _with_steps(scores: Iterable[Score]) -> list[Score]:
+    """Arrivals of attach by their training steps, where that tells them apart."""
+    given = list(scores)
+    named = [_ARRIVAL.sub(lambda m: f"{m[1]} step {int(m[2])}", s.title) for s in given]
+    keys = [(name, s.task) for name, s in zip(named, given, strict=True)]
+    if len(set(keys)) < len(keys):
+        return given
+    return [replace(s, title=name) for s, name in zip(given, named, strict=True)]
 
 
 def _summaries(holder: RunRecord) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Model, task and numbers of all that is complete in a directory of scores."""
-    import json
-
     directory = holder.scores
     if directory is None:
         return
@@ -276,8 +288,6 @@ def _ordered(scores: Any) -> list[Score]:
 
 
 def _natural(text: str) -> list[tuple[int, int, str]]:
-    import re
-
     parts = re.split(r"(\d+)", text)
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts if p]
 
@@ -291,6 +301,11 @@ def chosen_of(record: RunRecord, scores: Sequence[Score]) -> str | None:
     if written is not None and str(written.get("state", "")).isdigit():
         return state_name(int(written["state"]))
     merged = [s for s in main_scores(scores) if s.role == "merged"]
+    # Of attach, what `best` points to.
+    best = [e.get("step") for e in record.of("arrival_published") if e.get("is_best")]
+    promoted = [s for s in merged if best and s.model.endswith(f"-step-{best[-1]:06d}")]
+    if promoted:
+        return promoted[-1].model
     return min(merged, key=lambda s: s.rank).model if merged else None
 
 

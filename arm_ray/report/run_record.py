@@ -74,8 +74,9 @@ class RunRecord:
     @property
     def name(self) -> str:
         """Of the run: the name of its directory, and of attach that of the run it follows."""
-        if self.kind == "attach" and self.path.name == "work":
-            return self.path.parent.name
+        followed = self.section("run").get("path")
+        if self.kind == "attach" and isinstance(followed, str) and followed.strip("/"):
+            return followed.rstrip("/").rpartition("/")[2]
         return self.path.name
 
     @property

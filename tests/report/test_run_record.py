@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from arm_ray.errors import RunDirectoryError
-from arm_ray.report.page.records import open_record
+from arm_ray.report.run_record import open_record
 from tests.builders.runs import merge_run
 
 

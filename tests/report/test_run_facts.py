@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from arm_ray.report.page.facts import (
+from arm_ray.report.run_facts import (
     SELECTION,
     Work,
     chosen_of,
@@ -16,7 +16,7 @@ from arm_ray.report.page.facts import (
     scores_of,
     work_of,
 )
-from arm_ray.report.page.records import open_record
+from arm_ray.report.run_record import open_record
 from tests.builders.runs import RIGHT, events_of, keep_events, merge_run
 
 
