@@ -349,7 +349,7 @@ def _status_text(options: argparse.Namespace) -> tuple[str, int]:
         entry: dict[str, Any] = dataclasses.asdict(job)
         lines.append(f"{job.job} {job.output}: {job.state} ({job.id}, arm_ray {job.version})")
         if job.output and Path(job.output).is_dir():
-            status = status_of(Path(job.output))
+            status = status_of(Path(job.output), is_running=job.state == "RUNNING")
             entry["run"] = status.to_dict()
             lines += [f"  {line}" for line in lines_of(status)]
         elif job.output:

@@ -267,7 +267,8 @@ def study_title(row: Mapping[str, Any]) -> str:
     """A row's place in the grid of its study in words: the axes are the columns before `kind`."""
     if row.get("kind") == "base":
         return str(row.get("model"))
-    parts, seeds = [], []
+    parts: list[str] = []
+    seeds: list[str] = []
     for key, value in row.items():
         if key == "kind":
             break

@@ -87,20 +87,22 @@ class Status:
         return asdict(self)
 
 
-def status_of(path: Path, now: float | None = None) -> Status:
+def status_of(path: Path, now: float | None = None, *, is_running: bool = False) -> Status:
     """How the run in a directory stands.
 
     Args:
         path: The directory.
         now: Seconds since 1970; None: by the clock.
+        is_running: Whether it is known from elsewhere that it runs: on another machine, perhaps.
 
     Raises:
         RunDirectoryError: There is no such directory.
     """
-    return _status(open_record(path), time.time() if now is None else now)
+    now = time.time() if now is None else now
+    return _status(open_record(path), now, is_running=is_running)
 
 
-def _status(record: RunRecord, now: float) -> Status:
+def _status(record: RunRecord, now: float, *, is_running: bool = False) -> Status:
     parts = [_status(part, now) for part in record.parts.values()]
     pid = worker_of(record.path)
     if pid is None:
@@ -109,6 +111,8 @@ def _status(record: RunRecord, now: float) -> Status:
     when = number(last.get("time")) if last is not None else None
     age = None if when is None else max(0.0, now - when)
     state = _state(record, is_worked_on=pid is not None)
+    if state == "stopped" and is_running:
+        state = "running"
     iterations = iterations_of(record)
     done = iterations[-1].number if iterations else None
     most = (record.last("run_started") or {}).get("max_iterations")
@@ -172,6 +176,8 @@ def _state(record: RunRecord, *, is_worked_on: bool) -> State:
 
 def _told(state: State, record: RunRecord, pid: int | None, age: float | None) -> str:
     since = "" if age is None else f"; its last event is {duration(age)} old"
+    if state == "running" and pid is None:
+        return f"running, as its cluster says{since}"
     if state == "running":
         return f"running: process {pid} of this machine works in it{since}"
     if state == "foreign":

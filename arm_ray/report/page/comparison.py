@@ -32,7 +32,7 @@ from arm_ray.report.verdict import verdict
 
 Tone = Literal["good", "even", "bad", "unknown"]
 # Numbers that are drawn for one comparison at most: a page must not keep a run waiting.
-_MOST_DRAWN = 4_000_000
+_MOST_DRAWN = 2_000_000
 _FEWEST_RESAMPLES = 500
 _MOST_COMPARED = 24
 

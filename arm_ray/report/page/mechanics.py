@@ -11,6 +11,8 @@ from arm_ray.report.run_facts import Iteration, Work, number, numbers
 _KINDS = ("forward", "merge", "score", "stage")
 # Most spans of a plot: a page has to open at once.
 _MOST_SPANS = 3000
+# Iterations that a reader can choose from.
+_MOST_ITERATIONS = 12
 
 
 def angles_chart(name: str, iterations: Sequence[Iteration]) -> Chart:
@@ -79,7 +81,7 @@ def heat_chart(
     """A value of each module and layer, with a choice of the iteration."""
     rows: list[dict[str, Any]] = []
     modules: dict[str, None] = {}
-    for iteration in iterations:
+    for iteration in _spread(iterations):
         for module in iteration.modules:
             value = number(module.get(key))
             if value is None or not isinstance(module.get("layer"), int):
@@ -136,6 +138,14 @@ def heat_chart(
     return chart_of(
         name, title, f"{title} of {len(modules)} modules, by layer and iteration.", spec
     )
+
+
+def _spread(iterations: Sequence[Iteration]) -> Sequence[Iteration]:
+    """The first, the last, and some between them."""
+    if len(iterations) <= _MOST_ITERATIONS:
+        return iterations
+    step = (len(iterations) - 1) / (_MOST_ITERATIONS - 1)
+    return [iterations[round(i * step)] for i in range(_MOST_ITERATIONS)]
 
 
 def _choice(name: str, label: str, values: Sequence[Any]) -> Mapping[str, Any]:

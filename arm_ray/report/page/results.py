@@ -63,11 +63,13 @@ def _differences(
     """Paired differences of a task, as a plot and a table."""
     task = found[0].other.task
     if record.kind == "study":
-        few = sorted(found, key=lambda d: -d.gain)[:_MOST_ROWS]
+        best = sorted(found, key=lambda d: -d.gain)[:_MOST_ROWS]
         title = f"Each merge minus the best checkpoint of its run on {task}"
-        return Figure(charts.differences_chart(name, few, title, ""), _differences_table(found))
+        return Figure(charts.differences_chart(name, best, title, ""), _differences_table(found))
     ours = next((s.title for s in of_task if s.model == chosen), str(chosen))
-    few = sorted(found, key=lambda d: d.other.rank)[:_MOST_ROWS] if len(found) > 40 else found
+    few = found
+    if len(found) > _MOST_ROWS:
+        few = sorted(found, key=lambda d: d.other.rank)[:_MOST_ROWS]
     title = f"{ours} minus the others on {task}, problem by problem"
     return Figure(charts.differences_chart(name, few, title), _differences_table(found))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import pytest
 from arm_ray import cli
 from arm_ray.errors import WorkerError
 from arm_ray.runtime.cluster.jobs import ClusterJob, jobs_of
-from tests.builders.runs import merge_run
+from tests.builders.paths import ROOT
+from tests.builders.runs import keep_events, merge_run
 
 
 @dataclass
@@ -82,6 +85,40 @@ def test_the_command_tells_of_the_run_where_it_can_be_seen(
     assert cli.main([*arguments, "--json"]) == 0
     told: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     assert [entry.get("run", {}).get("state") for entry in told] == ["finished", None]
+
+
+def test_a_run_of_another_machine_runs_if_the_cluster_says_so(
+    jobs: list[Details], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = merge_run(tmp_path)
+    ended = ("run_finished", "model_written")
+    keep_events(run, lambda e: None if e["event"] in ended else e)
+    details = Details({"arm_ray": "0.1.0", "job": "merge", "output": str(run)})
+    jobs.append(details)
+    for state, told in (("RUNNING", "running, as its cluster says"), ("FAILED", "not finished")):
+        details.status = state
+        assert cli.main(["status", "--address", "http://head:8265"]) == 0
+        assert capsys.readouterr().out.splitlines()[2].strip().startswith(told)
+
+
+@pytest.mark.processes
+@pytest.mark.minutes
+def test_a_job_of_a_real_cluster_is_found_by_both_addresses(tmp_path: Path) -> None:
+    program = """
+import sys, ray
+from arm_ray.runtime.cluster.jobs import jobs_of
+from ray.job_config import JobConfig
+about = {"arm_ray": "0.1.0", "job": "merge", "output": "/out"}
+here = ray.init(address="local", include_dashboard=True, num_cpus=1, log_to_driver=False,
+                job_config=JobConfig(metadata=about))
+for address in ("http://" + here.address_info["webui_url"], here.address_info["gcs_address"]):
+    print("found", *[(job.job, job.output, job.state) for job in jobs_of(address)])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("found")]
+    assert found == ["found ('merge', '/out', 'RUNNING')"] * 2, done.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_told() -> None:
