@@ -199,7 +199,8 @@ def scores_of(record: RunRecord) -> list[Score]:
             number(value.get("high")),
             summary.get("num_problems") if isinstance(summary.get("num_problems"), int) else None,
         )
-    return [*_ordered(_with_steps(said.values())), *_selection_scores(record, titles)]
+    selected = _ordered(_selection_scores(record, titles))
+    return [*_ordered(_with_steps(said.values())), *selected]
 
 
 def _with_steps(scores: Iterable[Score]) -> list[Score]:
@@ -371,15 +372,27 @@ def _ending(event: Event, actor: str, kind: str, what: str) -> list[Work]:
     return [Work(actor, kind, end - seconds, seconds, what)]
 
 
-def last_session(work: Sequence[Work]) -> list[Work]:
-    """The work since the last long pause: a run that is gone on with has hours between."""
+def stages_of(record: RunRecord) -> dict[str, float]:
+    """Stage of a pipeline -> its seconds; what is done already is passed at once when run again."""
+    stages: dict[str, float] = {}
+    for event in record.of("stage_finished"):
+        stage, seconds = str(event.get("stage")), number(event.get("seconds")) or 0.0
+        stages[stage] = max(stages.get(stage, 0.0), seconds)
+    return stages
+
+
+def main_session(work: Sequence[Work]) -> list[Work]:
+    """The session in which most was done: a run that is gone on with may have long pauses."""
     ordered = sorted(work, key=lambda w: w.start)
-    begin, end = 0, 0.0
-    for index, item in enumerate(ordered):
-        if index and item.start - end > max(600.0, 0.5 * (end - ordered[begin].start)):
-            begin = index
+    sessions: list[list[Work]] = []
+    begin = end = 0.0
+    for item in ordered:
+        if not sessions or item.start - end > max(600.0, 0.5 * (end - begin)):
+            sessions.append([])
+            begin = item.start
+        sessions[-1].append(item)
         end = max(end, item.start + item.seconds)
-    return ordered[begin:]
+    return max(sessions, key=lambda found: sum(w.seconds for w in found), default=[])
 
 
 def warnings_of(record: RunRecord) -> list[str]:

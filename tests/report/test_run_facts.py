@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ from arm_ray.report.run_facts import (
     Work,
     chosen_of,
     iterations_of,
-    last_session,
+    main_session,
     main_task,
     scores_of,
+    stages_of,
     work_of,
 )
 from arm_ray.report.run_record import open_record
@@ -38,8 +41,6 @@ def test_scores_have_means_and_intervals_of_the_records(tmp_path: Path) -> None:
 
 
 def test_without_records_the_events_have_the_means(tmp_path: Path) -> None:
-    import shutil
-
     run = merge_run(tmp_path)
     shutil.rmtree(run / "evaluation")
     scores = scores_of(open_record(run))
@@ -79,8 +80,6 @@ def test_iterations_count_once_and_have_angles(tmp_path: Path) -> None:
     keep_events(run, lambda e: {**e, "iteration": 1} if e.get("iteration") == 1 else e)
     again = next(e for e in events_of(run) if e["event"] == "iteration_finished")
     with (run / "events.jsonl").open("a", encoding="utf-8") as file:
-        import json
-
         # A run that was gone on with does an iteration again.
         file.write(json.dumps({**again, "weight_cosine": 0.0}) + "\n")
     first, second = iterations_of(open_record(run))
@@ -116,9 +115,19 @@ def test_of_an_older_version_iterations_stand_for_the_shards(tmp_path: Path) -> 
     assert [t.modules for t in iterations_of(record)] == [[], []]
 
 
-def test_the_last_session_begins_after_a_long_pause() -> None:
-    early, first = Work("a", "merge", 0.0, 10.0, ""), Work("a", "merge", 5000.0, 10.0, "")
+def test_the_session_in_which_most_was_done_is_shown() -> None:
+    early, first = Work("a", "merge", 0.0, 15.0, ""), Work("a", "merge", 5000.0, 10.0, "")
     second = Work("a", "merge", 5020.0, 10.0, "")
-    assert last_session([second, early, first]) == [first, second]
-    assert last_session([first, second]) == [first, second]
-    assert last_session([]) == []
+    assert main_session([second, early, first]) == [first, second]
+    assert main_session([first, early]) == [early]
+    assert main_session([]) == []
+
+
+def test_a_stage_that_is_done_already_counts_as_it_did_at_first(tmp_path: Path) -> None:
+    rows = [("training", 100.0), ("ARM", 5.0), ("training", 0.5), ("ARM", 7.0)]
+    lines = [
+        json.dumps({"event": "stage_finished", "stage": stage, "seconds": seconds}) + "\n"
+        for stage, seconds in rows
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert stages_of(open_record(tmp_path)) == {"training": 100.0, "ARM": 7.0}

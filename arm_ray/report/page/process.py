@@ -21,9 +21,10 @@ from arm_ray.report.run_facts import (
     Iteration,
     Work,
     iterations_of,
-    last_session,
+    main_session,
     number,
     numbers,
+    stages_of,
     study_rows,
     texts,
     titles_of,
@@ -134,9 +135,11 @@ def timeline_section(record: RunRecord, prefix: str) -> Section | None:
     work = _all_work(record)
     if not work:
         return None
-    kept = last_session(work)
+    kept = main_session(work)
     chart = mechanics.timeline_chart(f"{prefix}-timeline", kept)
-    note = "" if len(kept) == len(work) else "The last session; earlier ones are left out."
+    note = (
+        "" if len(kept) == len(work) else "The session in which most was done; others are left out."
+    )
     return Section(f"{prefix}-timeline", "Timeline", [Figure(chart, _work_table(kept))], note)
 
 
@@ -238,9 +241,7 @@ def costs_section(record: RunRecord, prefix: str) -> Section | None:
     if rows:
         columns = ["model", "scored in", "until loaded", "samples", "tokens"]
         figures.append(Figure(None, table_of(columns, rows, (1, 2, 3, 4)), "Scoring"))
-    rows = [
-        [str(e.get("stage")), seconds_text(e.get("seconds"))] for e in record.of("stage_finished")
-    ]
+    rows = [[stage, seconds_text(seconds)] for stage, seconds in stages_of(record).items()]
     if rows:
         figures.append(Figure(None, table_of(["stage", "time"], rows, (1,)), "Stages"))
     if record.kind == "study":

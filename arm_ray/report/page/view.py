@@ -31,6 +31,7 @@ from arm_ray.report.run_facts import (
     number,
     numbers,
     scores_of,
+    stages_of,
     warnings_of,
 )
 from arm_ray.report.run_record import RunRecord
@@ -132,11 +133,7 @@ def _facts(record: RunRecord, scores: Sequence[Score]) -> list[tuple[str, str]]:
         found.append(("iterations", f"{iterations[-1].number} of {started.get('max_iterations')}"))
     if finished.get("reason"):
         found.append(("ended", str(finished["reason"]).replace("_", " ")))
-    stages: dict[str, float] = {}
-    for event in record.of("stage_finished"):
-        stage, took = str(event.get("stage")), number(event.get("seconds")) or 0.0
-        # A stage that is done already is gone through at once when the command is run again.
-        stages[stage] = max(stages.get(stage, 0.0), took)
+    stages = stages_of(record)
     seconds = number(finished.get("seconds")) or (sum(stages.values()) if stages else None)
     if seconds is not None:
         found.append(("time", seconds_text(seconds)))
