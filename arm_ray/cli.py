@@ -367,8 +367,8 @@ def _serve(options: argparse.Namespace) -> int:
 
     run = open_record(Path(plain_path(options.path))).path
     with PageServer(run, options.port) as server:
-        print(f"{server.url} shows {run}; Ctrl-C ends it", flush=True)
         try:
+            print(f"{server.url} shows {run}; Ctrl-C ends it", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             print("ended", file=sys.stderr)

@@ -68,8 +68,8 @@ def test_the_loss_that_chose_the_model_counts_as_a_score(tmp_path: Path) -> None
     scores = scores_of(record)
     losses = [(s.title, s.mean, s.low, s.high, s.count) for s in scores if s.task == SELECTION]
     assert losses == [
-        ("state-0002", 0.5, 0.4, 0.6, 48),
         ("checkpoint-20", 0.45, 0.4, 0.5, 48),
+        ("state-0002", 0.5, 0.4, 0.6, 48),
     ]
     assert chosen_of(record, scores) == "candidate-2"
     assert main_task(scores) == "quiz"
