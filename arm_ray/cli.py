@@ -302,7 +302,7 @@ def _report(options: argparse.Namespace) -> int:
     from arm_ray.report.page.write import write_report
 
     output = None if options.output is None else Path(options.output)
-    print(write_report([Path(plain_path(run)) for run in options.runs], output))
+    print(write_report([_run_directory(run) for run in options.runs], output))
     return 0
 
 
@@ -329,13 +329,27 @@ def _status(options: argparse.Namespace) -> int:
         time.sleep(2.0)
 
 
+def _run_directory(given: str) -> Path:
+    """The directory of a run that is looked at."""
+    if is_url(given):
+        from arm_ray.storage.secrets import hidden
+
+        raise ConfigError(
+            "a run at a URL is not looked at from here",
+            where=hidden(given),
+            expected="a directory",
+            hint="its report.html is there; or copy events.jsonl, config.yaml and evaluation/",
+        )
+    return Path(plain_path(given))
+
+
 def _status_text(options: argparse.Namespace) -> tuple[str, int]:
     import json
 
     from arm_ray.report.status import lines_of, status_of
 
     if options.path is not None:
-        status = status_of(Path(plain_path(options.path)))
+        status = status_of(_run_directory(options.path))
         code = 1 if status.state in ("failed", "foreign") else 0
         if options.json:
             return json.dumps(status.to_dict(), indent=None if options.watch else 2), code
@@ -365,7 +379,7 @@ def _serve(options: argparse.Namespace) -> int:
     from arm_ray.report.run_record import open_record
     from arm_ray.report.serving import PageServer
 
-    run = open_record(Path(plain_path(options.path))).path
+    run = open_record(_run_directory(options.path)).path
     with PageServer(run, options.port) as server:
         try:
             print(f"{server.url} shows {run}; Ctrl-C ends it", flush=True)

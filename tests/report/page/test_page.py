@@ -472,3 +472,18 @@ def test_steps_that_were_searched_are_shown(tmp_path: Path) -> None:
     assert steps.chart is not None
     shown = steps.chart.spec["layer"][-1]["data"]["values"]
     assert [(v["iteration"], v["value"]) for v in shown] == [(1, 0.4), (2, 0.3)]
+
+
+def test_all_that_scrolls_or_opens_can_be_reached_by_keyboard(tmp_path: Path) -> None:
+    made = page(merge_run(tmp_path))
+    stops = [attrs.get("tabindex") for _, attrs in made.tags if "tabindex" in attrs]
+    # In the order of the page.
+    assert set(stops) == {"0"}
+    scrolling = [a for _, a in made.tags if a.get("class") in ("scroll", "code")]
+    assert all(a.get("tabindex") == "0" for a in scrolling)
+    # What opens and filters are the browser's own elements; nothing else listens to a mouse.
+    assert not any(name.startswith("on") for _, attrs in made.tags for name in attrs)
+    inputs = [attrs for tag, attrs in made.tags if tag == "input"]
+    assert [attrs["type"] for attrs in inputs] == ["radio"] * 3
+    assert sum(tag == "label" for tag, _ in made.tags) == len(inputs)
+    assert sum(tag == "html" and attrs.get("lang") == "en" for tag, attrs in made.tags) == 1

@@ -162,3 +162,16 @@ def test_a_report_that_fails_is_a_warning_and_no_more(
     assert [e["event"] for e in events][-2:] == ["run_finished", "warning"]
     assert events[-1]["message"].startswith("the report is not written: RuntimeError: no ink; ")
     assert (Path(config.output) / "model").is_dir()
+
+
+def test_a_merge_that_cannot_be_planned_is_made_all_the_same(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("rates")
+
+    monkeypatch.setattr("arm_ray.runtime.merge.controller.planned", fail)
+    config = case.make(num_layers=2).config(LINEAR)
+    events = merged(config)
+    assert "the merge could not be planned: 'rates'" in [e.get("message") for e in events]
+    assert (Path(config.output) / "model").is_dir()
