@@ -50,6 +50,51 @@ class Warned(Event):
 
 
 @dataclass(frozen=True)
+class ModuleChange:
+    """What an iteration did to the weights of one module.
+
+    `layer` is the decoder layer, 0-based, null outside of them. `module` is its name within the
+    layer; the experts of a layer are one module. `update` is |W_t - W_(t-1)| / |W_(t-1)|, and
+    `distance` |W_t - W_base| / |W_t|, of Frobenius norms. `angle` is the strength of the rotations,
+    arccos(tr(U) / d_out) in degrees: about the angle between a task vector and the rotated one.
+    `spectrum` are singular values of the activation shift, from the largest to the smallest, at up
+    to 16 evenly spaced ranks. `rank` is the shift's numerical rank. `angle`, `spectrum`
+    and `rank` are means over contributors, and over experts and blocks of rows; `angle` is null and
+    `spectrum` empty where nothing was rotated.
+    """
+
+    layer: int | None
+    module: str
+    update: float
+    distance: float
+    angle: float | None = None
+    rank: float | None = None
+    spectrum: tuple[float, ...] = ()
+
+
+# What an actor did, when it began (seconds since 1970, by the clock of its node), for how long.
+Span = tuple[str, float, float]
+
+
+@dataclass(frozen=True)
+class RunPlanned(Event):
+    """What the iterations to come are planned to take, by the rates of `device` (`arm-ray plan`).
+
+    `seconds` are those of all iterations, `iteration_seconds` of each; `peak_shard_bytes` is the
+    largest host memory of each shard, `sent_bytes` the hidden states between shards and
+    `written_bytes` the states and the model that are written.
+    """
+
+    name: ClassVar[str] = "run_planned"
+    device: str
+    seconds: float
+    iteration_seconds: tuple[float, ...]
+    peak_shard_bytes: tuple[int, ...]
+    sent_bytes: int
+    written_bytes: int
+
+
+@dataclass(frozen=True)
 class IterationFinished(Event):
     """A state is complete: in memory, or on its way to the disk too (`bytes_written`).
 
@@ -58,7 +103,8 @@ class IterationFinished(Event):
     shard's, in forward passes and merging, since the iteration before was done. `sent_bytes` are
     the iteration's hidden states that went from shard to shard, `network_bytes` those of them that
     went to another node, and `fetched_bytes` weights that came from elsewhere than the shard's own
-    node.
+    node. `modules` says what became of each weight matrix, and `spans` when each shard worked since
+    the iteration before was done: `forward` or `merge`, short pauses left out.
     """
 
     name: ClassVar[str] = "iteration_finished"
@@ -78,6 +124,8 @@ class IterationFinished(Event):
     sent_bytes: int = 0
     network_bytes: int = 0
     fetched_bytes: int = 0
+    modules: tuple[ModuleChange, ...] = ()
+    spans: tuple[tuple[Span, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from arm_ray.config import ScheduleConfig
+if TYPE_CHECKING:
+    # Names of states are read where a configuration is not.
+    from arm_ray.config import ScheduleConfig
 
 Regime = Literal["anchoring", "sliding_window"]
 

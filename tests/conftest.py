@@ -38,6 +38,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks[item.path])
 
 
+@pytest.fixture(autouse=True)
+def no_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write no page at their end, which takes a second; `report_pages` has them written."""
+    if "report_pages" not in request.fixturenames:
+        monkeypatch.setattr("arm_ray.runtime.session.page._written", lambda run: run)
+
+
+@pytest.fixture
+def report_pages() -> None:
+    """Runs write their reports, as they do for users."""
+
+
 @pytest.fixture
 def case(tmp_path: Path) -> MergeCase:
     """An empty `MergeCase`."""

@@ -232,6 +232,13 @@ def test_the_core_and_the_command_line_import_nothing_heavy() -> None:
         assert not loaded & HEAVY, name
 
 
+def test_a_page_is_made_without_torch() -> None:
+    for name, loaded in loaded_by(
+        [name for name in modules_of("report") if re.search(r"page|run_|status|serving", name)]
+    ).items():
+        assert not loaded & {"ray", "vllm", "torch", "transformers", "vl_convert"}, name
+
+
 def test_merging_knows_no_files_no_ray_and_no_configuration() -> None:
     for name, loaded in loaded_by(modules_of("merging")).items():
         foreign = {"ray", "vllm", "transformers", "safetensors", "pydantic", "yaml"}

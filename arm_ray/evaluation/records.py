@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arm_ray.checkpoints.weight_file import atomic_file, write_json
 from arm_ray.evaluation.code.pass_at_k import pass_at_k
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.statistics import Estimate, estimate
+from arm_ray.storage.atomic import atomic_file, write_json
 
 
 @dataclass(frozen=True)

@@ -303,7 +303,7 @@ def _benchmark_task(
             prompt = dataclasses.replace(few_shot, user=user)
         if given.system is not None:
             prompt = dataclasses.replace(prompt, system=given.system or None)
-        problems.append(Problem(_key(row, index), prompt, gold, row))
+        problems.append(Problem(problem_key(row, index), prompt, gold, row))
     chat = known.chat if given.chat_template == "auto" else given.chat_template
     return Task(name, known.kind, tuple(problems), sampling, chat, name, None, tuple(given.pass_at))
 
@@ -338,7 +338,7 @@ def _questions_task(given: TaskSettings, sampling: SamplingSettings) -> Task:
         question = _text(given, row, given.question_column, where)
         gold = _text(given, row, given.answer_column, where) if needs_answer else ""
         prompt = dataclasses.replace(few_shot, user=_filled(template, question))
-        problems.append(Problem(_key(row, index), prompt, gold, row))
+        problems.append(Problem(problem_key(row, index), prompt, gold, row))
     return Task(
         given.name,
         "questions",
@@ -361,7 +361,7 @@ def _loss_task(given: TaskSettings, sampling: SamplingSettings) -> Task:
                 got="columns " + ", ".join(map(str, row)),
                 expected="`text`; `prompt` and `completion`; or `messages`",
             )
-        problems.append(Problem(_key(row, index), Prompt(""), "", row))
+        problems.append(Problem(problem_key(row, index), Prompt(""), "", row))
     return Task(given.name, "loss", tuple(problems), sampling, given.chat_template, "loss")
 
 
@@ -454,7 +454,7 @@ def gold_text(benchmark: str, row: Row) -> str:
 
 def _question(name: str, row: Row, where: str, answer: str) -> str:
     """A benchmark's question as the Qwen2.5-Math toolkit asks it."""
-    question = _question_text(name, row)
+    question = question_text(name, row)
     if question is None:
         parts = _QUESTION_PARTS.get(name)
         raise EvaluationError(
@@ -469,7 +469,8 @@ def _question(name: str, row: Row, where: str, answer: str) -> str:
     return question + _CHOICES.get(word, "")
 
 
-def _question_text(name: str, row: Row) -> str | None:
+def question_text(name: str, row: Row) -> str | None:
+    """A benchmark's question as its row has it; None where it has none."""
     if name in _QUESTION_PARTS:
         body, question = (str(row.get(part) or "").strip() for part in _QUESTION_PARTS[name])
         if not body or not question:
@@ -492,7 +493,8 @@ def _filled(template: str, question: str) -> str:
     return template.replace("{question}", question)
 
 
-def _key(row: Row, index: int) -> str:
+def problem_key(row: Row, index: int) -> str:
+    """A problem's name within its task: the row's number, and its own name where it has one."""
     for column in ("task_id", "unique_id", "question_id", "id", "idx"):
         value = row.get(column)
         if isinstance(value, (str, int)) and value != "":

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.errors import RunDirectoryError
+from arm_ray.storage.atomic import write_json
 
 NAME = "attach.json"
 Outcome = Literal["begun", "published", "failed", "repeated"]

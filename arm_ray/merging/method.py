@@ -173,6 +173,7 @@ class Method:
                 continue
             parts.append(rotation.apply_(part))
             is_rotated = True
+            result.rotations.append(rotation.facts)
             if rotation.is_rank_deficient:
                 result.rank_deficient.append((rotation.rank, rotation.full_rank))
         result.rotated += is_rotated

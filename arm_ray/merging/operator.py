@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from arm_ray.merging.rotation import MinimalRotation, Rotation
+from arm_ray.merging.rotation import MinimalRotation, Rotation, RotationFacts
 from arm_ray.merging.settings import MethodSettings
 
 AnyRotation = Rotation | MinimalRotation
@@ -121,11 +121,13 @@ class MergedTensor:
         tensor: `W_new`, float32, of the reference's shape. Never one of the inputs.
         rotated: Number of contributors whose task vector was rotated.
         rank_deficient: Ranks `(r, full)` of the contributors whose shift was rank-deficient.
+        rotations: What is told of the rotation of each contributor, block by block of rows.
     """
 
     tensor: Tensor
     rotated: int = 0
     rank_deficient: list[tuple[int, int]] = field(default_factory=list)
+    rotations: list[RotationFacts] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

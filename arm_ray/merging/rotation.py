@@ -22,12 +22,32 @@ from torch import Tensor
 from arm_ray.merging.operator_settings import SignRule
 from arm_ray.merging.svd import left_basis
 
+# How many singular values are told of a shift.
+SPECTRUM_POINTS = 16
+
+
+@dataclass(frozen=True)
+class RotationFacts:
+    """How strong a rotation is, and what it is made from.
+
+    Attributes:
+        mean_diagonal: `tr(U) / d_out`: about cos(U ΔW, ΔW).
+        rank: Numerical rank of the activation shift.
+        spectrum: Singular values of the shift, descending, at `SPECTRUM_POINTS` evenly spaced
+            ranks; all of them where there are fewer.
+    """
+
+    mean_diagonal: float
+    rank: int
+    spectrum: tuple[float, ...]
+
 
 class _OrthogonalMap(ABC):
     """What rotations have in common."""
 
     rank: int
     full_rank: int
+    facts: RotationFacts
 
     @property
     def is_rank_deficient(self) -> bool:
@@ -59,6 +79,7 @@ class Rotation(_OrthogonalMap):
         signs: `[d_out]` float64 of +1 and −1, one for each column of `U`.
         rank: Numerical rank `r` of the activation shift.
         full_rank: `min(d_out, N)`: the rank it would have without degenerate samples.
+        facts: What is told of it.
     """
 
     core: Tensor
@@ -67,6 +88,7 @@ class Rotation(_OrthogonalMap):
     signs: Tensor
     rank: int
     full_rank: int
+    facts: RotationFacts
 
     def apply_(self, task_vector: Tensor) -> Tensor:
         """Turn `ΔW` into `U ΔW` in its own memory; see `apply`."""
@@ -135,9 +157,20 @@ def activation_rotation(
         # R of orthonormal columns is diagonal, ±1, up to rounding.
         core = torch.diag(torch.sign(packed[:rank].diagonal()))
     signs = shift.new_ones(d_out)
+    diagonal = _diagonal(core, reflectors, factor, signs)
     if sign == "positive_diagonal":
-        signs = torch.where(_diagonal(core, reflectors, factor, signs) < 0.0, -signs, signs)
-    return Rotation(core, reflectors, factor, signs, rank, full_rank)
+        signs = torch.where(diagonal < 0.0, -signs, signs)
+    facts = RotationFacts(float((diagonal * signs).mean()), rank, _spectrum(sigma))
+    return Rotation(core, reflectors, factor, signs, rank, full_rank, facts)
+
+
+def _spectrum(sigma: Tensor) -> tuple[float, ...]:
+    """See `RotationFacts.spectrum`."""
+    values: list[float] = sigma.tolist()
+    if len(values) <= SPECTRUM_POINTS:
+        return tuple(values)
+    last = len(values) - 1
+    return tuple(values[round(i * last / (SPECTRUM_POINTS - 1))] for i in range(SPECTRUM_POINTS))
 
 
 @dataclass(frozen=True)
@@ -158,6 +191,7 @@ class MinimalRotation(_OrthogonalMap):
         cosines: `c` `[k]` float64, from 0 to 1.
         rank: Numerical rank of the activation shift.
         full_rank: `min(d_out, N)`: the rank it would have without degenerate samples.
+        facts: What is told of it.
     """
 
     sources: Tensor
@@ -165,6 +199,7 @@ class MinimalRotation(_OrthogonalMap):
     cosines: Tensor
     rank: int
     full_rank: int
+    facts: RotationFacts
 
     def apply_(self, task_vector: Tensor) -> Tensor:
         """Turn `ΔW` into `R ΔW` in its own memory; see `apply`."""
@@ -215,9 +250,11 @@ def minimal_rotation(
     into = left[:, :rank]
     leading = left_basis(task_vector, rank, rank_tolerance)
     x, cosines, y = torch.linalg.svd(leading.T @ into, full_matrices=False)
-    return MinimalRotation(
-        leading @ x, into @ y.T, cosines.clamp(max=1.0), rank, min(d_out, num_samples)
-    )
+    cosines = cosines.clamp(max=1.0)
+    # Each plane adds 2 c to the trace, and what is outside of the planes 1 for each dimension.
+    mean_diagonal = 1.0 - 2.0 * float((1.0 - cosines).sum()) / d_out
+    facts = RotationFacts(mean_diagonal, rank, _spectrum(sigma))
+    return MinimalRotation(leading @ x, into @ y.T, cosines, rank, min(d_out, num_samples), facts)
 
 
 def _compact_wy(packed: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from arm_ray.evaluation.settings import EvaluationSettings
@@ -42,11 +42,34 @@ def verdict(
     pair = {name: scores[name] for name in (rival, best)}
     only = {name: {task: tasks[task]} for name, tasks in pair.items()}
     [found] = paired_results(only, directory, rival, settings)
-    shown = {n: _shown(scores[n][task].metrics[metric].mean, is_loss) for n in (best, rival)}
-    what = f"{task} {'loss' if is_loss else metric}"
+    means = [scores[n][task].metrics[metric].mean for n in (best, rival)]
+    return sentence(best, rival, (task, metric), means, found.comparison, settings.confidence)
+
+
+def sentence(
+    best: str,
+    rival: str,
+    measure: tuple[str, str],
+    means: Sequence[float],
+    found: Comparison,
+    confidence: float,
+) -> str:
+    """The best merged model against the best other one, in one sentence.
+
+    Args:
+        best: The merged model.
+        rival: The other one.
+        measure: Task and metric that they are compared by.
+        means: Of the two models.
+        found: The first minus the second, problem by problem.
+        confidence: Of the interval.
+    """
+    task, metric = measure
+    is_loss = metric == "loss"
+    ours, theirs = (_shown(mean, is_loss) for mean in means)
     return (
-        f"{_ending(best, rival, found.comparison, is_loss)} ({what} {shown[best]} against "
-        f"{shown[rival]}, {_sure(found.comparison, settings, is_loss)})."
+        f"{_ending(best, rival, found, is_loss)} ({task} {metric} {ours} against {theirs}, "
+        f"{_sure(found, confidence, is_loss)})."
     )
 
 
@@ -60,11 +83,11 @@ def _ending(best: str, rival: str, found: Comparison, is_loss: bool) -> str:
     return f"No merge is better than {rival}, which is the best model; the best merge is {best}"
 
 
-def _sure(found: Comparison, settings: EvaluationSettings, is_loss: bool) -> str:
+def _sure(found: Comparison, confidence: float, is_loss: bool) -> str:
     low, high = (_shown(v, is_loss, signed=True) for v in (found.low, found.high))
     return (
         f"difference {_shown(found.difference, is_loss, signed=True)}, "
-        f"{100 * settings.confidence:g} % interval {low} to {high}, {found.num_problems} problems"
+        f"{100 * confidence:g} % interval {low} to {high}, {found.num_problems} problems"
     )
 
 

@@ -24,6 +24,7 @@ from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.scoring.evaluate import evaluate
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
+from arm_ray.runtime.session.page import write_page
 from arm_ray.runtime.session.progress import duration
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.shards.placement import local_slots
@@ -96,6 +97,7 @@ def run_pipeline(
     directory = Path(stages.evaluation([]).output)
     told = verdict(scores, directory, stages.merges, config.evaluation)
     reporter.say(f"\n{told}")
+    write_page(stages.output, reporter)
     reporter.say(f"done after {duration(time.monotonic() - started)}: {stages.output}")
     return scores
 

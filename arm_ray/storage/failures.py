@@ -9,15 +9,9 @@ from collections.abc import Iterator
 
 from arm_ray.errors import NoSuchObjectError, StorageAccessError, StorageError
 from arm_ray.storage.filesystem import has_credentials, open_filesystem
+from arm_ray.storage.secrets import environment_hidden
 from arm_ray.storage.urls import Url
 
-_SECRETS = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-)
 _DENIED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_SIGNATURE|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT"
     r"|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION|EXPIRED_TOKEN|INVALID_TOKEN|TOKEN_REFRESH"
@@ -115,9 +109,4 @@ def _endpoint(url: Url) -> str:
 
 
 def _clean(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    for name in _SECRETS:
-        value = os.environ.get(name)
-        if value and len(value) >= 4:
-            text = text.replace(value, "…")
-    return text[:400]
+    return environment_hidden(" ".join(str(error).split()))[:400]

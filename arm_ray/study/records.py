@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import arm_ray
-from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.hardware import cpu_model
+from arm_ray.storage.atomic import write_json
 from arm_ray.study.columns import VERSIONS
 
 CELL_NAME, MODEL_NAME = "cell.json", "model.json"

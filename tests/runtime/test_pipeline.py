@@ -31,7 +31,7 @@ def parsed(given: dict[str, Any]) -> PipelineConfig:
     ],
     indirect=True,
 )
-def test_a_series_is_trained_merged_and_scored(case: MergeCase) -> None:
+def test_a_series_is_trained_merged_and_scored(case: MergeCase, report_pages: None) -> None:
     case.make("smollm2", count=0, sizes=SERVED)
     given = content(case)
     scores = run_pipeline(parsed(given), console=Console(quiet=True))
@@ -59,6 +59,10 @@ def test_a_series_is_trained_merged_and_scored(case: MergeCase) -> None:
     assert stages == [
         "data", "training", "ARM", "mean of two", "scores", "training on", "scores of all",
     ]  # fmt: skip
+
+    page = (case.root / "out" / "report.html").read_text(encoding="utf-8")
+    assert "the best that was not merged" in page
+    assert "mean of two" in page
 
     # Again: nothing is trained, merged or scored once more.
     files = {p: p.stat().st_mtime_ns for p in (case.root / "out").rglob("*.safetensors")}

@@ -172,7 +172,7 @@ def test_series_are_trained_for_each_seed_and_from_a_merge(case: MergeCase) -> N
 
 @IN_PROCESS
 def test_a_cell_that_fails_is_written_down_and_the_others_are_done(
-    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch, report_pages: None
 ) -> None:
     case.make("smollm2", sizes=SERVED)
     given = content(case, tables={"main": {"rows": ["operator"]}})
@@ -194,6 +194,9 @@ def test_a_cell_that_fails_is_written_down_and_the_others_are_done(
     assert rows["arm"]["error"] == "the weights are not finite"
     assert (rows["ta"]["state"], math.isfinite(rows["ta"]["mean"])) == ("scored", True)
     assert "1 cells failed" in (done.study.output / "tables/main.md").read_text()
+    page = (done.study.output / "report.html").read_text(encoding="utf-8")
+    assert f"{done.study.merge_of(done.study.cells[0]).name}" in page
+    assert [*done.study.output.rglob("report.html")] == [done.study.output / "report.html"]
     # Only what failed is tried again.
     merged.clear()
     breaks[0] = False

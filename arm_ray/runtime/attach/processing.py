@@ -151,6 +151,8 @@ class ArrivalProcessor:
             reserved=_taken_by_others({} if self.shards is None else self.shards.taken),
             part_of=self.config.name,
             place=None if self.shards is None else self.shards.placed,
+            # That of attach tells of all arrivals.
+            writes_report=False,
         )
         began = recorded(run)
         if began is not None and recorded(self.config.work) is None:

@@ -27,6 +27,7 @@ from arm_ray.runtime.attach.publication import ArrivalPublisher
 from arm_ray.runtime.cluster.joining import ray_session
 from arm_ray.runtime.output.claim import claimed
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
+from arm_ray.runtime.session.page import LivePage
 from arm_ray.runtime.session.progress import duration, print_summary
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
@@ -138,6 +139,7 @@ class _Session:
         self._config, self._journal, self._processor = config, journal, processor
         self._held, self._start, self._reporter = processor.held, start, reporter
         self._is_started, self._started = False, time.monotonic()
+        self._page = LivePage(config.work, reporter)
 
     def run(self) -> AttachOutcome:
         """Follow the run to its end."""
@@ -158,6 +160,8 @@ class _Session:
             follower.wait_for_start()
             reason = self._follow(follower)
         self._summarise(reason)
+        if self._journal.arrivals:
+            self._page.end()
         best = publishing.best(config.published)
         return AttachOutcome(reason, tuple(self._journal.arrivals), best)
 
@@ -176,6 +180,7 @@ class _Session:
             self._have_ray()
             if arrival is not None:
                 self._processor.process(arrival)
+                self._page.refresh()
                 last_work = time.monotonic()
                 continue
             limit = self._config.run.idle_timeout_s

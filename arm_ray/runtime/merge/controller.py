@@ -23,7 +23,7 @@ import arm_ray
 from arm_ray.checkpoints import states
 from arm_ray.errors import ArmRayError, PlacementError, ShardLostError, TransportError
 from arm_ray.evaluation.selection import Selection
-from arm_ray.events import RunStarted
+from arm_ray.events import RunStarted, Warned
 from arm_ray.planning.state_life import StateLife
 from arm_ray.runtime.cluster.nodes import ClusterView, alive_nodes, view_of_cluster
 from arm_ray.runtime.merge.dispatch import Dispatcher, PartialMerges
@@ -31,7 +31,7 @@ from arm_ray.runtime.merge.job import MergeJob
 from arm_ray.runtime.merge.policies import RecoveryPolicy, ScalingPolicy, last_usable
 from arm_ray.runtime.merge.promise import Promise
 from arm_ray.runtime.merge.publisher import Publisher
-from arm_ray.runtime.merge.specs import shard_specs
+from arm_ray.runtime.merge.specs import planned, shard_specs
 from arm_ray.runtime.merge.state_storage import StateStorage, storage_of
 from arm_ray.runtime.merge.stepped import sweep_for
 from arm_ray.runtime.merge.sweeps import SweepParts
@@ -288,6 +288,7 @@ class MergeController:
                 job.stream.digest if job.stream else "",
             )
         )
+        self._write_plan()
         last = self._run.last_iteration
         verb = f"going on after iteration {last}" if self._run.finished else "merging"
         job.reporter.say(
@@ -306,3 +307,14 @@ class MergeController:
                 f"(evaluation.every); they go once nothing needs them (keep_states: "
                 f"{job.config.keep_states})"
             )
+
+    def _write_plan(self) -> None:
+        """Write down what is planned, for whoever compares it with what comes."""
+        job = self._job
+        last = job.last if job.stop_after is not None else None
+        try:
+            plan = planned(job.config, job.method, job.inputs, self._placement, last)
+        except Exception as error:  # it is for people: no merge ends because of it
+            job.reporter.write(Warned(f"the merge could not be planned: {error}"))
+        else:
+            job.reporter.write(plan)

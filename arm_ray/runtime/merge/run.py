@@ -39,6 +39,7 @@ from arm_ray.runtime.scoring.state_scoring import (
     state_scoring,
 )
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
+from arm_ray.runtime.session.page import write_page
 from arm_ray.runtime.session.progress import cosine_text, duration, print_summary
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
@@ -76,6 +77,7 @@ def merge(
     reserved: Mapping[str, float] | None = None,
     part_of: str | None = None,
     place: Place | None = None,
+    writes_report: bool = True,
 ) -> MergeOutcome:
     """Merge checkpoints as configured, or go on with the run in `config.output`.
 
@@ -88,6 +90,7 @@ def merge(
         reserved: Resources of the cluster that others have taken, besides its own evaluators.
         part_of: Name of the run whose trackers tell of this merge; None: it has its own.
         place: Places the layer shards; None: each merge starts its own.
+        writes_report: Whether `report.html` is written at the end.
 
     Raises:
         ArmRayError: Any of its kinds. What is complete on disk stays and can be gone on with.
@@ -148,6 +151,8 @@ def merge(
                 RunFinished(ending.reason, run.last_iteration, round(seconds, 3), ending.peak_bytes)
             )
             _summarise(run, ending, seconds, reporter.console)
+            if writes_report:
+                write_page(run.path, reporter)
             selected = ending.selection.name if ending.model is not None else None
             return MergeOutcome(run.path, ending.model, run.last_iteration, ending.reason, selected)
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from arm_ray.config import MergeConfig
 from arm_ray.errors import PlacementError
+from arm_ray.events import RunPlanned
 from arm_ray.merging.method import Method
 from arm_ray.model.partition import Partition, choose_balance, partition_layers
 from arm_ray.planning.cluster import Cluster, make_cluster
-from arm_ray.planning.estimate import choose_partition, life_of
+from arm_ray.planning.estimate import Estimate, choose_partition, life_of
 from arm_ray.planning.memory import actor_memory
 from arm_ray.planning.sources import workload_of
 from arm_ray.planning.state_life import StateLife
@@ -108,6 +109,25 @@ class _Planned:
         placed = Timed(shares, 1)
         return life_of(self._workload, self.config, self._cluster, placed, last)
 
+    def event(self, method: Method, last: int | None) -> RunPlanned:
+        """See `planned`."""
+        shares, runtime = self.shares(method), self.config.runtime
+        is_gpu = self.placement.device == "cuda"
+        timed = Estimate(
+            self._workload, self.config, self._cluster, Timed(shares, 1), self.life(shares, last)
+        )
+        rows = timed.facts()
+        seconds = tuple(round(row.seconds + row.step_s + row.compare_s, 3) for row in rows)
+        memory = [actor_memory(self._workload, g, runtime, on_gpu=is_gpu) for g in shares]
+        return RunPlanned(
+            self._cluster.device.name,
+            round(sum(seconds), 3),
+            seconds,
+            tuple(need.host.total for need in memory),
+            sum(row.sent_bytes for row in rows),
+            sum(row.written_bytes for row in rows),
+        )
+
     @functools.cached_property
     def _workload(self) -> Workload:
         return workload_of(self.config, self.inputs.layout, self.inputs.checkpoints)
@@ -123,6 +143,21 @@ def is_short(config: MergeConfig, inputs: MergeInputs) -> bool:
     planned = _Planned(config, inputs, Placement(1, "cpu", is_here=True))
     life = planned.life([[group.index for group in inputs.layout.groups]], None)
     return life.last * life.iteration_s <= SHORT_S
+
+
+def planned(
+    config: MergeConfig, method: Method, inputs: MergeInputs, placement: Placement, last: int | None
+) -> RunPlanned:
+    """What the iterations of a merge are planned to take, as `arm-ray plan` says it.
+
+    Args:
+        config: The configuration.
+        method: How states are merged.
+        inputs: The checked checkpoints.
+        placement: Number of shards, and their device.
+        last: The iteration that the merge is halted after; None: it is not.
+    """
+    return _Planned(config, inputs, placement).event(method, last)
 
 
 def check_memory(

@@ -183,6 +183,8 @@ class Sweep(ABC):
                 sum(shard.sent_bytes for shard in usage),
                 self._dispatcher.network_bytes(usage),
                 sum(shard.fetched_bytes for shard in usage),
+                tuple(module for report in reports for module in report.modules),
+                tuple(shard.spans for shard in usage),
             )
         )
 

@@ -30,6 +30,7 @@ from arm_ray.runtime.scoring.service import as_error, scoring_service, with_reco
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
 from arm_ray.runtime.scoring.subject import Subject, model_source
 from arm_ray.runtime.session.heartbeat import heartbeat
+from arm_ray.runtime.session.page import write_page
 from arm_ray.runtime.session.progress import duration
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
@@ -114,6 +115,7 @@ def _report(
     write_table(output, scores_as_json(scores, paired))
     print_scores(reporter.console, scores, paired, title=f"scores, in % ({output.name})")
     seconds = duration(time.monotonic() - started)
+    write_page(output, reporter)
     reporter.say(f"{seconds}; records and numbers are in {output}")
     return scores
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from arm_ray.report.words import duration as duration
 from arm_ray.runtime.session.reporter import print_line
 
 # Most seconds without a line, where there is no bar.
@@ -93,17 +94,6 @@ class MergeProgress:
 def cosine_text(value: float | None) -> str:
     """A cosine with enough digits to see a small angle."""
     return "-" if value is None else f"{value:.7f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: `8.4 s`, `3 min 20 s`, `2 h 05 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
 
 
 def print_summary(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:

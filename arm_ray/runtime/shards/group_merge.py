@@ -16,8 +16,10 @@ from torch import Tensor
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import TensorSpec
 from arm_ray.merging.operator import AnyRotation, MergedTensor, TensorInputs
+from arm_ray.merging.rotation import RotationFacts
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
 from arm_ray.model.architecture import expert_name
+from arm_ray.model.changes import Changes
 from arm_ray.planning.workload import PIECE, linear_piece
 from arm_ray.runtime.shards.captures import Captures
 from arm_ray.runtime.shards.facts import ModelFacts
@@ -43,8 +45,8 @@ _MEASURED_PIECE = 1 << 20
 # work is done by the thread that merges the piece.
 Piece = tuple[TensorSpec, Callable[[], TensorInputs]]
 # What is known of a merged piece: its tensor's name, how many task vectors were rotated, the ranks
-# of shifts that lacked some, and the comparison of states.
-_Facts = tuple[str, int, Sequence[tuple[int, int]], SimilaritySums]
+# of shifts that lacked some, the comparison of states, and what the rotations are like.
+_Facts = tuple[str, int, Sequence[tuple[int, int]], SimilaritySums, Sequence[RotationFacts]]
 
 
 @dataclass
@@ -57,6 +59,7 @@ class MergedGroup:
         deficient: The tensors whose activation shift was rank-deficient, in words.
         made: The tensors, float32, where merged states live in memory.
         num_bytes: Of the file, where they do not.
+        changes: What became of each module.
     """
 
     similarity: list[SimilaritySums] = field(default_factory=list)
@@ -64,6 +67,7 @@ class MergedGroup:
     deficient: list[str] = field(default_factory=list)
     made: dict[str, Tensor] = field(default_factory=dict)
     num_bytes: int = 0
+    changes: Changes = field(default_factory=Changes)
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,9 @@ class GroupMerge:
 
     def _collect(self, found: MergedGroup, merged: Iterator[_Facts]) -> None:
         """Take what merging the pieces gave, in their order."""
-        for name, rotated, ranks, sums in merged:
+        for name, rotated, ranks, sums, rotations in merged:
             found.similarity.append(sums)
+            found.changes.add(name, sums, rotations)
             found.rotated += rotated
             found.deficient += [f"{name} ({r} of {n})" for r, n in ranks]
 
@@ -326,7 +331,7 @@ class GroupMerge:
         sums = self._compare(plan, group, inputs, result, expert)
         put(spec, inputs.rows, self._piece(result.tensor, spec.name, expert))
         # Not the tensor: it need not wait for those of other threads.
-        return spec.name, result.rotated, result.rank_deficient, sums
+        return spec.name, result.rotated, result.rank_deficient, sums, result.rotations
 
     def _compare(
         self,

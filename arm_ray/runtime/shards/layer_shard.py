@@ -119,7 +119,7 @@ class LayerShard:
         started = time.monotonic()
         found = getattr(getattr(self, f"_{part}"), method)(*arguments)
         if part == "losses":
-            self._meter.count(forward_seconds=time.monotonic() - started)
+            self._meter.worked("forward", time.monotonic() - started)
         return found
 
     def use_scratch(
@@ -202,7 +202,7 @@ class LayerShard:
             current = output.hidden
         if chunk[-1] == len(self._spec.layout.groups) - 1:
             self._captures.collect_tail(micro, current, self._decoder)
-        self._meter.count(forward_seconds=time.monotonic() - started)
+        self._meter.worked("forward", time.monotonic() - started)
         if is_end or not self._spec.sends_after(chunk):
             if not is_end and chunk.stop in self._spec.groups:
                 self._hidden[key] = current
@@ -245,7 +245,7 @@ class LayerShard:
             self._disk.spend(num_bytes)
         self._release(plan, group)
         seconds = time.monotonic() - started
-        self._meter.count(merge_seconds=seconds)
+        self._meter.worked("merge", seconds)
         return GroupReport(
             group,
             tuple(merged.similarity),
@@ -253,6 +253,7 @@ class LayerShard:
             tuple(merged.deficient),
             seconds,
             num_bytes,
+            tuple(merged.changes.of(self._spec.layout)),
         )
 
     def adopt(self, plan: IterationPlan, group: int, report: GroupReport) -> GroupReport:
@@ -349,7 +350,7 @@ class LayerShard:
         members = self._spec.layout.groups[group].tensors
         exported = (s.num_bytes for file in model for s in file.specs if s.name in members)
         self._disk.spend(sum(report.num_bytes for report in reports) + sum(exported))
-        self._meter.count(merge_seconds=sum(report.seconds for report in reports))
+        self._meter.worked("merge", sum(report.seconds for report in reports))
         return reports
 
     def take_usage(self, iteration: int) -> ShardUsage:

@@ -23,6 +23,7 @@ from arm_ray.checkpoints.weight_file import (
 from arm_ray.errors import about
 from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
+from arm_ray.model.changes import Changes
 from arm_ray.planning.workload import linear_piece
 from arm_ray.runtime.shards.facts import ModelFacts
 from arm_ray.runtime.shards.pieces import (
@@ -100,7 +101,15 @@ def merge_linear(
     store.release(group, (), lambda _state: False)
     share = (time.monotonic() - started) / len(plans)
     return [
-        GroupReport(group, tuple(merge.sums[plan.iteration]), 0, (), share, size)
+        GroupReport(
+            group,
+            tuple(sums for _, sums, _ in merge.changes[plan.iteration].pieces),
+            0,
+            (),
+            share,
+            size,
+            tuple(merge.changes[plan.iteration].of(spec.layout)),
+        )
         for plan, size in zip(plans, num_bytes, strict=True)
     ]
 
@@ -112,7 +121,7 @@ class _GroupMerge:
     Attributes:
         last: The last iteration, whose result goes into the final model.
         writes: What is being written.
-        sums: Iteration -> the comparisons of states, piece by piece.
+        changes: Iteration -> what became of the tensors, piece by piece.
     """
 
     spec: ShardSpec
@@ -124,7 +133,7 @@ class _GroupMerge:
     workers: Workers
     behind: WriteBehind
     writes: list[Future[None]] = field(default_factory=list)
-    sums: dict[int, list[SimilaritySums]] = field(default_factory=dict)
+    changes: dict[int, Changes] = field(default_factory=dict)
 
     def pieces(
         self,
@@ -144,7 +153,7 @@ class _GroupMerge:
         """
         is_measured, whole = made is not None, made or {}
 
-        def run(item: Rows) -> list[SimilaritySums]:
+        def run(item: Rows) -> tuple[str, list[SimilaritySums]]:
             tensor, rows = item
             merged, sums = self._run_piece(plans, tensor, rows, statistics, whole, is_measured)
             for plan, result in zip(plans, merged, strict=True):
@@ -157,12 +166,12 @@ class _GroupMerge:
                     files += [file.write for file in self.files if tensor.name in file]
                 for write in files:
                     self.writes.extend(self.behind.write(write, tensor.name, rows.start, result))
-            return sums
+            return tensor.name, sums
 
         items = self._items(tensors, linear_piece(on_gpu=False), is_measured)
-        for sums in self.workers.in_order(run, items):
+        for name, sums in self.workers.in_order(run, items):
             for plan, part in zip(plans, sums, strict=True):
-                self.sums.setdefault(plan.iteration, []).append(part)
+                self.changes.setdefault(plan.iteration, Changes()).add(name, part)
 
     def wait_until_written(self) -> None:
         """Wait until nothing is being written."""

@@ -6,8 +6,14 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
+
+from arm_ray.events import Span
+
+# Most spans of an iteration, and the pause in seconds that is left out at first.
+MOST_SPANS, _PAUSE_S = 48, 0.02
 
 
 @dataclass(frozen=True)
@@ -19,12 +25,14 @@ class ShardUsage:
         merge_seconds: In merging.
         sent_bytes: Of hidden states that were given to the next shard, for one iteration.
         fetched_bytes: Of weights that came from elsewhere than the shard's own node.
+        spans: When it did what, at most `MOST_SPANS`.
     """
 
     forward_seconds: float = 0.0
     merge_seconds: float = 0.0
     sent_bytes: int = 0
     fetched_bytes: int = 0
+    spans: tuple[Span, ...] = ()
 
 
 class Meter:
@@ -32,6 +40,8 @@ class Meter:
 
     def __init__(self) -> None:
         self._usage = ShardUsage()
+        self._spans: list[Span] = []
+        self._pause_s = _PAUSE_S
         self._sent: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -40,6 +50,17 @@ class Meter:
         with self._lock:
             usage = self._usage
             self._usage = replace(usage, **{k: getattr(usage, k) + v for k, v in added.items()})
+
+    def worked(self, kind: Literal["forward", "merge"], seconds: float) -> None:
+        """Count work that has just ended, and when it was done."""
+        span = (kind, time.time() - seconds, seconds)
+        with self._lock:
+            name = f"{kind}_seconds"
+            self._usage = replace(self._usage, **{name: getattr(self._usage, name) + seconds})
+            self._spans = _joined([*self._spans, span], self._pause_s)
+            while len(self._spans) > MOST_SPANS:
+                self._pause_s *= 2.0
+                self._spans = _joined(self._spans, self._pause_s)
 
     def count_fetched(self, num_bytes: int) -> None:
         """Count weights that came from elsewhere than the shard's node."""
@@ -54,7 +75,22 @@ class Meter:
         """What was done since the last call, and sent for an iteration that is finished."""
         with self._lock:
             usage, self._usage = self._usage, ShardUsage()
-            return replace(usage, sent_bytes=self._sent.pop(iteration, 0))
+            spans, self._spans, self._pause_s = self._spans, [], _PAUSE_S
+            rounded = tuple((kind, round(at, 3), round(s, 3)) for kind, at, s in spans)
+            return replace(usage, sent_bytes=self._sent.pop(iteration, 0), spans=rounded)
+
+
+def _joined(spans: Sequence[Span], pause_s: float) -> list[Span]:
+    """Spans of the same kind as one where the pause between them is short."""
+    joined: list[Span] = []
+    for kind, start, seconds in spans:
+        if joined and joined[-1][0] == kind:
+            _, begun, lasted = joined[-1]
+            if start - (begun + lasted) <= pause_s:
+                joined[-1] = (kind, begun, max(lasted, start + seconds - begun))
+                continue
+        joined.append((kind, start, seconds))
+    return joined
 
 
 def peak_bytes() -> int:

@@ -10,6 +10,7 @@ import torch
 
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.config import ScheduleConfig
+from arm_ray.events import ModuleChange
 from arm_ray.merging.method import Method
 from arm_ray.merging.similarity import SimilaritySums
 from arm_ray.model.layout import ModelLayout
@@ -93,7 +94,10 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What merging one layer group gave; times in seconds, sizes in bytes."""
+    """What merging one layer group gave; times in seconds, sizes in bytes.
+
+    `modules` are in the order of the group's tensors.
+    """
 
     group: int
     similarity: tuple[SimilaritySums, ...]
@@ -101,3 +105,4 @@ class GroupReport:
     rank_deficient: tuple[str, ...]
     seconds: float
     num_bytes: int
+    modules: tuple[ModuleChange, ...] = ()

@@ -32,6 +32,8 @@ def main(directory: Path) -> int:
             address=request["address"],
             console=Console(width=100),
             reserved=request["reserved"],
+            # That of the study tells of all its merges.
+            writes_report=False,
         )
     except KeyboardInterrupt:
         return 130

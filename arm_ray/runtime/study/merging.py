@@ -101,7 +101,13 @@ class Merging:
         started = time.monotonic()
         error = None
         try:
-            merge(given.config, address=self._address, console=self._reporter.console)
+            merge(
+                given.config,
+                address=self._address,
+                console=self._reporter.console,
+                # That of the study tells of all its merges.
+                writes_report=False,
+            )
         except Exception as raised:  # of whatever kind: the other cells are done all the same
             error = cell.error_text(raised)
         return self._keep(given, error, time.monotonic() - started)

@@ -21,6 +21,7 @@ from arm_ray.runtime.cluster.joining import outliving, ray_kept
 from arm_ray.runtime.output.claim import claimed, holds_earlier, write_config
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
+from arm_ray.runtime.session.page import write_page
 from arm_ray.runtime.session.progress import duration, print_summary
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.shards.placement import local_slots
@@ -112,6 +113,7 @@ def run_study(
         seconds = time.monotonic() - started
         reporter.write(StudyFinished(len(done.failed), round(seconds, 3)))
         _summarise(done, seconds, reporter)
+        write_page(study.output, reporter)
     return done
 
 

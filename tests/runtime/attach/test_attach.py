@@ -174,6 +174,18 @@ def test_a_run_is_followed_from_its_first_checkpoint_to_its_last(tmp_path: Path)
     assert not list((config.work / "merges").glob("*/tensorboard"))
 
 
+def test_its_report_tells_of_all_arrivals(trainer: Trainer, report_pages: None) -> None:
+    trainer.write_all()
+    config = trainer.config()
+    outcome, told = follow(config)
+    page = (config.work / "report.html").read_text(encoding="utf-8")
+    assert f"report: {config.work / 'report.html'}" in told
+    for arrival in outcome.arrivals:
+        assert f'<td class="n">{arrival.step}</td>' in page
+    # Merges within have no page of their own.
+    assert not list((config.work / "merges").rglob("report.html"))
+
+
 @pytest.mark.parametrize("streaming", ["anchor", "window", "none"])
 def test_every_form_of_streaming_gives_its_formula(trainer: Trainer, streaming: str) -> None:
     trainer.last = 40

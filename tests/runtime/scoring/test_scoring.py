@@ -123,12 +123,11 @@ def test_the_number_of_engines_and_lost_ones_change_nothing(
             assert two[model][task].metrics == one[model][task].metrics
 
 
-def test_what_is_scored_is_not_scored_again(
-    case: MergeCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_scored_is_not_scored_again(case: MergeCase, report_pages: None) -> None:
     make(case)
     first = evaluate(evaluation(case, "out"), console=quiet())
     directory = case.root / "out"
+    assert "run-scores" in (directory / "report.html").read_text(encoding="utf-8")
     (directory / "later" / "held.json").unlink()
     before = {p: p.stat().st_mtime_ns for p in directory.glob("*/*.json")}
     again = evaluate(evaluation(case, "out"), console=quiet())
