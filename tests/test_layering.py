@@ -31,13 +31,15 @@ ALLOWED: dict[str, set[str]] = {
     "model": CORE | {"checkpoints", "merging"},
     "evaluation": CORE | {"calibration", "checkpoints"},
     "report": CORE | {"checkpoints", "evaluation", "following"},
+    "exports": CORE | {"checkpoints"},
     "planning": CORE | {"steps", "checkpoints", "merging", "model"},
     "training": CORE | {"calibration", "checkpoints", "evaluation"},
     "following": CORE | {"checkpoints", "evaluation"},
     "study": CORE | {"checkpoints", "evaluation", "merging", "planning", "training"},
-    "runtime": PURE | {"following", "planning", "study", "training"},
+    "runtime": PURE | {"exports", "following", "planning", "study", "training"},
     "config_keys": CORE | {"following", "merging", "study", "training"},
-    "cli": PURE | {"config_keys", "following", "planning", "runtime", "study", "training"},
+    "cli": PURE
+    | {"config_keys", "exports", "following", "planning", "runtime", "study", "training"},
 }
 # The rooms within `runtime/`, from the ground up.
 _GROUND = {"session", "inputs"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
@@ -33,6 +34,26 @@ def split_source(given: str) -> tuple[FormatOrAuto, str]:
         if given.startswith(f"{name}:") and not given.startswith(f"{name}://"):
             return name, given[len(name) + 1 :]
     return "auto", given
+
+
+# What the hub allows: `owner/name`, and neither begins or ends with a dot or dash.
+_HUB_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9])?/[A-Za-z0-9](?:[\w.-]{0,94}[\w])?")
+# Its directory in the hub's cache.
+_IN_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
+
+
+def hub_id(given: str) -> str | None:
+    """The id of a model on the hub, as `owner/name`; None: it is a path or a URL.
+
+    Args:
+        given: A checkpoint as a user gives it: an id, or its directory in the hub's cache.
+    """
+    _, place = split_source(given)
+    cached = _IN_CACHE.search(f"{place}/")
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    is_id = _HUB_ID.fullmatch(place) and ".." not in place and "--" not in place
+    return place if is_id and not Path(place).exists() else None
 
 
 def model_names(

@@ -155,6 +155,20 @@ class SelectConfig(Section):
         return samples * (self.path is None) + final * (self.final_path is None)
 
 
+class PushConfig(Section):
+    """The repository on the Hugging Face hub that the merged model is put into at the end."""
+
+    DECIDES: ClassVar[Decides] = NOTHING
+
+    repo: str
+    """`owner/name`. Whether it can be written is checked before the merge; the token is that of
+    HF_TOKEN, or of `hf auth login`."""
+    private: bool = True
+    """Whether a repository that is made for it is private."""
+    update: bool = False
+    """Whether there may be a repository of that name, which then gets another commit."""
+
+
 class MergeConfig(Section):
     """Everything `arm-ray merge` needs."""
 
@@ -205,6 +219,8 @@ class MergeConfig(Section):
     evaluation: Annotated[EvaluationSettings | None, Decides("model", only=("select",))] = None
     """What the checkpoints and merged states are scored on, beside the merge."""
     tracking: Annotated[TrackingConfig, NOTHING] = TrackingConfig()
+    push_to_hub: Annotated[PushConfig | None, NOTHING] = None
+    """Where on the Hugging Face hub the model is put, beside `output`; null: nowhere."""
 
     @property
     def promises(self) -> bool:

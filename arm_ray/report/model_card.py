@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+import arm_ray
+from arm_ray.checkpoints.naming import hub_id
 from arm_ray.checkpoints.states import StateManifest
 from arm_ray.config import MergeConfig
 from arm_ray.report.scores import Scores, scores_as_markdown
@@ -28,7 +30,15 @@ A merge of {count} checkpoint(s) into their base, made without training by
 | cos(W_t, W_t-1) | {weight_cosine} |
 | cos of the task vectors | {task_vector_cosine} |
 {verdict}{scores}
-## Configuration
+## Make it again
+
+These give the same model from the same checkpoints, with the configuration below as `merge.yaml`;
+on the same kind of processor, bit for bit.
+
+```
+pip install arm-ray=={version}
+arm-ray merge merge.yaml
+```
 
 ```yaml
 {config}```
@@ -69,14 +79,17 @@ def write_model_card(
         chosen: Name of the state or checkpoint that became the model, and why; None: `last` did.
     """
     name, verdict = chosen or (state_name(last.iteration), "")
-    front = {
-        "base_model": [config.base],
+    models = [hub_id(given) for given in (config.base, *config.candidates)]
+    known = list(dict.fromkeys(model for model in models if model is not None))
+    front: dict[str, object] = {
+        # The hub takes ids of its own models alone.
+        **({"base_model": known, "base_model_relation": "merge"} if known else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["merge", "arm-ray", config.method.operator],
     }
     if adapter_rank is not None:
-        front |= {"library_name": "peft", "base_model_relation": "adapter"}
+        front |= {"library_name": "peft"} | ({"base_model_relation": "adapter"} if known else {})
     text = _TEMPLATE.format(
         front_matter=yaml.safe_dump(front, sort_keys=False),
         title=Path(config.output).name,
@@ -93,6 +106,7 @@ def write_model_card(
         task_vector_cosine=last.task_vector_cosine,
         verdict=f"\n{verdict}\n" if verdict else "",
         scores=_scores_text(config, name, scores),
+        version=arm_ray.__version__,
         config=config.to_yaml(),
     )
     (directory / "README.md").write_text(text, encoding="utf-8")

@@ -14,10 +14,11 @@ from rich.console import Console
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.adapter_export import adapter_bytes
-from arm_ray.config import MergeConfig, state_settings
+from arm_ray.config import MergeConfig, PushConfig, state_settings
 from arm_ray.errors import ArmRayError, is_disk_full
 from arm_ray.evaluation.tasks import Task
 from arm_ray.events import RunFailed, RunFinished, read_events
+from arm_ray.exports.hub import check_target, push
 from arm_ray.merging.method import Method, open_method
 from arm_ray.planning.state_life import linear_life, state_life
 from arm_ray.report.trackers import check_installed
@@ -100,6 +101,8 @@ def merge(
     if not is_url(config.output):
         outliving(config.output)
     check_installed(config.tracking)
+    if config.push_to_hub is not None:
+        check_target(config.push_to_hub.repo, update=config.push_to_hub.update)
     method = open_method(
         config.method,
         *merge_sizes(config.schedule, len(config.candidates)),
@@ -153,8 +156,22 @@ def merge(
             _summarise(run, ending, seconds, reporter.console)
             if writes_report:
                 write_page(run.path, reporter)
+            if config.push_to_hub is not None and ending.model is not None:
+                _push(config.push_to_hub, ending.model, reporter)
             selected = ending.selection.name if ending.model is not None else None
             return MergeOutcome(run.path, ending.model, run.last_iteration, ending.reason, selected)
+
+
+def _push(target: PushConfig, model: Path, reporter: Reporter) -> None:
+    """Put the model on the hub; what is made stays made where that fails."""
+    try:
+        with activity("pushing to the hub"):
+            url = push(model, target.repo, private=target.private, update=target.update)
+    except ArmRayError as error:
+        again = f"arm-ray push {model} {target.repo}"
+        reporter.warn(f"the model was not pushed: {error}\n  again:    {again}")
+    else:
+        reporter.say(f"pushed: {url}")
 
 
 def needs_no_ray(

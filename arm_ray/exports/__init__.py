@@ -1,0 +1,1 @@
+"""Where a merged model goes from its directory: the Hugging Face hub, and GGUF files."""
