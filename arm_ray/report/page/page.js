@@ -90,6 +90,9 @@
     }
     document.documentElement.dataset.drawn = String(drawn.size);
     document.documentElement.dataset.failed = String(failures);
+    // For whoever measures: milliseconds until it was loaded, and until all was drawn.
+    const [opened] = performance.getEntriesByType("navigation");
+    document.documentElement.dataset.loaded = String(Math.round(opened ? opened.loadEventEnd : 0));
     document.documentElement.dataset.ready = String(Math.round(performance.now()));
   };
 
