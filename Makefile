@@ -13,7 +13,7 @@ LOCK   ?= on
 WORKERS ?= 2
 PYTEST  = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup lock outlook demo check test test-all lint unit bench clean
+.PHONY: setup lock outlook demo check test test-all lint unit bench release-check clean
 
 setup: $(VENV)/.ready
 
@@ -51,6 +51,10 @@ lint:
 bench: demo
 	$(BIN)/pip install --quiet -c constraints/tested.txt -e '.[bench]'
 	for name in rotation iteration linear scaling partition plans memory layer14b reweighting; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+# The wheel in empty environments of Python 3.10, 3.11 and 3.12.
+release-check: setup
+	BUILDER="$(BIN)/python" bash scripts/release_check.sh
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
