@@ -32,7 +32,7 @@ failed=()
 for version in $PYTHONS; do
     echo "== Python $version"
     python="python$version"
-    if ! command -v "$python" >/dev/null; then
+    if ! "$python" -c "" 2>/dev/null; then
         echo "not here: $python" >&2
         failed+=("$version")
         continue

@@ -56,6 +56,7 @@ WITHIN_RUNTIME: dict[str, set[str]] = {
     "attach": _CLUSTER | {"scoring", "merge"},
     "pipeline": _CLUSTER | {"scoring", "merge", "train"},
     "study": _CLUSTER | {"scoring", "merge", "train"},
+    "verify": _CLUSTER | {"scoring", "merge"},
 }
 MOST_FILES, MOST_LINES, MOST_METHODS, MOST_ARGUMENTS = 15, 450, 20, 8
 # Rooms that may import Ray, and the one module that does so when it is called.

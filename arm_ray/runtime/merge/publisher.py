@@ -14,6 +14,7 @@ from ray import ObjectRef
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.peft_file import WEIGHTS_NAME
+from arm_ray.checkpoints.provenance import write_provenance
 from arm_ray.checkpoints.remote import local_copy
 from arm_ray.checkpoints.weight_file import SharedWeightFile, write_weight_file
 from arm_ray.evaluation.selection import Selection
@@ -28,6 +29,7 @@ from arm_ray.runtime.merge.job import MergeJob
 from arm_ray.runtime.merge.policies import last_usable
 from arm_ray.runtime.merge.promise import Promise
 from arm_ray.runtime.merge.state_storage import StateStorage
+from arm_ray.runtime.output.provenance import made_of
 from arm_ray.runtime.shards.made_states import Written
 from arm_ray.schedule import iterations_needed_after
 
@@ -245,6 +247,8 @@ class Publisher:
         last = run.finished[iteration or run.last_iteration]
         chosen = (selection.name, selection.verdict)
         write_model_card(partial, self._config, last, rank, scores, chosen)
+        made = made_of(self._config, self._inputs.checkpoints, run, selection.name)
+        write_provenance(partial, made)
         # The rename is the moment of publication: `model/` is whole or absent.
         partial.rename(run.model)
         seconds = round(time.monotonic() - started, 3)

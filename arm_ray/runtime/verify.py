@@ -1,0 +1,270 @@
+"""Whether what a run left is whole, making it whole again, and making it a second time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from arm_ray.checkpoints import states
+from arm_ray.checkpoints.inspect import inspect_checkpoint
+from arm_ray.checkpoints.provenance import (
+    PROVENANCE_NAME,
+    Damage,
+    FileDigests,
+    damage_of,
+    digests_of,
+    files_of,
+    read_provenance,
+)
+from arm_ray.config import MergeConfig, load_merge_config, parse_merge_config
+from arm_ray.errors import ArmRayError, RunDirectoryError
+from arm_ray.runtime.merge.run import merge
+from arm_ray.runtime.output.claim import CONFIG_NAME, claimed
+from arm_ray.runtime.output.provenance import environment
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What came of looking at a model or a run.
+
+    Attributes:
+        path: Of the model or the run.
+        looked_at: What was compared, in words.
+        damage: What is not as it was written; of a run's state, under `states/NNNN`.
+        to_do: How to make it whole again; None where nothing is damaged.
+    """
+
+    path: Path
+    looked_at: tuple[str, ...]
+    damage: tuple[Damage, ...]
+    to_do: str | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing but texts was changed."""
+        return all(each.is_text for each in self.damage)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is that of a merge, and not of a model."""
+    return (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file()
+
+
+def verify(path: Path) -> Verified:
+    """Read every byte of a model, or of what a run left, and compare it with what was written.
+
+    Args:
+        path: A model directory that has `arm_ray.json`, or a run directory.
+
+    Raises:
+        RunDirectoryError: It is neither.
+        CorruptCheckpointError: A model says nothing about itself.
+    """
+    if not is_run(path):
+        if not path.is_dir():
+            raise RunDirectoryError(
+                "there is no such directory", where=path, expected="a model, or a run of a merge"
+            )
+        damage = tuple(damage_of(path, files_of(read_provenance(path))))
+        to_do = (
+            "copy the model again from where it came, or make it again: arm-ray reproduce "
+            f"{path} --output DIR, with the checkpoints that it names"
+        )
+        return Verified(path, _sizes(path), damage, _if_damaged(damage, to_do))
+    looked_at, found = [], list[Damage]()
+    load_merge_config(path / CONFIG_NAME)
+    model = path / "model"
+    if model.is_dir():
+        try:
+            expected = files_of(read_provenance(model))
+        except ArmRayError as error:
+            # Of a run of an older version, or it is the damage.
+            looked_at.append(f"model: without digests ({error.what}); its tables alone")
+            found += _of_tables(model, "model")
+        else:
+            looked_at += [f"model: {line}" for line in _sizes(model)]
+            found += [
+                Damage(f"model/{d.what}", d.how, d.is_text) for d in damage_of(model, expected)
+            ]
+    done = states.finished_states(path)
+    for iteration in done:
+        directory = states.state_directory(path, iteration)
+        name = directory.relative_to(path).as_posix()
+        if any(directory.glob("*.safetensors")):
+            looked_at.append(f"{name}: its tables")
+            found += _of_tables(directory, name)
+    damage = tuple(found)
+    return Verified(
+        path, tuple(looked_at), damage, _if_damaged(damage, f"arm-ray verify --repair {path}")
+    )
+
+
+def _if_damaged(damage: Sequence[Damage], to_do: str) -> str | None:
+    return None if all(each.is_text for each in damage) else to_do
+
+
+def _sizes(model: Path) -> tuple[str, ...]:
+    files = files_of(read_provenance(model))
+    total = sum(file.num_bytes for file in files.values())
+    tensors = sum(len(file.tensors) for file in files.values())
+    return (f"{len(files)} files, {tensors} tensors, {total / 1e9:.3f} GB, every byte",)
+
+
+def _of_tables(directory: Path, name: str) -> Iterator[Damage]:
+    try:
+        found = inspect_checkpoint(directory)
+    except ArmRayError as error:
+        yield Damage(name, f"cannot be read: {error.what}")
+        return
+    if not found.complete:
+        yield Damage(name, found.reason)
+
+
+def repair(
+    path: Path, *, address: str | None = None, console: Console | None = None
+) -> tuple[Verified, bool | None]:
+    """Make what is damaged of a run again, from what is whole.
+
+    A damaged model is kept beside the new one, as `model.damaged`.
+
+    Args:
+        path: The run directory.
+        address: Of a Ray cluster, as for a merge.
+        console: As for a merge.
+
+    Returns:
+        What is found afterwards; and whether the model is bit for bit what it was, None where
+        nothing told what it was, or nothing had to be made.
+
+    Raises:
+        RunDirectoryError: It is no run directory, or another process works in it.
+        ArmRayError: As a merge.
+    """
+    if not is_run(path):
+        raise RunDirectoryError(
+            "only a run can be repaired",
+            where=path,
+            expected="a run directory, which says what the model was made of",
+            hint=f"make the model again: arm-ray reproduce {path} --output DIR",
+        )
+    before = verify(path)
+    if before.is_whole and (path / "model").is_dir():
+        return before, None
+    model, was = path / "model", dict[str, FileDigests]()
+    with claimed(path, "merge"):
+        for each in before.damage:
+            if each.what.startswith("states/"):
+                states.discard_state(path, int(each.what.removeprefix("states/")))
+        if any(d.what.startswith("model") and not d.is_text for d in before.damage):
+            if (model / PROVENANCE_NAME).is_file():
+                try:
+                    was = files_of(read_provenance(model))
+                except ArmRayError:
+                    was = {}
+            model.rename(_free_name(path / "model.damaged"))
+    merge(load_merge_config(path / CONFIG_NAME), address=address, console=console)
+    return verify(path), (same_tensors(was, digests_of(model)) if was else None)
+
+
+def _free_name(path: Path) -> Path:
+    """It, or the first of `NAME-2`, … that is not there."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
+
+
+def tensors_in(files: Mapping[str, FileDigests]) -> dict[str, str]:
+    """Name of every tensor -> digest of its data."""
+    return {name: digest for file in files.values() for name, digest in file.tensors.items()}
+
+
+def same_tensors(left: Mapping[str, FileDigests], right: Mapping[str, FileDigests]) -> bool:
+    """Whether two models have the same tensors, bit for bit, however spread over files."""
+    return tensors_in(left) == tensors_in(right)
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """What came of making a model a second time.
+
+    Attributes:
+        model: The new one.
+        differing: Names of the tensors whose bits differ, or that one of the two lacks.
+        num_tensors: Of the model.
+        changed: What of the software and the machine is not as it was: a sentence each.
+    """
+
+    model: Path
+    differing: tuple[str, ...]
+    num_tensors: int
+    changed: tuple[str, ...]
+
+
+def reproduce(
+    path: Path,
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    address: str | None = None,
+    console: Console | None = None,
+) -> Reproduced:
+    """Make a model again as `arm_ray.json` beside it says, and compare the two bit for bit.
+
+    Args:
+        path: The model.
+        output: The run directory of the new one.
+        overrides: `key=value` of the configuration, for checkpoints that lie elsewhere now.
+        address: Of a Ray cluster, as for a merge.
+        console: As for a merge.
+
+    Raises:
+        CorruptCheckpointError: The model says nothing about itself.
+        ArmRayError: As a merge.
+    """
+    content = read_provenance(path)
+    merged = merge(
+        config_of(content, output, overrides, path / PROVENANCE_NAME),
+        address=address,
+        console=console,
+    )
+    if merged.model is None:
+        raise RunDirectoryError("the merge was halted before its end", where=merged.run)
+    was, found = tensors_in(files_of(content)), tensors_in(digests_of(merged.model))
+    names = sorted(was.keys() | found.keys())
+    differing = tuple(name for name in names if was.get(name) != found.get(name))
+    changed = tuple(
+        f"{key}: {then} then, {now} now"
+        for key, then, now in _pairs(content["environment"], environment(None))
+        if then != now and now is not None
+    )
+    return Reproduced(merged.model, differing, len(names), changed)
+
+
+def config_of(
+    content: Mapping[str, Any], output: Path, overrides: Sequence[str], where: Path
+) -> MergeConfig:
+    """The configuration that a model was made with, for another output.
+
+    Nothing is scored that does not choose the model, and nobody is told.
+    """
+    given = {**content["config"], "output": str(output), "push_to_hub": None, "tracking": {}}
+    config = parse_merge_config(given, overrides, source=str(where))
+    if config.evaluation is not None and not config.selects_by_task:
+        config = config.model_copy(update={"evaluation": None})
+    return config
+
+
+def _pairs(
+    then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    for key, value in then.items():
+        if isinstance(value, Mapping):
+            yield from _pairs(value, now.get(key) or {}, f"{prefix}{key} ")
+        else:
+            yield f"{prefix}{key}", value, now.get(key)
