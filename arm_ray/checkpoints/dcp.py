@@ -35,6 +35,7 @@ from arm_ray.checkpoints.sharded import (
     check_covered,
 )
 from arm_ray.errors import ArmRayError, CorruptCheckpointError, NotACheckpointError
+from arm_ray.storage.regular import open_regular
 
 METADATA = ".metadata"
 _PIECES = "__*_*.distcp"
@@ -73,7 +74,7 @@ class DcpCheckpoint(ShardedCheckpoint):
     def load(self, file: Path, key: Key) -> Any:
         """The piece at a place in a file: its first byte, and their number."""
         offset, length = (int(part) for part in key)
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             opened.seek(offset)
             return pickles.load_bytes(opened.read(length), file)
 

@@ -105,7 +105,10 @@ def open_source(
         return open_adapter(path, base)
     except OSError as error:
         raise NotACheckpointError(
-            "a checkpoint cannot be read", where=path, got=error, hint="check its permissions"
+            "a checkpoint cannot be read",
+            where=path,
+            got=error,
+            hint="check the file, and its permissions",
         ) from None
 
 

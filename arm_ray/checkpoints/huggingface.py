@@ -16,6 +16,7 @@ from arm_ray.checkpoints.naming import Format, model_names
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry, read_header, read_tensors
 from arm_ray.errors import CorruptCheckpointError, NotACheckpointError, PickleRefusedError
 from arm_ray.storage.mirror import present
+from arm_ray.storage.regular import read_text
 from arm_ray.storage.urls import is_url, parse_url, plain_path
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -208,7 +209,10 @@ def _open(path: Path, read_config: Callable[[Path], dict[str, Any]]) -> Checkpoi
         entries = read_entries(path, names, lambda name: read_header(path / name))
     except OSError as error:
         raise NotACheckpointError(
-            "a checkpoint cannot be read", where=path, got=error, hint="check its permissions"
+            "a checkpoint cannot be read",
+            where=path,
+            got=error,
+            hint="check the file, and its permissions",
         ) from None
     return Checkpoint(path, config, entries)
 
@@ -252,7 +256,7 @@ def read_json(file: Path) -> dict[str, Any]:
         OSError: It cannot be read.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError("a JSON file is malformed", where=file, got=error) from None
     if not isinstance(content, dict):
@@ -320,7 +324,13 @@ def _read_indexed(
     index = path / INDEX_NAME
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptCheckpointError("the index has no weight_map", where=index)
+        raise CorruptCheckpointError(
+            "the index has no weight_map",
+            where=index,
+            got=type(weight_map).__name__,
+            expected="an object: name of a tensor to name of a file",
+            hint="copy or save the checkpoint again",
+        )
     entries: dict[str, TensorEntry] = {}
     for file_name in sorted(set(map(str, weight_map.values()))):
         # A name such as ../x or /x would make us read outside of what the user pointed at.

@@ -22,6 +22,7 @@ from arm_ray.checkpoints.urls import open_url
 from arm_ray.checkpoints.weight_file import TensorEntry
 from arm_ray.errors import ArmRayError, CheckpointError, NotACheckpointError
 from arm_ray.storage.mirror import mirror, with_adapter
+from arm_ray.storage.regular import read_text
 from arm_ray.storage.store import Store
 from arm_ray.storage.urls import parse_url
 
@@ -202,7 +203,7 @@ def _step(path: Path, known: Any) -> int | None:
     """From the trainer's own record, the files, or the directory's name, whatever there is."""
     for directory in (path, path.parent):
         try:
-            state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
+            state = json.loads(read_text(directory / "trainer_state.json"))
             return int(state["global_step"])
         except (OSError, ValueError, KeyError, TypeError):
             pass

@@ -45,6 +45,7 @@ from arm_ray.checkpoints.trainer_names import (
     with_names,
 )
 from arm_ray.errors import CorruptCheckpointError, MismatchError, NotACheckpointError
+from arm_ray.storage.regular import read_text
 
 _FAMILIES = ("llama", "qwen2", "qwen3")
 _MARKER = "metadata.json"
@@ -93,7 +94,7 @@ def _iterations(path: Path) -> list[Path]:
     """The iteration that the tracker names, or the only one that is there."""
     found = sorted(path.glob("iter_*"))
     try:
-        newest = int((path / _TRACKER).read_text(encoding="utf-8"))
+        newest = int(read_text(path / _TRACKER))
     except (OSError, ValueError):
         return found if len(found) == 1 else []
     return [each for each in found if each.name == f"iter_{newest:07d}"]

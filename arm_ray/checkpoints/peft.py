@@ -200,7 +200,10 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
         check_written(path, stored)
     except OSError as error:
         raise NotACheckpointError(
-            "an adapter cannot be read", where=path, got=error, hint="check its permissions"
+            "an adapter cannot be read",
+            where=path,
+            got=error,
+            hint="check the file, and its permissions",
         ) from None
     factors, replaced = _sort(path, stored)
     _check_biases(path, config, base, replaced)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from arm_ray.errors import CorruptCheckpointError, PickleRefusedError
+from arm_ray.storage.regular import open_regular
 
 
 class StandIn:
@@ -68,7 +69,7 @@ def load(file: Path) -> Any:
         CorruptCheckpointError: It is damaged, or none of torch's.
         OSError: It cannot be read.
     """
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         is_zip = opened.read(2) == b"PK"
     # torch's old format is several pickles one after another, and cannot be mapped.
     if not is_zip and unpickle(file, {}) != torch.serialization.MAGIC_NUMBER:
@@ -161,7 +162,7 @@ def unpickle(file: Path, known: Mapping[str, Any]) -> Any:
         def persistent_load(self, pid: Any) -> Any:
             raise refused(file, f"class persistent.{type(pid).__name__}")
 
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         try:
             return Restricted(opened).load()
         except (PickleRefusedError, OSError):

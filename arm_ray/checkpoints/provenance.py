@@ -18,6 +18,7 @@ from arm_ray.checkpoints.huggingface import read_json
 from arm_ray.checkpoints.weight_file import read_header
 from arm_ray.errors import ArmRayError, CorruptCheckpointError
 from arm_ray.storage.atomic import write_json
+from arm_ray.storage.regular import open_regular
 
 PROVENANCE_NAME = "arm_ray.json"
 FORMAT = 1
@@ -72,7 +73,7 @@ def _digests(path: Path, pool: ThreadPoolExecutor) -> FileDigests:
 def _digest(stretch: tuple[Path, int, int]) -> str:
     path, begin, end = stretch
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(begin)
         left = end - begin
         while left > 0 and (chunk := file.read(min(_CHUNK, left))):

@@ -10,6 +10,7 @@ from pathlib import Path
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.sharded import Rename, ShardedCheckpoint, Table, assemble
 from arm_ray.errors import NotACheckpointError
+from arm_ray.storage.regular import read_text
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def find_named(path: Path, pointer: str, below: str, holds: Callable[[Path], boo
     if holds(path):
         return path
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        named = path / (path / pointer).read_text(encoding="utf-8").strip()
+        named = path / read_text(path / pointer).strip()
         if named.parent == path and holds(named):
             return named
     found = [directory for directory in sorted(path.glob(below)) if holds(directory)]

@@ -25,6 +25,7 @@ from arm_ray.checkpoints.weight_file import (
     write_json,
     write_weight_file,
 )
+from arm_ray.storage.regular import read_text
 
 MANIFEST_NAME = "state.json"
 CARRIED_NAME = "carried.safetensors"
@@ -142,7 +143,7 @@ def publish_manifest(directory: Path, manifest: StateManifest) -> None:
 def read_manifest(directory: Path) -> StateManifest | None:
     """The manifest of a state, or None if the state is not complete."""
     try:
-        content = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+        content = json.loads(read_text(directory / MANIFEST_NAME))
         content["contributors"] = tuple(content["contributors"])
         content["coefficients"] = tuple(map(tuple, content.get("coefficients", ())))
         return StateManifest(**content)
@@ -298,7 +299,7 @@ def has_chat_template(directory: Path) -> bool:
     if any((directory / n).is_file() for n in ("chat_template.jinja", "chat_template.json")):
         return True
     try:
-        content = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_text(directory / "tokenizer_config.json"))
     except (OSError, ValueError):
         return False
     return bool(content.get("chat_template"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.weight_file import TensorEntry
 from arm_ray.errors import CorruptCheckpointError, MismatchError, NotACheckpointError
+from arm_ray.storage.regular import open_regular
 
 _TAIL_BYTES = 4096
 _PIECE = 1 << 20
@@ -113,7 +114,7 @@ def check_tied_head(checkpoint: Checkpoint, where: object, embedding: str, head:
 def tail_is_zero(entry: TensorEntry) -> bool:
     """Whether the last kilobytes of a stored tensor are all zero."""
     length = min(_TAIL_BYTES, entry.num_bytes)
-    with entry.file.open("rb") as file:
+    with open_regular(entry.file) as file:
         file.seek(entry.end - length)
         return not any(file.read(length))
 

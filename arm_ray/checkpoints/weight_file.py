@@ -24,6 +24,7 @@ from torch import Tensor
 from arm_ray.errors import CorruptCheckpointError
 from arm_ray.storage.atomic import atomic_file as atomic_file
 from arm_ray.storage.atomic import write_json as write_json
+from arm_ray.storage.regular import open_regular
 
 # Name in the file -> torch dtype, for what a language model's weights are stored in.
 DTYPES: dict[str, torch.dtype] = {
@@ -88,8 +89,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         CorruptCheckpointError: The file is truncated, padded, or is no safetensors file.
         OSError: It cannot be read.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         return parse_header(path, size, lambda begin, end: _read_range(file, begin, end))
 
 
@@ -113,7 +114,7 @@ def parse_header(
         raise _corrupt(path, f"a header of {length} bytes in a file of {size} bytes")
     raw = read(_LENGTH_BYTES, _LENGTH_BYTES + length)
     try:
-        table = json.loads(raw)
+        table = json.loads(raw, object_pairs_hook=_without_twins)
         table.pop("__metadata__", None)
         entries = {name: _entry(path, name, row, length) for name, row in table.items()}
     except (
@@ -125,6 +126,7 @@ def parse_header(
         RecursionError,
     ) as error:
         raise _corrupt(path, f"a header that cannot be parsed: {error}") from None
+    _check_places(path, entries, _LENGTH_BYTES + length)
     expected = max((entry.end for entry in entries.values()), default=_LENGTH_BYTES + length)
     if size != expected:
         raise CorruptCheckpointError(
@@ -137,9 +139,35 @@ def parse_header(
     return entries
 
 
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two members of one name, readers would take either."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is there twice")
+    return found
+
+
+def _check_places(path: Path, entries: Mapping[str, TensorEntry], first: int) -> None:
+    """Refuse tensors that lie outside of the data, or over each other."""
+    end, before = first, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin < end:
+            raise _corrupt(path, f"{name} begins at byte {entry.begin}, within {before}")
+        end, before = entry.end, name
+
+
 def _entry(path: Path, name: str, row: Mapping[str, Any], header_bytes: int) -> TensorEntry:
-    begin, end = (int(offset) + _LENGTH_BYTES + header_bytes for offset in row["data_offsets"])
-    entry = TensorEntry(name, str(row["dtype"]), tuple(map(int, row["shape"])), path, begin, end)
+    offsets, shape, code = row["data_offsets"], row["shape"], row["dtype"]
+    numbers = [*offsets, *shape]
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        raise ValueError(f"{name}: {numbers} are not all sizes")
+    if not isinstance(code, str):
+        raise ValueError(f"{name}: the dtype {code!r}")
+    begin, end = (offset + _LENGTH_BYTES + header_bytes for offset in offsets)
+    if end < begin:
+        raise ValueError(f"{name}: ends at byte {end}, before it begins")
+    entry = TensorEntry(name, code, tuple(shape), path, begin, end)
     dtype = STORED_DTYPES.get(entry.code)
     if dtype is not None and prod(entry.shape) * dtype.itemsize != entry.num_bytes:
         raise ValueError(f"{name}: {entry.num_bytes} bytes for shape {list(entry.shape)}")

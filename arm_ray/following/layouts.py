@@ -37,6 +37,7 @@ from pathlib import Path
 
 from arm_ray.following import places
 from arm_ray.following.places import Kind, Layout
+from arm_ray.storage.regular import read_text
 
 # What of a file tells that it is another one: inode, size, time of the last change.
 Identity = tuple[int, int, int]
@@ -331,7 +332,7 @@ class RunWatcher:
         if not self._is_tracked:
             return
         try:
-            text = (self._path / places.VERL_TRACKER).read_text(encoding="utf-8").strip()
+            text = read_text(self._path / places.VERL_TRACKER).strip()
             self._tracked = int(text)
         except (OSError, ValueError):
             return
@@ -384,7 +385,7 @@ def _half_written(path: Path, files: Collection[str]) -> str | None:
 def _json_object(file: Path) -> dict[str, object] | None:
     """Content of a JSON file; None where it is not there, or not whole yet."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -168,6 +168,7 @@ def layout_of(
     config, classes = load_config(checkpoint, trusted), checkpoint.config.get("architectures")
     stored = {name: entry.shape for name, entry in checkpoint.tensors.items()}
     name = classes[0] if isinstance(classes, list) and classes else None
+    _check_layers(config, checkpoint)
     try:
         layout = model_layout(config, layers_per_group, stored or None, name)
         missing = [head for head in layout.head if head not in stored]
@@ -186,6 +187,27 @@ def layout_of(
     layout = table_layout(config, layers_per_group, stored, why)
     # Counters and the like are no weights.
     return layout.carrying({n for n in layout.shapes if checkpoint.tensors[n].code not in DTYPES})
+
+
+# Of a model that is told by its configuration alone; the deepest that is known has about 130.
+_MOST_LAYERS = 10_000
+
+
+def _check_layers(config: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a number of layers that cannot be, before the layers are built."""
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    # A layer has a tensor at least.
+    most = len(checkpoint.tensors) or _MOST_LAYERS
+    if isinstance(count, int) and not 1 <= count <= most:
+        raise CorruptCheckpointError(
+            "the configuration has an impossible number of layers",
+            where=checkpoint.config_directory / "config.json",
+            got=f"num_hidden_layers {count}",
+            expected=f"1 to {most}, the number of tensors in the files"
+            if checkpoint.tensors
+            else f"1 to {most}",
+            hint="restore config.json from the training run",
+        )
 
 
 def check_layout(layout: ModelLayout, checkpoint: Checkpoint, label: str) -> None:

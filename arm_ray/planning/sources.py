@@ -28,6 +28,7 @@ from arm_ray.model.unknown import check_all
 from arm_ray.planning.workload import Workload
 from arm_ray.schedule import BASE, INITIAL, candidate_name
 from arm_ray.steps import step_samples
+from arm_ray.storage.regular import read_text
 from arm_ray.storage.urls import is_url
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -227,7 +228,7 @@ def _open_base(
         base = _open(path, BASE, kind, config.precision.masters)
         return layout_of(base, layers_per_group, trusted), base
     try:
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_text(path / "config.json"))
     except (OSError, ValueError) as error:
         raise CorruptCheckpointError(
             "base: config.json cannot be read", where=path / "config.json", got=error

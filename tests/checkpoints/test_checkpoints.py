@@ -42,6 +42,7 @@ from arm_ray.model.checks import base_dtype, check_layout, layout_of
 from arm_ray.model.layout import ModelLayout, model_layout
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.shards.layer_shard import LayerShard, ShardSpec
+from arm_ray.storage import regular
 from tests.builders.merge_case import MergeCase
 from tests.builders.models import FAMILIES, save, tiny_model
 
@@ -394,7 +395,8 @@ def test_a_directory_that_cannot_be_read(write, monkeypatch) -> None:
     def denied(*_args: Any, **_options: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", denied)
+    # Root may read everything.
+    monkeypatch.setattr(regular, "open_regular", denied)
     error = refused(path, NotACheckpointError, "cannot be read")
     assert "Permission denied" in (error.got or "")
 
