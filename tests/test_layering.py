@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "study": CORE | {"checkpoints", "evaluation", "merging", "planning", "training"},
     "runtime": PURE | {"following", "planning", "study", "training"},
     "config_keys": CORE | {"following", "merging", "study", "training"},
+    "jobs": {"cli", "errors", "noise", "runtime", "training"},
     "cli": PURE
     | {
         "config_keys",

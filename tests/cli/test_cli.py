@@ -233,7 +233,9 @@ def test_a_wrong_configuration_is_reported_without_importing_anything_heavy(
 
 
 @pytest.mark.parametrize(
-    "start", [("-m", "arm_ray.cli", "merge"), ("-m", "jobs.merge")], ids=["command", "job"]
+    "start",
+    [("-m", "arm_ray.cli", "merge"), ("-m", "arm_ray.jobs.merge"), ("-m", "jobs.merge")],
+    ids=["command", "job", "checkout"],
 )
 def test_as_a_program(start: tuple[str, ...], tmp_path: Path) -> None:
     done = command(*start, str(tmp_path / "missing.yaml"))
