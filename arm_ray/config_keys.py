@@ -39,7 +39,7 @@ _DECIDES: Mapping[str, str] = {
     "model": "what is published: it may change until that is done",
     "nothing": "nothing of the result: it may change whenever a run goes on",
 }
-_RESUMED = ("arm-ray merge", "arm-ray attach", "jobs.sft", "jobs.grpo")
+_RESUMED = ("arm-ray merge", "arm-ray attach", "arm_ray.jobs.sft", "arm_ray.jobs.grpo")
 # What reads a configuration file -> what the file holds.
 READERS: Mapping[str, type[BaseModel]] = {
     "arm-ray merge": MergeConfig,
@@ -47,8 +47,8 @@ READERS: Mapping[str, type[BaseModel]] = {
     "arm-ray attach": AttachConfig,
     "arm-ray pipeline": PipelineConfig,
     "arm-ray study": StudyConfig,
-    "jobs.sft": SftConfig,
-    "jobs.grpo": GrpoConfig,
+    "arm_ray.jobs.sft": SftConfig,
+    "arm_ray.jobs.grpo": GrpoConfig,
 }
 _WIDTH = 100
 _SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}

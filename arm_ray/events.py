@@ -5,11 +5,12 @@ The driver writes them; reports and status read them. Times are seconds, sizes a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -261,6 +262,25 @@ class RunFailed(Event):
     message: str
 
 
+# Of the process: told of what every log takes.
+_listeners: list[Callable[[Path, Mapping[str, Any]], None]] = []
+
+
+@contextlib.contextmanager
+def listened(listener: Callable[[Path, Mapping[str, Any]], None]) -> Iterator[None]:
+    """Have the records of all event logs of this process passed on within the context.
+
+    Args:
+        listener: Called with the log's file and a record that has been written there, in the thread
+            that writes it; of one log, in the order of the file.
+    """
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
 class EventLog:
     """Appends events to a file, one line each, flushed at once."""
 
@@ -296,6 +316,8 @@ class EventLog:
                 file.write(start + json.dumps(record).encode() + b"\n")
             for observer in tuple(self._observers):
                 observer(record)
+            for listener in tuple(_listeners):
+                listener(self.path, record)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@
 #   VENV    virtual environment (default ~/arm_ray/venv)
 #   DEVICE  cpu, gpu, or auto: gpu where nvidia-smi answers. All nodes of a cluster want the same one
 #   PYTHON  interpreter (default python3.11; without it uv fetches one)
-#   TRAIN   1: with what jobs.sft, jobs.grpo and jobs.pipeline need
+#   TRAIN   1: with what arm_ray.jobs.sft, .grpo and .pipeline need
 #   EXTRA   further packages, such as boto3 on a head node that starts others
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -3,10 +3,10 @@
 #
 #   sbatch --nodes=4 cluster/slurm.sh /shared/merge.yaml [section.key=value …]
 #
-# The arguments are those of `python -m jobs.merge`. Submit from a directory on storage that all nodes
+# The arguments are those of `python -m arm_ray.jobs.merge`. Submit from a directory on storage that all nodes
 # see, with the environment that has arm_ray activated: the nodes inherit PATH.
 #
-#   ARM_RAY_JOB               module to run instead of jobs.merge: jobs.pipeline, jobs.sft, …
+#   ARM_RAY_JOB               module to run instead of arm_ray.jobs.merge: arm_ray.jobs.sft, …
 #   ARM_RAY_EVALUATOR_NODES   how many of the nodes are for vLLM engines (the last ones, default 0):
 #                             they get one `evaluator` for each GPU
 #   ARM_RAY_JOIN_TIMEOUT_S    longest wait for all nodes (default 300)
@@ -38,7 +38,7 @@ for name in ray python srun scontrol; do
     command -v "$name" >/dev/null || fail "there is no $name on PATH"
 done
 
-module="${ARM_RAY_JOB:-jobs.merge}"
+module="${ARM_RAY_JOB:-arm_ray.jobs.merge}"
 join_timeout_s="${ARM_RAY_JOIN_TIMEOUT_S:-300}"
 evaluators="${ARM_RAY_EVALUATOR_NODES:-0}"
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -1,1 +1,1 @@
-"""Entry points for ``ray job submit``: parse the arguments, call the library, exit."""
+"""For `ray job submit --working-dir .` in a checkout: the jobs of `arm_ray.jobs`."""

@@ -1,8 +1,8 @@
-"""`ray job submit … -- python -m jobs.attach CONFIG.yaml [section.key=value …]`."""
+"""`python -m jobs.attach` in a checkout: what `python -m arm_ray.jobs.attach` is anywhere."""
 
 import sys
 
-from arm_ray.cli import main
+from arm_ray.jobs.attach import main
 
 if __name__ == "__main__":
-    sys.exit(main(["attach", *sys.argv[1:]]))
+    sys.exit(main())

@@ -1,8 +1,8 @@
-"""`ray job submit … -- python -m jobs.evaluate CONFIG.yaml [section.key=value …]`."""
+"""`python -m jobs.evaluate` in a checkout: what `python -m arm_ray.jobs.evaluate` is anywhere."""
 
 import sys
 
-from arm_ray.cli import main
+from arm_ray.jobs.evaluate import main
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    sys.exit(main())

@@ -1,34 +1,8 @@
-"""Reinforcement learning with GRPO on Ray Train: a checkpoint series to merge.
-
-::
-
-    python -m jobs.grpo CONFIG.yaml [key=value ...]
-
-See `docs/training.md`.
-"""
-
-from __future__ import annotations
+"""`python -m jobs.grpo` in a checkout: what `python -m arm_ray.jobs.grpo` is anywhere."""
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from arm_ray.training.config import GrpoConfig, load_training_config
-from jobs.sft import run_job
-
-
-def _train(path: Path, overrides: Sequence[str]) -> None:
-    config = load_training_config(GrpoConfig, path, overrides)
-    # Heavy imports come after validation, so that a typing error is reported at once.
-    from arm_ray.runtime.train.run import run_grpo
-
-    run_grpo(config)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
-    return run_job("jobs.grpo", _train, arguments)
-
+from arm_ray.jobs.grpo import main
 
 if __name__ == "__main__":
     sys.exit(main())

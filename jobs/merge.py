@@ -1,8 +1,8 @@
-"""`ray job submit … -- python -m jobs.merge CONFIG.yaml [section.key=value …]`."""
+"""`python -m jobs.merge` in a checkout: what `python -m arm_ray.jobs.merge` is anywhere."""
 
 import sys
 
-from arm_ray.cli import main
+from arm_ray.jobs.merge import main
 
 if __name__ == "__main__":
-    sys.exit(main(["merge", *sys.argv[1:]]))
+    sys.exit(main())

@@ -1,8 +1,8 @@
-"""`ray job submit … -- python -m jobs.pipeline CONFIG.yaml [section.key=value …]`."""
+"""`python -m jobs.pipeline` in a checkout: what `python -m arm_ray.jobs.pipeline` is anywhere."""
 
 import sys
 
-from arm_ray.cli import main
+from arm_ray.jobs.pipeline import main
 
 if __name__ == "__main__":
-    sys.exit(main(["pipeline", *sys.argv[1:]]))
+    sys.exit(main())

@@ -1,8 +1,8 @@
-"""`ray job submit … -- python -m jobs.study STUDY.yaml [section.key=value …]`."""
+"""`python -m jobs.study` in a checkout: what `python -m arm_ray.jobs.study` is anywhere."""
 
 import sys
 
-from arm_ray.cli import main
+from arm_ray.jobs.study import main
 
 if __name__ == "__main__":
-    sys.exit(main(["study", *sys.argv[1:]]))
+    sys.exit(main())

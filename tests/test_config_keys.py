@@ -43,7 +43,7 @@ def test_a_key_in_full() -> None:
     key = one("schedule.window_size")
     assert (key.takes, key.default, key.readers) == ("integer ≥ 2", "2", ("arm-ray merge",))
     assert key.meaning.startswith("States in the sliding window")
-    assert one("learning_rate").readers == ("jobs.sft", "jobs.grpo")
+    assert one("learning_rate").readers == ("arm_ray.jobs.sft", "arm_ray.jobs.grpo")
     assert one("learning_rate").default is None
     assert one("method.ties.keep").readers == ("method.operator ties, aim",)
     assert one("method.timber.gamma").readers == ("method.edit timber",)

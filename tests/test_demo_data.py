@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from arm_ray.jobs.sft import load_config
 from arm_ray.training.pipeline import Stages, load_pipeline_config
-from jobs.sft import load_config
 from tests.builders.paths import ROOT
 
 DEMO = Path(__file__).parents[1] / "examples" / "smollm2"

@@ -80,8 +80,8 @@ def test_a_local_ray_starts_by_itself_and_is_gone_afterwards(
 def wheel_as_working_directory(directory: Path) -> Path:
     """The package's wheel, which is a zip file, under a name that Ray takes for a directory."""
     source = directory / "source"
-    for name in ("arm_ray", "jobs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "arm_ray", source / "arm_ray", ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
@@ -118,7 +118,7 @@ def test_a_submitted_job_gives_the_same_bits(case: MergeCase, short_directory: s
         options = ("--submission-id", "merge-two", "--metadata-json", about)
         # Of a wheel, and the other jobs of this checkout.
         wheel = wheel_as_working_directory(case.root / "wheel")
-        merge = f"python -m jobs.merge {write_config(case, 'two')} runtime.layer_shards=2"
+        merge = f"python -m arm_ray.jobs.merge {write_config(case, 'two')} runtime.layer_shards=2"
         where = "python -c 'import arm_ray; print(arm_ray.__file__)'"
         two = submit(env, "sh", "-c", f"{where} && {merge}", options=options, working_dir=wheel)
         assert two.returncode == 0, two.stdout + two.stderr

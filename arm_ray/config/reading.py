@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from arm_ray.config.other_tools import translated
 from arm_ray.errors import ConfigError, StorageError
 from arm_ray.identity import is_mapping, section_in
 from arm_ray.storage.urls import checked
@@ -223,6 +224,9 @@ def _describe(model: type[BaseModel], location: Sequence[str], items: Sequence[A
             return (
                 f"{key}: unknown key; in a file, sections are nested: {name.split('.')[0]}: {{…}}"
             )
+        ours = translated(parents, name, is_merge="candidates" in model.model_fields)
+        if ours:
+            return f"{key}: unknown key; {ours}"
         return f"{key}: unknown key; {nearest(name, known) or 'known here: ' + ', '.join(known)}"
     if item["type"] == "missing":
         return f"{key}: required, but absent"

@@ -21,6 +21,7 @@ from arm_ray.checkpoints.naming import split_source
 from arm_ray.errors import EvaluationError
 from arm_ray.evaluation.settings import EngineSettings
 from arm_ray.hardware import cpu_units, own_gpu_units
+from arm_ray.noise import quiet_environment
 from arm_ray.storage.urls import is_url
 
 _LONGEST_DEFAULT = 8192
@@ -37,13 +38,11 @@ _END_TOKENS = (
 _CANARY_PROMPT = "The answer is"
 _CANARY_TOKENS = 8
 _EXTENSION = "arm_ray.evaluation.vllm_worker.WeightsExtension"
-# What must be set before vLLM is imported.
+# What must be set before vLLM is imported, beside what keeps it quiet.
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -156,7 +155,7 @@ class Engine:
     """
 
     def __init__(self, model: str, tokenizer: str, settings: EngineSettings) -> None:
-        os.environ.update(ENVIRONMENT)
+        os.environ.update({**ENVIRONMENT, **quiet_environment()})
         # An empty string there crashes vLLM's start.
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE", "x").strip():
             del os.environ["VLLM_CPU_KVCACHE_SPACE"]

@@ -178,7 +178,7 @@ class TrainingConfig(Section):
 
 
 class SftConfig(TrainingConfig):
-    """Everything `python -m jobs.sft` needs."""
+    """Everything `python -m arm_ray.jobs.sft` needs."""
 
     max_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of a row, the eos included; with packing, of a bin."""
@@ -189,7 +189,7 @@ class SftConfig(TrainingConfig):
 
 
 class GrpoConfig(TrainingConfig):
-    """Everything `python -m jobs.grpo` needs."""
+    """Everything `python -m arm_ray.jobs.grpo` needs."""
 
     reward: str = "math"
     """`math` compares the final answer with `answer_column`; `path/file.py:function` is called

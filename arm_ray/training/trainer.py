@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.errors import NumericalError, RunDirectoryError
+from arm_ray.noise import is_verbose
 from arm_ray.training import label_loss, memory
 from arm_ray.training.config import TrainingConfig, learning_rate_factor
 from arm_ray.training.records import (
@@ -111,8 +112,10 @@ def prepare_process(job: TrainingJob) -> Ranks:
     # slower. Threads take the setting from the one that starts them, so it comes first.
     torch.set_flush_denormal(True)
     torch.set_num_threads(job.threads)
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
+    # A worker of Ray Train may have imported it before the variables were set.
+    if not is_verbose():
+        transformers.logging.disable_progress_bar()
+        transformers.logging.set_verbosity_error()
     position = ranks()
     config: TrainingConfig = job.config
     _check_memory(job, position)

@@ -154,7 +154,7 @@ class TestKubernetes:
                 "64 GB",
             ),
             ("raycluster", "apiVersion", "ray.io/v1alpha1"),
-            ("rayjob", "spec.entrypoint", ["python", "-m", "jobs.merge"]),
+            ("rayjob", "spec.entrypoint", ["python", "-m", "arm_ray.jobs.merge"]),
             ("rayjob", "spec.ttlSecondsAfterFinished", "10m"),
             ("rayjob", "spec.rayClusterSpec.workerGroupSpecs.1.template.spec.volume", []),
             ("pvc", "spec.accessMode", "ReadWriteMany"),

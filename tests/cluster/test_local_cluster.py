@@ -55,7 +55,7 @@ def test_a_merge_on_both_nodes(case: MergeCase, directory: Path) -> None:
             assert "already up" in local_sh("up", env).stdout
             merged = submit(
                 env,
-                *("python", "-m", "jobs.merge", str(case.root / "merge.yaml")),
+                *("python", "-m", "arm_ray.jobs.merge", str(case.root / "merge.yaml")),
                 "runtime.layer_shards=2",
             )
             assert merged.returncode == 0, merged.stdout + merged.stderr

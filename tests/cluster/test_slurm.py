@@ -192,7 +192,7 @@ def test_a_merge_runs_once_all_nodes_have_joined_and_everything_ends(
     assert {"--head", "--block", "--num-cpus=6", "--temp-dir=/tmp/ray-17"} <= set(head["command"])
     assert f"--address={address}" in workers["command"]
     (merge,) = allocation.log("merge")
-    expected = ["-m", "jobs.merge", "/shared/merge.yaml", "runtime.layer_shards=8"]
+    expected = ["-m", "arm_ray.jobs.merge", "/shared/merge.yaml", "runtime.layer_shards=8"]
     assert merge["arguments"] == expected
     assert (merge["address"], merge["nodes"]) == (address, 3)
     assert len(allocation.log("ray ended")) == 3

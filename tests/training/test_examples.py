@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import grpo, sft
+from arm_ray.jobs import grpo, sft
 from tests.builders.paths import ROOT
 from tests.builders.training import logged, make_base
 

@@ -345,7 +345,7 @@ def test_command_line(job: Job, tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(job.values()))
 
     def call(*arguments: str) -> Any:
-        command = [sys.executable, "-m", "jobs.sft", *arguments]
+        command = [sys.executable, "-m", "arm_ray.jobs.sft", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     bad = call(str(file), "stepz=1")

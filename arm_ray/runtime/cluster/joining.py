@@ -16,6 +16,7 @@ from ray.job_config import JobConfig
 
 import arm_ray
 from arm_ray.errors import ConfigError, WorkerError
+from arm_ray.noise import is_verbose
 from arm_ray.runtime.session.heartbeat import activity
 
 NAMESPACE = "arm_ray"
@@ -120,7 +121,7 @@ def _joined_or_started(
     metadata = {"arm_ray": arm_ray.__version__, **(about or {})}
     options: dict[str, Any] = {
         "namespace": NAMESPACE,
-        "log_to_driver": False,
+        "log_to_driver": is_verbose(),
         "job_config": JobConfig(metadata=metadata),
     }
     if address:
@@ -134,7 +135,8 @@ def _joined_or_started(
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cpu_slots}
     try:
         with activity("joining Ray" if address else "starting Ray"):
-            ray.init(logging_level=logging.ERROR, **options)
+            level = logging.INFO if is_verbose() else logging.ERROR
+            ray.init(logging_level=level, **options)
     except Exception as error:  # connection, version and authentication errors of many types
         raise _not_joined(address, error) from None
     try:

@@ -28,6 +28,7 @@ from arm_ray.evaluation.engine import (
 )
 from arm_ray.evaluation.graders import Grader
 from arm_ray.evaluation.settings import EngineSettings, EvaluationSettings
+from arm_ray.noise import quiet_environment, verbose_environment
 from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.calls import EVALUATOR, get_results
 from arm_ray.runtime.cluster.nodes import format_resources, view_of_cluster
@@ -171,6 +172,8 @@ class EvaluatorGang:
         threads = str(self._settings.engine.cpus_per_engine)
         env = {
             **ENVIRONMENT,
+            **quiet_environment(),
+            **verbose_environment(),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             # Several engines may share a machine: each finds its own free ports.

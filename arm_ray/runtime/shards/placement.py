@@ -22,6 +22,7 @@ from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError
 from arm_ray.model.imports import OWN_PROCESS
 from arm_ray.model.partition import choose_num_shards
+from arm_ray.noise import quiet_environment, verbose_environment
 from arm_ray.runtime.cluster.actors import Handle, LocalHandle, local_result, start_actor
 from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.cluster.nodes import (
@@ -288,6 +289,8 @@ def _start(
     # cuBLAS is deterministic only with a workspace of fixed size.
     env = {
         **OWN_PROCESS,
+        **quiet_environment(),
+        **verbose_environment(),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",

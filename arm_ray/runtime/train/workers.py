@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from arm_ray.errors import ArmRayError, ConfigError, PlacementError, WorkerError
+from arm_ray.noise import quiet_environment, verbose_environment
 from arm_ray.report.scalars import Record
 from arm_ray.runtime.cluster.nodes import view_of_cluster
 from arm_ray.runtime.session.reporter import Reporter
@@ -170,6 +171,8 @@ def on_ray_train(
                     "MKL_NUM_THREADS": str(workers.cpus),
                     "TOKENIZERS_PARALLELISM": "false",
                     "RAY_TRAIN_V2_ENABLED": "1",
+                    **quiet_environment(),
+                    **verbose_environment(),
                 }
             },
         ),

@@ -15,8 +15,11 @@ import yaml
 
 import arm_ray
 from arm_ray import cli
+from arm_ray.cli.entry import parse
+from arm_ray.cli.evaluating import evaluate_config
 from arm_ray.config import EvaluateConfig, MergeConfig
 from arm_ray.errors import CheckpointError
+from arm_ray.runtime.merge.run import MergeOutcome
 from tests.builders.paths import ROOT
 
 
@@ -44,9 +47,12 @@ def config(tmp_path: Path) -> Path:
 def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[MergeConfig, dict[str, Any]]]:
     """What the library was asked for, in place of doing it."""
     asked: list[tuple[MergeConfig, dict[str, Any]]] = []
-    monkeypatch.setattr(
-        "arm_ray.runtime.merge.run.merge", lambda config, **options: asked.append((config, options))
-    )
+
+    def merge(config: MergeConfig, **options: Any) -> MergeOutcome:
+        asked.append((config, options))
+        return MergeOutcome(Path(config.output), Path(config.output) / "model", 1, "no_gain")
+
+    monkeypatch.setattr("arm_ray.runtime.merge.run.merge", merge)
     return asked
 
 
@@ -61,12 +67,12 @@ def test_it_hands_over_the_configuration_and_options(config: Path, merges) -> No
     assert code == 0
     [(given, passed)] = merges
     assert (given.schedule.max_iterations, given.method.coefficient) == (4, 0.1)
-    assert passed == {"address": "ray://head:10001", "stop_after": 2}
+    assert passed == {"address": "ray://head:10001", "stop_after": 2, "console": None}
 
 
 def test_without_options_there_are_none(config: Path, merges) -> None:
     assert cli.main(["merge", str(config)]) == 0
-    assert merges[0][1] == {"address": None, "stop_after": None}
+    assert merges[0][1] == {"address": None, "stop_after": None, "console": None}
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +140,7 @@ def test_what_cannot_be_evaluated_is_1(
 
 
 def evaluation(*arguments: str) -> EvaluateConfig:
-    return cli.evaluate_config(cli._parser().parse_args(["evaluate", *arguments]))
+    return evaluate_config(parse(["evaluate", *arguments]))
 
 
 def test_an_empty_section_is_filled_from_the_command_line(tmp_path: Path) -> None:
@@ -227,7 +233,9 @@ def test_a_wrong_configuration_is_reported_without_importing_anything_heavy(
 
 
 @pytest.mark.parametrize(
-    "start", [("-m", "arm_ray.cli", "merge"), ("-m", "jobs.merge")], ids=["command", "job"]
+    "start",
+    [("-m", "arm_ray.cli", "merge"), ("-m", "arm_ray.jobs.merge"), ("-m", "jobs.merge")],
+    ids=["command", "job", "checkout"],
 )
 def test_as_a_program(start: tuple[str, ...], tmp_path: Path) -> None:
     done = command(*start, str(tmp_path / "missing.yaml"))

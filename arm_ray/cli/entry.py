@@ -1,0 +1,108 @@
+"""From a command line to an exit code; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import select
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from arm_ray.cli.parser import make_parser
+from arm_ray.errors import ArmRayError
+from arm_ray.model.imports import OWN_PROCESS
+from arm_ray.noise import VERBOSE, silence
+from arm_ray.storage.urls import plain_path
+
+# 128 and the number of SIGPIPE, as shells report a program that it has ended.
+_BROKEN_PIPE = 141
+
+
+def main(arguments: Sequence[str] | None = None, *, is_own_process: bool | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        arguments: Without the program's name; None: those of this process.
+        is_own_process: Whether this process is there for the command alone, so that its environment
+            and how its libraries log may be set; None: where `arguments` is None.
+    """
+    try:
+        try:
+            return _run(arguments, arguments is None if is_own_process is None else is_own_process)
+        finally:
+            # Here, where a reader that has gone is not told by a traceback at the end.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout) and not _is_unread(sys.stderr):
+            raise
+        _discard_output()
+        return _BROKEN_PIPE
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What a command line asks for.
+
+    Raises:
+        SystemExit: It is wrong (2), or asks for help or the version (0).
+    """
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes overrides before an option only; take those after it as well.
+    unknown = [text for text in rest if text.startswith("-") or "=" not in text]
+    if unknown or not hasattr(options, "overrides"):
+        parser.parse_args(arguments)
+    options.overrides = [*getattr(options, "overrides", ()), *rest]
+    return options
+
+
+def _run(arguments: Sequence[str] | None, is_own_process: bool) -> int:
+    options = parse(arguments)
+    if is_own_process:
+        os.environ.update(OWN_PROCESS)
+        if getattr(options, "verbose", False):
+            os.environ[VERBOSE] = "1"
+        silence()
+    # `ray job stop` and schedulers send SIGTERM: leave through the same clean-up as Ctrl-C.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if "config" in options:
+            options.config = plain_path(options.config)
+        return int(options.run(options))
+    except ArmRayError as error:
+        if options.debug:
+            import traceback
+
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _is_unread(stream: Any) -> bool:
+    """Whether a stream is a pipe whose reader has gone."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(found & select.POLLERR for _, found in poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _discard_output() -> None:
+    """Have what is still to be written go nowhere, in place of failing once more at the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            if _is_unread(stream):
+                os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

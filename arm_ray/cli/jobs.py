@@ -1,0 +1,139 @@
+"""Commands that do long work on Ray: merge, pipeline, study, attach."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from arm_ray.cli.explaining import cluster_of
+from arm_ray.cli.options import Commands, add_cluster, add_job, positive
+from arm_ray.cli.saying import said
+from arm_ray.model.imports import collection_paused
+
+_MERGE = (
+    "arm-ray merge merge.yaml",
+    "arm-ray merge merge.yaml schedule.max_iterations=4 method.operator=ties",
+    "arm-ray merge merge.yaml --quiet",
+)
+_PIPELINE = (
+    "arm-ray pipeline pipeline.yaml",
+    "arm-ray pipeline pipeline.yaml output=/runs/second --address 10.0.0.1:6379",
+)
+_STUDY = (
+    "arm-ray study study.yaml --dry-run --gpus 8",
+    "arm-ray study study.yaml",
+    "arm-ray study study.yaml --render",
+)
+_ATTACH = (
+    "arm-ray attach attach.yaml",
+    "arm-ray attach attach.yaml run.path=/runs/sft run.start=all",
+    "arm-ray attach attach.yaml --json",
+)
+
+
+def add_merge_to(commands: Commands) -> None:
+    """`merge`."""
+    merge = add_job(commands, "merge", _merge, "merge checkpoints, or go on with a merge", _MERGE)
+    merge.add_argument(
+        "--stop-after",
+        type=positive,
+        metavar="N",
+        help="halt after iteration N; run again to go on",
+    )
+
+
+def add_others_to(commands: Commands) -> None:
+    """`pipeline`, `study` and `attach`."""
+    add_job(commands, "pipeline", _pipeline, "train, merge and score in one go", _PIPELINE)
+    study = add_job(commands, "study", _study, "a grid of merges, scored and tabulated", _STUDY)
+    study.add_argument(
+        "--dry-run", action="store_true", help="say what there is to do and what it takes; no more"
+    )
+    study.add_argument(
+        "--render", action="store_true", help="write tables and figures of what there is; no more"
+    )
+    add_cluster(study)
+    add_job(commands, "attach", _attach, "follow a running training", _ATTACH)
+
+
+def _import_runtime() -> None:
+    """Import what all jobs need, faster than they would by themselves."""
+    with collection_paused():
+        importlib.import_module("arm_ray.runtime.merge.run")
+
+
+def _merge(options: argparse.Namespace) -> int:
+    """Merge checkpoints as the YAML file says, or go on with the run in its output directory."""
+    from arm_ray.config import load_merge_config
+
+    config = load_merge_config(options.config, options.overrides)
+    _import_runtime()
+    from arm_ray.runtime.merge.run import merge
+
+    with said(options) as out:
+        done = merge(
+            config, address=options.address, stop_after=options.stop_after, console=out.console
+        )
+        out.result(done.model or done.run)
+    return 0
+
+
+def _pipeline(options: argparse.Namespace) -> int:
+    """Train, merge early checkpoints, score everything; stages that are done are not done again."""
+    from arm_ray.training.pipeline import load_pipeline_config
+
+    config = load_pipeline_config(options.config, options.overrides)
+    _import_runtime()
+    from arm_ray.runtime.pipeline import run_pipeline
+
+    with said(options) as out:
+        run_pipeline(config, source=options.config, address=options.address, console=out.console)
+        out.result(config.output)
+    return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    """Train, merge and score every combination of a grid; what is done is not done again.
+
+    The exit code is 1 where something failed, or of a dry run where something does not fit.
+    """
+    from arm_ray.study.config import load_study_config
+
+    config = load_study_config(options.config, options.overrides)
+    if options.dry_run:
+        from arm_ray.study.forecast import forecast, forecast_text
+        from arm_ray.study.plan import Study
+
+        study = Study(config, options.config)
+        found = forecast(
+            study, lambda runtime: cluster_of(options, runtime), options.tokens_per_sample
+        )
+        print(forecast_text(found), end="")
+        return 0 if found.fits else 1
+    _import_runtime()
+    from arm_ray.runtime.study.run import render_study, run_study
+
+    if options.render:
+        for path in render_study(config, source=options.config):
+            print(path)
+        return 0
+    with said(options) as out:
+        done = run_study(
+            config, source=options.config, address=options.address, console=out.console
+        )
+        out.result(done.study.output)
+    return 1 if done.failed else 0
+
+
+def _attach(options: argparse.Namespace) -> int:
+    """Merge every new checkpoint of a run that is still going, score it, publish what is better."""
+    from arm_ray.following.config import load_attach_config
+
+    config = load_attach_config(options.config, options.overrides)
+    _import_runtime()
+    from arm_ray.runtime.attach.run import attach
+
+    with said(options) as out:
+        done = attach(config, address=options.address, console=out.console)
+        out.result(done.best or config.published)
+    return 0

@@ -1,0 +1,1 @@
+"""Entry points for ``ray job submit``: parse the arguments, call the library, exit."""
