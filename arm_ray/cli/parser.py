@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import arm_ray
-from arm_ray.cli import checkpoints, evaluating, explaining, jobs, looking, starting
+from arm_ray.cli import checkpoints, evaluating, explaining, jobs, looking, models, starting
 
 _EPILOG = """\
 examples:
@@ -33,5 +33,6 @@ def make_parser() -> argparse.ArgumentParser:
     checkpoints.add_to(commands)
     explaining.add_plan_to(commands)
     looking.add_to(commands)
+    models.add_to(commands)
     explaining.add_others_to(commands)
     return parser

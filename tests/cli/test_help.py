@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -73,7 +74,7 @@ def test_completion_knows_all_commands(shell: str, capsys: pytest.CaptureFixture
 def test_bash_completes(tmp_path) -> None:
     (tmp_path / "merge.yaml").write_text("")
     script = subprocess.run(
-        ["bash", "-c", "python -m arm_ray.cli completion bash"],
+        [sys.executable, "-m", "arm_ray.cli", "completion", "bash"],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
 
