@@ -1,7 +1,7 @@
 # One command to see it work on a real model, one to pass its tests:
 #   make demo
 #   make test
-# The Makefile's other targets: setup, lock, check, test-all, lint, bench, clean.
+# The Makefile's other targets: setup, lock, check, test-all, lint, docs, picture, bench, clean.
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -13,7 +13,8 @@ LOCK   ?= on
 WORKERS ?= 2
 PYTEST  = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup lock outlook demo check test test-all lint unit bench release-check clean
+.PHONY: setup lock outlook demo check test test-all lint unit docs site picture bench
+.PHONY: release-check clean
 
 setup: $(VENV)/.ready
 
@@ -48,6 +49,16 @@ lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation site, in site/. Any warning is an error; `--quiet` would hide them from --strict.
+docs: setup site
+
+site:
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# docs/images/report.png, of the demo's run.
+picture: setup
+	$(BIN)/python -m scripts.picture runs/smollm2
+
 bench: demo
 	$(BIN)/pip install --quiet -c constraints/tested.txt -e '.[bench]'
 	for name in rotation iteration linear scaling partition plans memory layer14b reweighting; do $(BIN)/python -m benchmarks.$$name || exit 1; done
@@ -57,4 +68,4 @@ release-check: setup
 	BUILDER="$(BIN)/python" bash scripts/release_check.sh
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

