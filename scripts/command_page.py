@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,10 +46,12 @@ def command_page() -> str:
         parts.append(f"## arm-ray {name}\n")
         parts.append(f"{_plain(command.description)}\n")
         usage = " ".join(command.format_usage().split()).removeprefix("usage: ")
-        parts.append(f"```text\n{usage}\n```\n")
+        # A line of its own making: argparse's depends on the terminal.
+        wrapped = textwrap.wrap(usage, 76, subsequent_indent=" " * 8, break_on_hyphens=False)
+        parts.append("\n".join(["```text", *wrapped, "```\n"]))
         rows = list(_rows(command))
         if rows:
-            parts.append("\n".join(["| | |", "|---|---|", *rows]) + "\n")
+            parts.append("\n".join(["| argument | meaning |", "|---|---|", *rows]) + "\n")
         if command.epilog:
             parts.append(f"```text\n{command.epilog.strip()}\n```\n")
     return "\n".join(parts)
