@@ -39,6 +39,12 @@ def find_browser() -> str | None:
     return next((found for name in BROWSERS if (found := shutil.which(name))), None)
 
 
+def top_of(page: str, name: str) -> str:
+    """A report that ends after its scores, and does not say where the run lay on this machine."""
+    page = page.replace("</head>", _STYLE, 1)
+    return re.sub(rf"(?:/[\w.@+-]+)*/(?=runs/{re.escape(name)}\b)", "", page)
+
+
 def draw(run: Path, picture: Path, width: int = _WIDTH, height: int = _HEIGHT) -> None:
     """Draw the top of a run's report.
 
@@ -51,15 +57,14 @@ def draw(run: Path, picture: Path, width: int = _WIDTH, height: int = _HEIGHT) -
     browser = find_browser()
     if browser is None:
         sys.exit(f"error: no Chromium: none of {', '.join(BROWSERS)} is there")
-    picture = picture.absolute()
+    if not run.is_dir():
+        sys.exit(f"error: there is no run {run}: make demo makes one")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "runs", run.name)
         shutil.copytree(run, copy, ignore=_LEFT_OUT)
         page = write_report([copy], Path(folder, "page.html"))
-        text = page.read_text(encoding="utf-8").replace("</head>", _STYLE, 1)
-        # Where the run lay on this machine is nobody's business.
-        text = re.sub(rf"(?:/[\w.@+-]+)*/(?=runs/{re.escape(run.name)}\b)", "", text)
-        page.write_text(text, encoding="utf-8")
+        page.write_text(top_of(page.read_text(encoding="utf-8"), run.name), encoding="utf-8")
+        drawn = Path(folder, "picture.png")
         subprocess.run(  # noqa: S603
             [
                 browser,
@@ -72,16 +77,17 @@ def draw(run: Path, picture: Path, width: int = _WIDTH, height: int = _HEIGHT) -
                 "--blink-settings=preferredColorScheme=1",
                 "--virtual-time-budget=20000",
                 f"--window-size={width},{height}",
-                f"--screenshot={picture}",
+                f"--screenshot={drawn}",
                 page.as_uri(),
             ],
             check=True,
             capture_output=True,
             timeout=120,
         )
-    size = picture.stat().st_size
-    if size > MOST_BYTES:
-        sys.exit(f"error: {picture} has {size} bytes, more than {MOST_BYTES}")
+        size = drawn.stat().st_size
+        if size > MOST_BYTES:
+            sys.exit(f"error: the picture has {size} bytes, more than {MOST_BYTES}")
+        shutil.move(drawn, picture)
     print(f"{picture}: {size} bytes")
 
 
