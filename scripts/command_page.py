@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from arm_ray import cli
+from arm_ray.cli.parser import make_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,15 +19,16 @@ _HEAD = """# The command line
 `section.key=value` sets a key of the [configuration](configuration.md), with priority over the
 file; `arm-ray config KEY` says what a key means.
 
-Each command that works on Ray is also a job: `python -m jobs.merge CONFIG.yaml`, and `jobs.attach`,
-`.evaluate`, `.pipeline`, `.study`. The trainings `python -m jobs.sft CONFIG.yaml` and `jobs.grpo`
-are jobs alone ([training](training.md)).
+Each command that works on Ray is also a job: `python -m arm_ray.jobs.merge CONFIG.yaml`, and
+`arm_ray.jobs.attach`, `.evaluate`, `.pipeline`, `.study`. The trainings
+`python -m arm_ray.jobs.sft CONFIG.yaml` and `arm_ray.jobs.grpo` are jobs alone
+([training](training.md)).
 """
 
 
 def command_parser() -> argparse.ArgumentParser:
     """The parser of `arm-ray`; the one place outside of it that knows where it comes from."""
-    return cli._parser()
+    return make_parser()
 
 
 def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

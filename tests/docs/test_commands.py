@@ -24,8 +24,6 @@ from scripts.command_page import command_page, command_parser, commands_of
 from tests.builders.pages import Line, blocks, command_lines, inline_commands, pages
 from tests.builders.paths import ROOT
 
-# Commands of arm-ray that pages name before they exist, with the reason why they are not parsed.
-NOT_YET = {"init": "parsed once the command exists"}
 # First words of lines that are not ours, with the reason why they are not run.
 NOT_OURS = {
     "cluster/local.sh": "run by tests/cluster",
@@ -83,8 +81,6 @@ def problems_of(line: Line, tmp_path: Path) -> list[str]:
 
 
 def problems_of_ours(line: Line, words: list[str], tmp_path: Path) -> list[str]:
-    if words[0] in NOT_YET:
-        return []
     try:
         options = parsed(words)
     except SystemExit:
@@ -185,7 +181,7 @@ def test_commands_within_sentences_are_known(path: Path) -> None:
     commands = commands_of(command_parser())
     for line in inline_commands(path):
         name = next((w for w in line.words[1:] if not w.startswith("-")), None)
-        if name is None or name in ("COMMAND", *NOT_YET):
+        if name in (None, "COMMAND"):
             continue
         assert name in commands, line.text
         options = {o for action in commands[name]._actions for o in action.option_strings}
@@ -195,8 +191,7 @@ def test_commands_within_sentences_are_known(path: Path) -> None:
 
 
 def test_the_reasons_are_needed() -> None:
-    """A reason goes when its command is there, or when nothing names it any more."""
-    assert not NOT_YET.keys() & commands_of(command_parser()).keys()
+    """A reason goes when nothing names its command any more."""
     used = {line.words[0] for path in pages() for line in lines(path)}
     assert NOT_OURS.keys() <= used
     texts = [b.text for path in pages() for b in blocks(path) if b.language == "yaml"]
