@@ -3,7 +3,7 @@
 # Python, and does there what a newcomer does: init, plan, merge, report.
 #   BUILDER  interpreter that has the package `build`
 #   PYTHONS  versions to try; each must be there as pythonX.Y
-#   CONSTRAINTS  versions of other packages; empty: what pip chooses
+#   CONSTRAINTS  versions of other packages on Python 3.11; empty: what pip chooses, as elsewhere
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BUILDER="${BUILDER:-.venv/bin/python}"
@@ -23,10 +23,6 @@ wheel=$(echo "$work"/dist/*.whl)
 "$BUILDER" -m pip wheel -q --no-deps --no-build-isolation -w "$work/again" "$work"/dist/*.tar.gz
 test "$(basename "$wheel")" = "$(ls "$work/again")"
 
-bound=()
-if [ -n "$CONSTRAINTS" ]; then
-    bound=(-c "$PWD/$CONSTRAINTS")
-fi
 newcomer="$PWD/scripts/newcomer.py"
 failed=()
 for version in $PYTHONS; do
@@ -36,6 +32,11 @@ for version in $PYTHONS; do
         echo "not here: $python" >&2
         failed+=("$version")
         continue
+    fi
+    bound=()
+    # The versions that are tested fit one Python.
+    if [ -n "$CONSTRAINTS" ] && [ "$version" = 3.11 ]; then
+        bound=(-c "$PWD/$CONSTRAINTS")
     fi
     "$python" -m venv "$work/$version"
     mkdir "$work/empty-$version"

@@ -12,6 +12,7 @@ from arm_ray.checkpoints.states import StateManifest
 from arm_ray.config import MergeConfig
 from arm_ray.report.scores import Scores, scores_as_markdown
 from arm_ray.schedule import state_name
+from arm_ray.storage.secrets import hidden
 
 _TEMPLATE = """---
 {front_matter}---
@@ -107,7 +108,7 @@ def write_model_card(
         verdict=f"\n{verdict}\n" if verdict else "",
         scores=_scores_text(config, name, scores),
         version=arm_ray.__version__,
-        config=config.to_yaml(),
+        config=hidden(config.to_yaml()),
     )
     (directory / "README.md").write_text(text, encoding="utf-8")
 

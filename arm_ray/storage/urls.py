@@ -124,9 +124,19 @@ def checked(given: str) -> str:
     """What a configuration keeps of a text that may be a URL: see `plain_path`.
 
     Raises:
-        StorageError: It is a URL of a store that carries credentials.
+        StorageError: It is a URL that carries credentials: a configuration is written down with
+            every run.
     """
     match = _URL.fullmatch(given)
+    authority = given.partition("://")[2].partition("/")[0]
+    if match is not None and match["scheme"].lower() in ("http", "https") and "@" in authority:
+        raise StorageError(
+            "the URL carries credentials",
+            where=_without_secrets(given),
+            expected="a URL without a user and password",
+            hint="give them in the environment: for MLflow MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD",
+        )
     if match is not None and match["scheme"].lower() in SCHEMES:
         parse_url(given[len(match["format"] or "") :])
         return given

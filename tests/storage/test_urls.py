@@ -9,7 +9,7 @@ import pytest
 from arm_ray.config import parse_merge_config
 from arm_ray.errors import ConfigError, StorageError
 from arm_ray.storage.mirror import mirror_path, origin
-from arm_ray.storage.urls import is_url, parse_url, plain_path
+from arm_ray.storage.urls import checked, is_url, parse_url, plain_path
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,13 @@ def test_a_local_copy_says_where_it_is_from() -> None:
     assert origin(mirror_path(bucket, Path("/scratch"))) == bucket
     assert origin(Path("/models/base")) is None
     assert origin(Path("/urls/s3/base")) is None
+
+
+@pytest.mark.parametrize("given", ["https://me:pass@host/x", "http://token@host:5000"])
+def test_a_password_in_a_configuration_is_refused_and_not_repeated(given: str) -> None:
+    """It would be written down with every run, and in the model card."""
+    with pytest.raises(StorageError, match="carries credentials") as caught:
+        checked(given)
+    assert "pass" not in str(caught.value.where)
+    assert "token" not in str(caught.value.where)
+    assert checked("https://host/a@b") == "https://host/a@b"
