@@ -31,7 +31,7 @@ def is_verbose() -> bool:
 
 def quiet_environment() -> dict[str, str]:
     """Variables that have the libraries of a process say nothing but errors; empty: they may."""
-    return {} if is_verbose() else dict(_QUIET)
+    return {} if is_verbose() else {k: os.environ.get(k, v) for k, v in _QUIET.items()}
 
 
 def verbose_environment() -> dict[str, str]:

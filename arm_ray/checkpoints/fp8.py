@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, prod
@@ -51,7 +52,7 @@ class Fp8Checkpoint(Checkpoint):
                 found[name] = dequantised(tensor, scales, self.block)
         return found
 
-    @property
+    @functools.cached_property
     def quantised(self) -> frozenset[str]:
         """Names of the weights that are stored in FP8."""
         return frozenset(n for n in self.tensors if self.source.tensors[n].code == _CODE)

@@ -22,7 +22,16 @@ from arm_ray.storage.urls import is_url, parse_url, plain_path
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+# Code of the model's own is copied along, and run only where it is trusted.
+_HUB_PATTERNS = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "*.py",
+]
 
 
 @dataclass(frozen=True)

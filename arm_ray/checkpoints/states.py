@@ -264,14 +264,23 @@ def write_export_index(directory: Path, files: Sequence[ExportFile]) -> None:
         )
 
 
-def write_companions(directory: Path, config: Mapping[str, object], source: Path) -> None:
-    """Write `config.json`, and copy the tokenizer and generation settings from `source`."""
+def write_companions(
+    directory: Path, config: Mapping[str, object], source: Path, code: Path | None = None
+) -> None:
+    """Write `config.json`, and copy the tokenizer and generation settings.
+
+    Args:
+        directory: Where to.
+        config: Content of `config.json`.
+        source: Where the tokenizer is.
+        code: Where the model's own code is, of a family that has some; None: there, too.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config)
     copy_companions(directory, source)
     if "auto_map" in config:
         # Code of the model's own, which is copied and never run.
-        for file in source.glob("*.py"):
+        for file in (code or source).glob("*.py"):
             shutil.copyfile(file, directory / file.name)
 
 

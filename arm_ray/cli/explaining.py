@@ -23,7 +23,17 @@ _COMPLETION = (
     "arm-ray completion fish > ~/.config/fish/completions/arm-ray.fish",
 )
 # What arguments are called that are files or directories.
-_FILES = ("CONFIG.yaml", "CONFIG.yaml | [NAME=]MODEL_DIR", "DIR", "FILE", "PATH", "RUN_DIR")
+_FILES = (
+    "CONFIG.yaml",
+    "CONFIG.yaml | [NAME=]MODEL_DIR",
+    "DIR",
+    "FILE",
+    "MODEL_DIR",
+    "MODEL_DIR | RUN_DIR",
+    "PATH",
+    "RUN_DIR",
+    "RUN_DIR | MODEL_DIR",
+)
 _SHELLS = ("bash", "zsh", "fish")
 
 

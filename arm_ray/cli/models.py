@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from arm_ray.cli.options import Commands, add_command
+from arm_ray.storage.urls import is_url, plain_path
 
 _VERIFY = (
     "arm-ray verify runs/merge",
@@ -27,8 +28,16 @@ _GGUF = (
     "arm-ray gguf runs/merge --converter /src/llama.cpp",
     "arm-ray gguf runs/merge --type q8_0 --output model.gguf",
 )
+
 # Of a list of tensors, so many are printed.
 _SHOWN = 20
+
+
+def local(given: str) -> Path:
+    """An argument that is a directory of this machine."""
+    if is_url(given):
+        raise argparse.ArgumentTypeError("a URL is not taken here; copy it to a directory first")
+    return Path(plain_path(given)).expanduser().absolute()
 
 
 def add_to(commands: Commands) -> None:
@@ -36,7 +45,7 @@ def add_to(commands: Commands) -> None:
     verify = add_command(
         commands, "verify", _verify, "is every byte of a model as it was written", _VERIFY
     )
-    verify.add_argument("path", metavar="RUN_DIR | MODEL_DIR", type=Path)
+    verify.add_argument("path", metavar="RUN_DIR | MODEL_DIR", type=local)
     verify.add_argument(
         "--repair", action="store_true", help="of a run: make what is damaged again"
     )
@@ -45,14 +54,14 @@ def add_to(commands: Commands) -> None:
     reproduce = add_command(
         commands, "reproduce", _reproduce, "make a model again, and compare the bits", _REPRODUCE
     )
-    reproduce.add_argument("path", metavar="MODEL_DIR", type=Path)
-    reproduce.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new run")
+    reproduce.add_argument("path", metavar="MODEL_DIR", type=local)
+    reproduce.add_argument("--output", metavar="DIR", type=local, required=True, help="a new run")
     reproduce.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="for files that have moved"
     )
     reproduce.add_argument("--address", help="of a Ray cluster, as for a merge")
     push = add_command(commands, "push", _push, "put a model on the Hugging Face hub", _PUSH)
-    push.add_argument("path", metavar="MODEL_DIR | RUN_DIR", type=Path)
+    push.add_argument("path", metavar="MODEL_DIR | RUN_DIR", type=local)
     push.add_argument("repo", metavar="OWNER/NAME")
     push.add_argument("--public", action="store_true", help="for all to see; default: private")
     push.add_argument("--update", action="store_true", help="there may be a model of that name")
@@ -67,7 +76,7 @@ def add_to(commands: Commands) -> None:
     gguf = add_command(
         commands, "gguf", _gguf, "write a model as GGUF, by llama.cpp's converter", _GGUF
     )
-    gguf.add_argument("path", metavar="MODEL_DIR | RUN_DIR", type=Path)
+    gguf.add_argument("path", metavar="MODEL_DIR | RUN_DIR", type=local)
     gguf.add_argument("--output", metavar="FILE", type=Path, help="default: beside the model")
     gguf.add_argument("--type", default="auto", help="the converter's --outtype; default: auto")
     gguf.add_argument(
@@ -86,7 +95,7 @@ def _verify(options: argparse.Namespace) -> int:
     """
     from arm_ray.runtime.verify import repair, verify
 
-    path = options.path.expanduser().absolute()
+    path = options.path
     same: bool | None = None
     if options.repair:
         found, same = repair(path, address=options.address)
@@ -118,7 +127,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     from arm_ray.runtime.verify import reproduce
 
     found = reproduce(
-        options.path.expanduser().absolute(),
+        options.path,
         options.output,
         options.overrides,
         address=options.address,
@@ -142,7 +151,7 @@ def _push(options: argparse.Namespace) -> int:
     from arm_ray.exports.hub import push
 
     url = push(
-        options.path.expanduser().absolute(),
+        options.path,
         options.repo,
         private=not options.public,
         update=options.update,
@@ -159,7 +168,7 @@ def _gguf(options: argparse.Namespace) -> int:
     from arm_ray.exports.gguf import export_gguf
 
     made = export_gguf(
-        options.path.expanduser().absolute(),
+        options.path,
         options.output,
         kind=options.type,
         converter=options.converter,

@@ -31,7 +31,8 @@ def add_to(commands: Commands) -> None:
         "paths",
         nargs="*",
         metavar="DIR",
-        help="the directory of a run; or the base and then its checkpoints; default: this one",
+        help="the directory of a run; or the base (unless --base names it) and then its "
+        "checkpoints; default: this one",
     )
     init.add_argument("--output", metavar="FILE", default="merge.yaml", help="default: merge.yaml")
     init.add_argument("--force", action="store_true", help="write over a file that is there")
@@ -74,9 +75,18 @@ def _init(options: argparse.Namespace) -> int:
 
     if len(paths) == 1:
         found = look_at_run(paths[0])
+    elif options.last is not None:
+        raise ConfigError(
+            "the checkpoints are named, and their number too",
+            where="command line",
+            got=f"{len(paths)} directories, --last {options.last}",
+            expected="the directory of a run with --last, or the checkpoints alone",
+        )
+    elif options.base:
+        found = look_at_checkpoints(paths)
     else:
         found = look_at_checkpoints(paths[1:])
-        options.base = options.base or _base(options.paths[0])
+        options.base = _base(options.paths[0])
     answers = _given(options)
     if not options.yes and sys.stdin.isatty() and sys.stdout.isatty():
         answers = _asked(found, answers)

@@ -83,6 +83,9 @@ def check_target(repo: str, *, update: bool, api: HfApi | None = None) -> None:
         client.whoami()
         exists = client.repo_exists(repo, repo_type="model")
     except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status not in (401, 403):
+            raise _unreachable(client, error) from None
         raise StorageAccessError(
             "the Hugging Face hub does not take the token",
             where=client.endpoint,

@@ -27,7 +27,15 @@ from arm_ray.identity import NOTHING, Decides
 
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 # Keys that attach sets in every merge.
-_OWN_KEYS = ("output", "initial_state", "keep_states", "evaluation", "output_format", "tracking")
+_OWN_KEYS = (
+    "output",
+    "initial_state",
+    "keep_states",
+    "evaluation",
+    "output_format",
+    "tracking",
+    "push_to_hub",
+)
 # Of `merge.schedule`, where the arrivals are the iterations.
 _STREAM_KEYS = ("window_divisor", "tolerance", "step", "step_limit", "step_blocks")
 

@@ -183,7 +183,12 @@ def layout_of(
     except ArmRayError:
         raise
     except Exception as error:  # the same
-        raise _bad_config(checkpoint, error) from None
+        if not (stored and runs_own_code(checkpoint, trusted)):
+            raise _bad_config(checkpoint, error) from None
+        why = f"its own code fails: {type(error).__name__}: {error}"
+    if runs_own_code(checkpoint, trusted):
+        # Nothing of that code is needed, and no shard would have it.
+        config = load_config(checkpoint)
     layout = table_layout(config, layers_per_group, stored, why)
     # Counters and the like are no weights.
     return layout.carrying({n for n in layout.shapes if checkpoint.tensors[n].code not in DTYPES})

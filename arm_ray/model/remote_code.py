@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arm_ray.checkpoints.huggingface import read_json
 from arm_ray.errors import NotACheckpointError
 from arm_ray.model.imports import import_model_classes
 
@@ -37,10 +38,8 @@ def load_trusted(directory: Path) -> PretrainedConfig:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    config: Any = AutoConfig.from_pretrained(
-        directory, trust_remote_code=True, local_files_only=True
-    )
-    known = getattr(config, "auto_map", None) or {}
+    # Before transformers looks: it would run the code of any repository in its cache.
+    known = read_json(directory / "config.json").get("auto_map") or {}
     wrong = [key for key in (_CONFIG, _MODEL) if not isinstance(known.get(key), str)]
     # `owner/name--module.Class` is code of a repository on the hub, which nobody named here.
     elsewhere = [known[key] for key in (_CONFIG, _MODEL) if "--" in str(known.get(key))]
@@ -52,6 +51,17 @@ def load_trusted(directory: Path) -> PretrainedConfig:
             expected=f"{_CONFIG} and {_MODEL}, of files in this directory",
             hint="download the code into the directory, and write `module.Class` into auto_map",
         )
+    for module in (known[key].rpartition(".")[0] for key in (_CONFIG, _MODEL)):
+        if not (directory / f"{module}.py").is_file():
+            raise NotACheckpointError(
+                "a file of the checkpoint's own code is missing",
+                where=directory / f"{module}.py",
+                expected="the code that auto_map of config.json names",
+                hint="copy the .py files beside the base's config.json",
+            )
+    config: Any = AutoConfig.from_pretrained(
+        directory, trust_remote_code=True, local_files_only=True
+    )
     kind: Any = get_class_from_dynamic_module(known[_MODEL], directory, local_files_only=True)
     if kind.config_class is not type(config):
         kind.config_class = type(config)

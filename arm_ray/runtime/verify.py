@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from arm_ray.checkpoints import states
+from arm_ray.checkpoints.huggingface import INDEX_NAME
 from arm_ray.checkpoints.inspect import inspect_checkpoint
+from arm_ray.checkpoints.naming import split_source
 from arm_ray.checkpoints.provenance import (
     PROVENANCE_NAME,
     Damage,
@@ -20,11 +23,16 @@ from arm_ray.checkpoints.provenance import (
     files_of,
     read_provenance,
 )
-from arm_ray.config import MergeConfig, load_merge_config, parse_merge_config
+from arm_ray.config import MergeConfig, load_merge_config, parse_merge_config, read_yaml
 from arm_ray.errors import ArmRayError, RunDirectoryError
+from arm_ray.events import read_events
+from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.output.claim import CONFIG_NAME, claimed
 from arm_ray.runtime.output.provenance import environment
+from arm_ray.schedule import BASE, INITIAL, candidate_name
+from arm_ray.storage.atomic import atomic_file
+from arm_ray.storage.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,10 @@ class Verified:
 
 def is_run(path: Path) -> bool:
     """Whether a directory is that of a merge, and not of a model."""
-    return (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file()
+    if not (path / CONFIG_NAME).is_file() or (path / "config.json").is_file():
+        return False
+    # A study, an evaluation and attach have another configuration there.
+    return "candidates" in read_yaml(path / CONFIG_NAME)
 
 
 def verify(path: Path) -> Verified:
@@ -76,13 +87,14 @@ def verify(path: Path) -> Verified:
         )
         return Verified(path, _sizes(path), damage, _if_damaged(damage, to_do))
     looked_at, found = [], list[Damage]()
-    load_merge_config(path / CONFIG_NAME)
+    config = load_merge_config(path / CONFIG_NAME)
     model = path / "model"
     if model.is_dir():
         try:
             expected = files_of(read_provenance(model))
         except ArmRayError as error:
-            # Of a run of an older version, or it is the damage.
+            if (model / PROVENANCE_NAME).exists():
+                found.append(Damage(f"model/{PROVENANCE_NAME}", f"cannot be read: {error.got}"))
             looked_at.append(f"model: without digests ({error.what}); its tables alone")
             found += _of_tables(model, "model")
         else:
@@ -90,17 +102,32 @@ def verify(path: Path) -> Verified:
             found += [
                 Damage(f"model/{d.what}", d.how, d.is_text) for d in damage_of(model, expected)
             ]
+    elif _wrote_model(path):
+        found.append(Damage("model", "is missing"))
     done = states.finished_states(path)
-    for iteration in done:
+    kept = range(1, max(done, default=0) + 1) if config.keep_states == "all" else done
+    for iteration in kept:
         directory = states.state_directory(path, iteration)
         name = directory.relative_to(path).as_posix()
-        if any(directory.glob("*.safetensors")):
+        if iteration not in done:
+            found.append(Damage(name, "is missing, or not complete"))
+        elif (directory / INDEX_NAME).is_file():
             looked_at.append(f"{name}: its tables")
-            found += _of_tables(directory, name)
+            # One that a running merge has just removed is no damage.
+            found += [
+                d for d in _of_tables(directory, name) if states.is_published(path, iteration)
+            ]
     damage = tuple(found)
     return Verified(
         path, tuple(looked_at), damage, _if_damaged(damage, f"arm-ray verify --repair {path}")
     )
+
+
+def _wrote_model(path: Path) -> bool:
+    """Whether the run's events say that there was a model."""
+    events = path / "events.jsonl"
+    found = read_events(events) if events.is_file() else []
+    return any(event["event"] == "model_written" for event in found)
 
 
 def _if_damaged(damage: Sequence[Damage], to_do: str) -> str | None:
@@ -151,23 +178,56 @@ def repair(
             expected="a run directory, which says what the model was made of",
             hint=f"make the model again: arm-ray reproduce {path} --output DIR",
         )
-    before = verify(path)
-    if before.is_whole and (path / "model").is_dir():
-        return before, None
-    model, was = path / "model", dict[str, FileDigests]()
+    text = (path / CONFIG_NAME).read_bytes()
+    config = load_merge_config(path / CONFIG_NAME)
+    if is_url(config.output):
+        raise RunDirectoryError(
+            "a run at a URL is not repaired here",
+            where=path,
+            got=config.output,
+            expected="a run in a directory",
+            hint="remove its model from the URL, and run the same merge again",
+        )
+    # The run may have been moved, and is not pushed a second time.
+    config = config.model_copy(update={"output": str(path), "push_to_hub": None})
+    # What cannot be made again is not touched.
+    open_inputs(config)
     with claimed(path, "merge"):
-        for each in before.damage:
-            if each.what.startswith("states/"):
-                states.discard_state(path, int(each.what.removeprefix("states/")))
-        if any(d.what.startswith("model") and not d.is_text for d in before.damage):
-            if (model / PROVENANCE_NAME).is_file():
-                try:
-                    was = files_of(read_provenance(model))
-                except ArmRayError:
-                    was = {}
-            model.rename(_free_name(path / "model.damaged"))
-    merge(load_merge_config(path / CONFIG_NAME), address=address, console=console)
-    return verify(path), (same_tensors(was, digests_of(model)) if was else None)
+        before = verify(path)
+        if before.is_whole and (path / "model").is_dir():
+            return before, None
+        was, aside = _set_aside(path, before.damage)
+    try:
+        merge(config, address=address, console=console)
+    except BaseException:
+        if aside is not None and not (path / "model").exists():
+            aside.rename(path / "model")
+        raise
+    finally:
+        with atomic_file(path / CONFIG_NAME) as file:
+            file.write(text)
+    after = verify(path)
+    return after, (same_tensors(was, digests_of(path / "model")) if was else None)
+
+
+def _set_aside(path: Path, damage: Sequence[Damage]) -> tuple[dict[str, FileDigests], Path | None]:
+    """Make room for what is made again; what the model was, and where it is now."""
+    broken = [
+        int(each.what.removeprefix("states/")) for each in damage if each.what.startswith("states/")
+    ]
+    for iteration in states.state_directories(path):
+        # What comes after is made from it, and a merge goes on after the last that is there.
+        if broken and iteration >= min(broken):
+            states.discard_state(path, iteration)
+    model, was = path / "model", dict[str, FileDigests]()
+    if not model.is_dir():
+        return was, None
+    if (model / PROVENANCE_NAME).is_file():
+        with contextlib.suppress(ArmRayError):
+            was = files_of(read_provenance(model))
+    aside = _free_name(path / "model.damaged")
+    model.rename(aside)
+    return was, aside
 
 
 def _free_name(path: Path) -> Path:
@@ -254,10 +314,26 @@ def config_of(
     Nothing is scored that does not choose the model, and nobody is told.
     """
     given = {**content["config"], "output": str(output), "push_to_hub": None, "tracking": {}}
+    there = {name: found["path"] for name, found in content["inputs"].items()}
+    given["base"] = _place(given["base"], there.get(BASE))
+    given["candidates"] = [
+        _place(each, there.get(candidate_name(i))) for i, each in enumerate(given["candidates"])
+    ]
+    if given.get("initial_state"):
+        given["initial_state"] = _place(given["initial_state"], there.get(INITIAL))
     config = parse_merge_config(given, overrides, source=str(where))
     if config.evaluation is not None and not config.selects_by_task:
         config = config.model_copy(update={"evaluation": None})
     return config
+
+
+def _place(given: str, path: str | None) -> str:
+    """A checkpoint as it was named then, or where it lay, where a relative name leads nowhere."""
+    kind, place = split_source(given)
+    is_there = is_url(place) or Path(place).expanduser().exists()
+    if is_there or path is None or not Path(path).is_dir():
+        return given
+    return path if kind == "auto" else f"{kind}:{path}"
 
 
 def _pairs(

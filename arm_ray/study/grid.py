@@ -27,7 +27,7 @@ KNOWN_AXES = (SERIES, SEED, CALIBRATION_SEED, CANDIDATES)
 # What results and tables have columns for: no names of axes.
 RESERVED = frozenset({*COLUMNS, "average"})
 # Keys of a merge that the study sets.
-OWN_KEYS = ("base", "candidates", "output")
+OWN_KEYS = ("base", "candidates", "output", "push_to_hub")
 
 
 @dataclass(frozen=True)

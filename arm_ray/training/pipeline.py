@@ -185,7 +185,7 @@ class Stages:
     def _merge(self, name: str, given: dict[str, Any], source: str) -> MergeConfig:
         where = f"{source}: merges: {name}"
         content = copy.deepcopy(given)
-        _refuse(content, ("base", "candidates", "output"), where)
+        _refuse(content, ("base", "candidates", "output", "push_to_hub"), where)
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         if not slug or "/" in name:
             raise ConfigError(

@@ -155,7 +155,16 @@ def test_a_name_that_is_taken_is_told_before_the_merge(case: MergeCase, hub: Fak
         merge(
             case.config(*_QUICK, "push_to_hub={repo: someone/merged}"), console=Console(quiet=True)
         )
-    assert not (case.root / "run").exists()
+    assert not (case.root / "run" / "model").exists()
+
+
+def test_a_run_that_was_pushed_is_complete(case: MergeCase, hub: FakeHub) -> None:
+    """The name is taken, by the run itself."""
+    case.make()
+    config = case.config(*_QUICK, "push_to_hub={repo: someone/merged}")
+    merge(config, console=Console(quiet=True))
+    assert merge(config, console=Console(quiet=True)).reason == "complete"
+    assert len(hub.commits["someone/merged"]) == 1
 
 
 def test_a_merge_whose_push_fails_keeps_its_model(case: MergeCase, hub: FakeHub) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from arm_ray.checkpoints.provenance import PROVENANCE_NAME, digests_of, read_provenance
 from arm_ray.checkpoints.weight_file import read_header
-from arm_ray.errors import CorruptCheckpointError, RunDirectoryError
+from arm_ray.errors import ArmRayError, CorruptCheckpointError, RunDirectoryError
 from arm_ray.runtime.merge import run as module
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.verify import repair, reproduce, tensors_in, verify
@@ -97,28 +98,28 @@ def test_a_run_is_made_whole_again_bit_for_bit(run: Path, what: str) -> None:
     model = run / "model"
     before = load_all(model)
     before = {name: tensor.clone() for name, tensor in before.items()}
+    looked_at = verify(run).looked_at
     if what == "tensor":
         flip(model / _WEIGHTS, 5000)
     elif what == "missing":
         (model / "config.json").unlink()
     elif what == "model gone":
-        for path in model.iterdir():
-            path.unlink()
-        model.rmdir()
+        shutil.rmtree(model)
+        assert [d.what for d in verify(run).damage] == ["model"]
     else:
-        file = next((run / "states" / "0004").glob("group-*.safetensors"))
+        file = next((run / "states" / "0002").glob("group-*.safetensors"))
         data = file.read_bytes()
         file.unlink()
         file.write_bytes(data[:-10])
-        assert [d.what for d in verify(run).damage] == ["states/0004"]
+        assert [d.what for d in verify(run).damage] == ["states/0002"]
     found, same = repair(run, console=Console(quiet=True))
     assert found.is_whole
     if what in ("tensor", "missing"):
         assert same is True
         # What was damaged is still there.
         assert (run / "model.damaged").is_dir()
-    if what != "state":
-        assert_same_bits(load_all(model), before)
+    assert_same_bits(load_all(model), before)
+    assert verify(run).looked_at == looked_at
 
 
 def test_a_whole_run_is_left_alone(run: Path) -> None:
@@ -206,3 +207,57 @@ def test_names_outside_of_the_model_are_not_read(run: Path) -> None:
         "/dev/zero": "is named, but is no file of the model",
         "pipe": "is no regular file",
     }
+
+
+def test_a_run_that_was_moved_is_repaired_where_it_is(run: Path) -> None:
+    """Not where its configuration says that it was."""
+    moved = run.with_name("moved")
+    shutil.move(run, moved)
+    text = (moved / "config.yaml").read_text()
+    flip(moved / "model" / _WEIGHTS, 5000)
+    found, same = repair(moved, console=Console(quiet=True))
+    assert found.is_whole
+    assert same is True
+    assert not run.exists()
+    assert (moved / "config.yaml").read_text() == text
+
+
+def test_what_cannot_be_made_again_is_not_touched(run: Path, case: MergeCase) -> None:
+    flip(run / "model" / _WEIGHTS, 5000)
+    shutil.move(case.root / "base", case.root / "elsewhere")
+    before = sorted(p.relative_to(run) for p in run.rglob("*"))
+    with pytest.raises(ArmRayError):
+        repair(run, console=Console(quiet=True))
+    assert sorted(p.relative_to(run) for p in run.rglob("*")) == before
+
+
+def test_a_merge_that_fails_gives_the_damaged_model_back(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(run / "model" / _WEIGHTS, 5000)
+
+    def failing(*_args: object, **_options: object) -> None:
+        raise RunDirectoryError("the disk is full")
+
+    monkeypatch.setattr("arm_ray.runtime.verify.merge", failing)
+    with pytest.raises(RunDirectoryError, match="the disk is full"):
+        repair(run, console=Console(quiet=True))
+    assert (run / "model" / _WEIGHTS).is_file()
+    assert not (run / "model.damaged").exists()
+
+
+def test_provenance_that_cannot_be_read_is_damage_of_the_run(run: Path) -> None:
+    (run / "model" / PROVENANCE_NAME).write_text("{")
+    found = verify(run)
+    assert [d.what for d in found.damage] == [f"model/{PROVENANCE_NAME}"]
+    assert not found.is_whole
+
+
+def test_checkpoints_are_found_where_they_lay(run: Path, case: MergeCase) -> None:
+    """A relative name leads nowhere from another directory."""
+    file = run / "model" / PROVENANCE_NAME
+    content = json.loads(file.read_text())
+    content["config"]["base"] = "relative/base"
+    file.write_text(json.dumps(content))
+    found = reproduce(run / "model", case.root / "again", console=Console(quiet=True))
+    assert found.differing == ()

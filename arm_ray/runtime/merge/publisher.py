@@ -31,7 +31,7 @@ from arm_ray.runtime.merge.promise import Promise
 from arm_ray.runtime.merge.state_storage import StateStorage
 from arm_ray.runtime.output.provenance import made_of
 from arm_ray.runtime.shards.made_states import Written
-from arm_ray.schedule import iterations_needed_after
+from arm_ray.schedule import BASE, iterations_needed_after
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,9 @@ class Publisher:
         if self._inputs.fp8 is not None:
             files = [self._inputs.fp8.rewrite(partial, file) for file in files]
         states.write_export_index(partial, files)
-        states.write_companions(partial, self._inputs.final_config, self._inputs.tokenizer)
+        base = self._inputs.checkpoints[BASE].config_directory
+        config, tokenizer = self._inputs.final_config, self._inputs.tokenizer
+        states.write_companions(partial, config, tokenizer, base)
         is_own = self._inputs.layout.code is not None
         for problem in loading_problems(partial, trusts_code=is_own):
             self._job.reporter.warn(f"the merged model may not load: {problem}")

@@ -101,8 +101,6 @@ def merge(
     if not is_url(config.output):
         outliving(config.output)
     check_installed(config.tracking)
-    if config.push_to_hub is not None:
-        check_target(config.push_to_hub.repo, update=config.push_to_hub.update)
     method = open_method(
         config.method,
         *merge_sizes(config.schedule, len(config.candidates)),
@@ -118,6 +116,8 @@ def merge(
         if run.is_complete:
             reporter.say(f"This run is complete: {run.model_name}")
             return MergeOutcome(run.path, run.model, run.last_iteration, "complete")
+        if config.push_to_hub is not None:
+            check_target(config.push_to_hub.repo, update=config.push_to_hub.update)
         reporter = reporter.with_events(run.events)
         for note in inputs.notes:
             reporter.note(note)
@@ -168,7 +168,9 @@ def _push(target: PushConfig, model: Path, reporter: Reporter) -> None:
         with activity("pushing to the hub"):
             url = push(model, target.repo, private=target.private, update=target.update)
     except ArmRayError as error:
-        again = f"arm-ray push {model} {target.repo}"
+        # The repository may have been made before the upload failed.
+        flags = " --update" + ("" if target.private else " --public")
+        again = f"arm-ray push {model} {target.repo}{flags}"
         reporter.warn(f"the model was not pushed: {error}\n  again:    {again}")
     else:
         reporter.say(f"pushed: {url}")

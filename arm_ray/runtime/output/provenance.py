@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -19,7 +19,7 @@ from arm_ray.config import MergeConfig
 from arm_ray.events import read_events
 from arm_ray.hardware import cpu_model
 from arm_ray.runtime.output.run_directory import RunDirectory
-from arm_ray.storage.secrets import hidden
+from arm_ray.storage.secrets import all_hidden
 
 # Whose versions decide bits.
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "ray")
@@ -34,15 +34,23 @@ def environment(device: str | None) -> dict[str, Any]:
     return {
         "arm_ray": arm_ray.__version__,
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": {name: _known(partial(metadata.version, name)) for name in _PACKAGES},
         "machine": {
             "cpu": cpu_model(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": _known(torch.cuda.get_device_name) if torch.cuda.is_available() else None,
         },
         "device": device,
     }
+
+
+def _known(ask: Callable[[], str]) -> str | None:
+    """A fact, or None: no merge fails at its end because a package or a driver does not tell."""
+    try:
+        return ask()
+    except Exception:  # a distribution of another name, a GPU that is another process's
+        return None
 
 
 def made_of(
@@ -71,5 +79,5 @@ def made_of(
         "calibration": run.inputs.get("calibration"),
         "config": yaml.safe_load(config.to_yaml()),
     }
-    found: dict[str, Any] = json.loads(hidden(json.dumps(content)))
+    found: dict[str, Any] = all_hidden(content)
     return found

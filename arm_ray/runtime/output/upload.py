@@ -154,7 +154,8 @@ class RunUpload:
         for name in files_below(self._local):
             parts = name.split("/")
             is_hidden = any(part.startswith(".") for part in parts)
-            if not is_hidden and parts[0] not in _OWN_ORDER:
+            is_aside = parts[0].startswith("model.damaged")
+            if not is_hidden and not is_aside and parts[0] not in _OWN_ORDER:
                 found.append(name)
         return found
 

@@ -265,7 +265,8 @@ class GroupMerge:
             weights[1:],
             facts.statistics,
         )
-        inputs = self._of_step(inputs, plan)
+        moments = [self._matrix(m, spec.name, expert) for m in inputs.second_moments]
+        inputs = self._of_step(replace(inputs, second_moments=moments), plan)
         if columns is None or not self.spec.method.needs_activations:
             return inputs
         shifts: list[Tensor] = []
