@@ -17,7 +17,9 @@ from arm_ray.cli import main
 
 
 def _end_with_input() -> None:
-    sys.stdin.buffer.read()
+    # Past Python's buffer, whose lock this thread would still hold when the process ends.
+    while os.read(0, 1024):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
