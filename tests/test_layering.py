@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "evaluation", "identity", "merging", "presets", "storage"},
     "schedule": {"errors", "config"},
     "steps": {"errors", "config", "evaluation", "schedule"},
-    "merging": {"errors"},
+    "lazy": set(),
+    "merging": {"errors", "lazy"},
     "checkpoints": CORE,
     "calibration": CORE,
     "model": CORE | {"checkpoints", "merging"},
@@ -42,6 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "study": CORE | {"checkpoints", "evaluation", "merging", "planning", "training"},
     "runtime": PURE | {"exports", "following", "planning", "study", "training"},
     "config_keys": CORE | {"following", "merging", "study", "training"},
+    "api": PURE | {"following", "planning", "runtime", "study", "training"},
+    "public_api": set(),
+    "integrations": {"api", "cli", "errors", "lazy", "storage"},
     "jobs": {"cli", "errors", "noise", "runtime", "training"},
     "cli": PURE
     | {
@@ -213,8 +217,12 @@ def test_only_the_runtime_imports_ray(path: Path) -> None:
         assert "vllm" not in names
 
 
-def test_the_package_itself_imports_nothing() -> None:
-    assert imports(ROOT / "arm_ray" / "__init__.py") == set()
+def test_packages_of_public_names_import_nothing_until_one_is_used() -> None:
+    packages = ["arm_ray", "arm_ray.merging", "arm_ray.integrations"]
+    for name, loaded in loaded_by(packages).items():
+        assert not loaded & (HEAVY | {"pydantic", "yaml", "rich"}), name
+        ours = {module for module in loaded if module.startswith("arm_ray")}
+        assert ours <= {"arm_ray.lazy", *packages}, name
 
 
 def loaded_by(modules: list[str]) -> dict[str, set[str]]:
@@ -263,7 +271,8 @@ def test_merging_knows_no_files_no_ray_and_no_configuration() -> None:
         foreign = {"ray", "vllm", "transformers", "safetensors", "pydantic", "yaml"}
         assert not loaded & foreign, name
         assert all(
-            module in ("arm_ray", "arm_ray.errors") or module.startswith("arm_ray.merging")
+            module in ("arm_ray", "arm_ray.errors", "arm_ray.lazy")
+            or module.startswith("arm_ray.merging")
             for module in loaded
             if module.startswith("arm_ray")
         ), name

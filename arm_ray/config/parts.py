@@ -12,23 +12,15 @@ Of `average.weights` each model's is one of these.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
-
 from arm_ray.errors import ConfigError
+from arm_ray.merging.limits import out_of_range
 from arm_ray.merging.settings import EVERYWHERE, PARTWISE, PARTWISE_LIST, MethodSettings
 
 _DEFAULT = "default"
 _KEYS = ", ".join(PARTWISE)
-_LIMITS: tuple[tuple[type, str, Callable[[Any, Any], bool]], ...] = (
-    (Gt, "above", operator.gt),
-    (Ge, "at least", operator.ge),
-    (Lt, "below", operator.lt),
-    (Le, "at most", operator.le),
-)
 
 
 def with_parts(
@@ -183,10 +175,4 @@ def _out_of_range(key: str, value: float) -> str | None:
     section, _, name = key.partition(".")
     owner = type(getattr(MethodSettings(), section)) if name else MethodSettings
     annotation: Any = get_type_hints(owner, include_extras=True)[name or section]
-    for limit in getattr(annotation, "__metadata__", ()):
-        for kind, word, holds in _LIMITS:
-            if isinstance(limit, kind):
-                bound = getattr(limit, kind.__name__.lower())
-                if not holds(value, bound):
-                    return f"{word} {bound:g}"
-    return None
+    return out_of_range(annotation, value)

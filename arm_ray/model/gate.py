@@ -201,7 +201,9 @@ def _compare(architecture: Architecture, config: Any, class_name: str | None) ->
     for name in tensors:
         if tensors[name].ndim == 1 and not name.endswith("bias"):
             tensors[name] += 0.5
-    ids = torch.randint(0, _VOCABULARY, (_BATCH, _TOKENS))
+    # A vocabulary may be smaller than that: of characters, say.
+    vocabulary = min(_VOCABULARY, getattr(config, "vocab_size", None) or _VOCABULARY)
+    ids = torch.randint(0, vocabulary, (_BATCH, _TOKENS))
     expected = _whole(architecture, tensors, ids)
     written = architecture.written(tensors)
     for size in (1, 2):

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import platform
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +136,7 @@ def _joined_or_started(
         # "local", because a bare init would join whatever an old address file names.
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cpu_slots}
     try:
-        with activity("joining Ray" if address else "starting Ray"):
+        with activity("joining Ray" if address else "starting Ray"), _own_sigterm():
             level = logging.INFO if is_verbose() else logging.ERROR
             ray.init(logging_level=level, **options)
     except Exception as error:  # connection, version and authentication errors of many types
@@ -144,6 +146,23 @@ def _joined_or_started(
     finally:
         with activity("leaving Ray" if address else "ending Ray"):
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what SIGTERM does in this process, where it does something: Ray sets its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    is_ours = callable(before) and threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    except SystemExit:
+        # Of Ray's handler, while it starts.
+        if not is_ours:
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _not_joined(address: str | None, error: Exception) -> WorkerError:
