@@ -81,7 +81,7 @@ On tensors, without Ray and files:
 ```python
 from arm_ray.merging import merge_state_dicts
 
-merged = merge_state_dicts(base, [one, two], "ties", coefficient=1.0, ties={"keep": 0.3})
+merged = merge_state_dicts(base, [one, two], "task_arithmetic", coefficient=0.7)
 ```
 
 Beside a training with transformers or TRL, in one line:
