@@ -119,7 +119,7 @@ def as_markdown() -> str:
 def _entry(name: str, value: Any) -> Iterator[str]:
     yield f"### `{name}`\n"
     if isinstance(value, type) or callable(value):
-        yield "```python"
+        yield "```py"
         yield from _signature(name, value)
         yield "```\n"
         yield "```text"

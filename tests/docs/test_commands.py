@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,7 +63,8 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
 
 def problems_of(line: Line, tmp_path: Path) -> list[str]:
     """What is wrong with a command line."""
-    words = list(line.words)
+    # Without what the shell does with the output.
+    words = list(itertools.takewhile(lambda word: word not in (">", ">>", "|"), line.words))
     if words[:3] == ["ray", "job", "submit"]:
         words = words[words.index("--") + 1 :] if "--" in words else words
     if words[0] == "arm-ray":
