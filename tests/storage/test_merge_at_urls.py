@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from arm_ray.checkpoints import states
+from arm_ray.checkpoints.provenance import PROVENANCE_NAME
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.errors import NoSuchObjectError, RunDirectoryError, StorageError
 from arm_ray.events import read_events
@@ -67,12 +68,17 @@ class Remote:
         store = Store(f"{self.url}/{name}")
         files = {p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file()}
         assert store.files(recursive=True).keys() == files
-        for file in files - {"README.md", "state.json"}:
+        for file in files - {"README.md", "state.json", PROVENANCE_NAME}:
             assert store.read_all(file) == (local / file).read_bytes(), file
         if "state.json" in files:
             found = json.loads(store.read_all("state.json"))
             expected = json.loads((local / "state.json").read_text())
             assert found == expected
+        if PROVENANCE_NAME in files:
+            # When it was made, and where from, differ; what was made does not.
+            found = json.loads(store.read_all(PROVENANCE_NAME))["files"]
+            expected = json.loads((local / PROVENANCE_NAME).read_text())["files"]
+            assert found["model.safetensors"] == expected["model.safetensors"]
 
 
 @pytest.fixture
