@@ -113,10 +113,14 @@ def test_the_command_ends_when_interrupted(tmp_path: Path, by: signal.Signals) -
         # A shell that runs these tests in the background has them ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.startswith("http://127.0.0.1:")
-    process.send_signal(by)
-    _, errors = process.communicate(timeout=30)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("http://127.0.0.1:")
+        process.send_signal(by)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 0
     assert errors == "ended\n"
