@@ -52,8 +52,12 @@ def hub_id(given: str) -> str | None:
     cached = _IN_CACHE.search(f"{place}/")
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    is_id = _HUB_ID.fullmatch(place) and ".." not in place and "--" not in place
-    return place if is_id and not Path(place).exists() else None
+    return place if is_hub_id(place) and not Path(place).exists() else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a text has the form of a hub id; there may be a directory of that name, too."""
+    return bool(_HUB_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def model_names(

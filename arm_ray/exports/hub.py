@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from arm_ray.checkpoints.inspect import inspect_checkpoint
-from arm_ray.checkpoints.naming import hub_id
+from arm_ray.checkpoints.naming import is_hub_id
 from arm_ray.errors import ConfigError, NotACheckpointError, StorageAccessError, StorageError
 from arm_ray.storage.secrets import hidden
 
@@ -28,10 +28,9 @@ def model_directory(path: Path) -> Path:
     Raises:
         NotACheckpointError: It is neither, or its model is not whole.
     """
-    directory = path / "model" if (path / "model" / "config.json").is_file() else path
-    adapter = path / "model" / "adapter_config.json"
-    if adapter.is_file():
-        directory = path / "model"
+    of_run = path / "model"
+    has_model = any((of_run / name).is_file() for name in ("config.json", "adapter_config.json"))
+    directory = of_run if has_model else path
     if not directory.is_dir():
         raise NotACheckpointError(
             "there is no such model directory",
@@ -67,7 +66,7 @@ def check_target(repo: str, *, update: bool, api: HfApi | None = None) -> None:
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError
 
-    if hub_id(repo) is None:
+    if not is_hub_id(repo):
         raise ConfigError(
             "no name of a repository on the hub", where="repo", got=repo, expected="owner/name"
         )
@@ -140,7 +139,7 @@ def push(
     check_target(repo, update=update, api=api)
     client = _client(api)
     named = list(base_models)
-    if [name for name in named if hub_id(name) is None]:
+    if not all(map(is_hub_id, named)):
         raise ConfigError(
             "a base model is no id on the hub",
             where="base_models",

@@ -23,6 +23,7 @@ from arm_ray.config import (
 from arm_ray.errors import ConfigError
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.following.hooks import HookSettings
+from arm_ray.following.places import Kind, Layout
 from arm_ray.identity import NOTHING, Decides
 
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -45,22 +46,9 @@ class RunConfig(Section):
 
     path: LocalStr
     """Directory that the trainer writes its checkpoints to; it may not be there yet."""
-    layout: Literal[
-        "auto",
-        "hf",
-        "trl",
-        "openrlhf",
-        "verl",
-        "deepspeed",
-        "peft",
-        "prime-rl",
-        "nemo-rl",
-        "slime",
-        "megatron",
-        "torchtitan",
-    ] = "auto"
+    layout: Layout = "auto"
     """How the trainer lays its checkpoints out; auto: as the directory looks."""
-    kind: Literal["auto", "hf", "actor"] = "auto"
+    kind: Kind = "auto"
     """OpenRLHF: `global_stepN_hf` (with its moving average, if it keeps one) or `_actor` (the raw
     weights); slime: the exports of `--save-hf`, or `iter_N`; auto: the former where the run writes
     it. They are never mixed."""

@@ -80,12 +80,13 @@ def verify(path: Path) -> Verified:
             raise RunDirectoryError(
                 "there is no such directory", where=path, expected="a model, or a run of a merge"
             )
-        damage = tuple(damage_of(path, files_of(read_provenance(path))))
+        files = files_of(read_provenance(path))
+        damage = tuple(damage_of(path, files))
         to_do = (
             "copy the model again from where it came, or make it again: arm-ray reproduce "
             f"{path} --output DIR, with the checkpoints that it names"
         )
-        return Verified(path, _sizes(path), damage, _if_damaged(damage, to_do))
+        return Verified(path, _sizes(files), damage, _if_damaged(damage, to_do))
     looked_at, found = [], list[Damage]()
     config = load_merge_config(path / CONFIG_NAME)
     model = path / "model"
@@ -98,7 +99,7 @@ def verify(path: Path) -> Verified:
             looked_at.append(f"model: without digests ({error.what}); its tables alone")
             found += _of_tables(model, "model")
         else:
-            looked_at += [f"model: {line}" for line in _sizes(model)]
+            looked_at += [f"model: {line}" for line in _sizes(expected)]
             found += [
                 Damage(f"model/{d.what}", d.how, d.is_text) for d in damage_of(model, expected)
             ]
@@ -134,8 +135,7 @@ def _if_damaged(damage: Sequence[Damage], to_do: str) -> str | None:
     return None if all(each.is_text for each in damage) else to_do
 
 
-def _sizes(model: Path) -> tuple[str, ...]:
-    files = files_of(read_provenance(model))
+def _sizes(files: Mapping[str, FileDigests]) -> tuple[str, ...]:
     total = sum(file.num_bytes for file in files.values())
     tensors = sum(len(file.tensors) for file in files.values())
     return (f"{len(files)} files, {tensors} tensors, {total / 1e9:.3f} GB, every byte",)

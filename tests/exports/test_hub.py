@@ -59,6 +59,16 @@ def test_all_of_a_model_arrives_in_one_commit(model: Path, hub: FakeHub) -> None
     assert rest == (model / "README.md").read_text().split("---\n", 2)[2]
 
 
+def test_a_directory_of_the_same_name_is_no_obstacle(
+    model: Path, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is named is a repository, whatever lies here."""
+    (tmp_path / "someone" / "merged").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    push(model, "someone/merged", base_models=["someone/merged"])
+    assert "config.json" in hub.repos["someone/merged"]
+
+
 def test_a_run_is_pushed_by_its_model(model: Path, hub: FakeHub) -> None:
     push(model.parent, "someone/merged", private=False)
     assert "config.json" in hub.repos["someone/merged"]
