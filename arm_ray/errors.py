@@ -176,6 +176,10 @@ class ShardLostError(WorkerError):
     """A layer shard, its node, or hidden states on it were lost; others can take its place."""
 
 
+class EvaluatorLostError(WorkerError):
+    """An engine or a grader was lost, or its node; another one can take its place."""
+
+
 class EvaluationError(ArmRayError):
     """A benchmark, its data, or a model's engine cannot be used."""
 

@@ -15,6 +15,7 @@ from ray import ObjectRef, exceptions
 from arm_ray.errors import (
     ArmRayError,
     DiskSpaceError,
+    EvaluatorLostError,
     ShardLostError,
     TransportError,
     WorkerError,
@@ -85,7 +86,7 @@ NODE_FILES = Callee(
 )
 EVALUATOR = Callee(
     "an evaluator",
-    WorkerError,
+    EvaluatorLostError,
     "lower evaluation.engine.kv_cache_gb or max_num_seqs",
 )
 

@@ -11,11 +11,9 @@ from arm_ray.errors import EvaluationError, WorkerError
 from arm_ray.evaluation.engine import LoadReport
 from arm_ray.runtime.cluster.actors import Handle
 from arm_ray.runtime.cluster.calls import EVALUATOR, Calls
-from arm_ray.runtime.scoring.evaluator import EngineActor, EvaluatorGang
+from arm_ray.runtime.scoring.evaluator import ATTEMPTS, EngineActor, EvaluatorGang, started
 from arm_ray.runtime.scoring.subject import Subject, engine_kind
 from arm_ray.runtime.session.reporter import Reporter
-
-ATTEMPTS = 3
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -94,8 +92,8 @@ class EngineSlot:
     def restart(self, subject: Subject) -> None:
         """Start another engine in this place, for models such as this one."""
         self._loaded = self._kind = None
-        engine = self._gang.start_engine(self._index, subject.source.path, subject.tokenizer)
-        self._get(engine.call(EngineActor.ready))
+        path, tokenizer = subject.source.path, subject.tokenizer
+        started(lambda: self._gang.begin_engine(self._index, path, tokenizer), self._get)
         self._kind = engine_kind(subject.source.path, subject.tokenizer)
 
     def ask(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import ray
+from ray import ObjectRef
 from ray.exceptions import RayError
 from ray.util.placement_group import (
     placement_group,
@@ -17,7 +19,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from arm_ray.errors import PlacementError, WorkerError
+from arm_ray.errors import EvaluatorLostError, PlacementError, WorkerError
 from arm_ray.evaluation.engine import (
     ENVIRONMENT,
     Completion,
@@ -36,7 +38,10 @@ from arm_ray.runtime.scoring.model_copies import CopiesOnNodes, ModelCopies
 from arm_ray.runtime.session.heartbeat import activity
 from arm_ray.storage.mirror import present
 
+# How often an evaluator may be lost over the same work.
+ATTEMPTS = 3
 _POLL_S = 1.0
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,14 @@ class EvaluatorGang:
         self._engines[index] = engine
         return engine
 
+    def begin_engine(self, index: int, model: str, tokenizer: str) -> ObjectRef[float]:
+        """Start an engine; returns what `EngineActor.ready` will."""
+        return self.start_engine(index, model, tokenizer).call(EngineActor.ready)
+
+    def begin_grader(self, index: int, runs_code: bool) -> ObjectRef[str]:
+        """Start a grader; returns what `Grader.ready` will."""
+        return self.start_grader(index).call(Grader.ready, runs_code)
+
     def _wait_for_places(self) -> None:
         """Those that were lost with their node come up again on another one."""
         end = time.monotonic() + self._settings.engine.placement_timeout_s
@@ -268,17 +281,46 @@ def placed_evaluators(
     try:
         if not group.wait(settings.engine.placement_timeout_s):
             raise _not_placed(settings, resources)
-        engines = [gang.start_engine(i, model, tokenizer) for i in range(resources.replicas)]
-        graders = [gang.start_grader(i) for i in range(resources.graders)]
-        limit = settings.engine.timeout_s
-        get_results([grader.call(Grader.ready, runs_code) for grader in graders], EVALUATOR, limit)
-        with activity(f"starting {len(engines)} vLLM engine(s)"):
-            get_results([engine.call(EngineActor.ready) for engine in engines], EVALUATOR, limit)
+        starts: list[Callable[[], ObjectRef[Any]]] = [
+            *(partial(gang.begin_grader, i, runs_code) for i in range(resources.graders)),
+            *(partial(gang.begin_engine, i, model, tokenizer) for i in range(resources.replicas)),
+        ]
+        begun = [start() for start in starts]
+        with activity(f"starting {resources.replicas} vLLM engine(s)"):
+            for ref, start in zip(begun, starts, strict=True):
+                started(start, partial(_answer, limit_s=settings.engine.timeout_s), ref)
         yield gang
     finally:
         gang.close()
         with contextlib.suppress(RayError):
             remove_placement_group(group)
+
+
+def started(
+    start: Callable[[], ObjectRef[_R]],
+    wait: Callable[[ObjectRef[_R]], _R],
+    begun: ObjectRef[_R] | None = None,
+) -> _R:
+    """Start an evaluator and wait until it is ready; again where it is lost meanwhile.
+
+    Args:
+        start: Starts one and asks it to be ready.
+        wait: Waits for what it answers.
+        begun: One that is started already.
+
+    Raises:
+        EvaluatorLostError: It was lost `ATTEMPTS` times.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return wait(begun or start())
+        except EvaluatorLostError:
+            begun = None
+    return wait(start())
+
+
+def _answer(ref: ObjectRef[_R], limit_s: float) -> _R:
+    return get_results([ref], EVALUATOR, limit_s)[0]
 
 
 def _options(resources: dict[str, float], group: Any, bundle: int) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from arm_ray.evaluation.records import Record, TaskScores, summarise, write_reco
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import Task
 from arm_ray.runtime.cluster.calls import EVALUATOR, Calls, silent
-from arm_ray.runtime.scoring.engine_slot import ATTEMPTS, EngineSlot
-from arm_ray.runtime.scoring.evaluator import EngineActor, EvaluatorGang
+from arm_ray.runtime.scoring.engine_slot import EngineSlot
+from arm_ray.runtime.scoring.evaluator import ATTEMPTS, EngineActor, EvaluatorGang, started
 from arm_ray.runtime.scoring.requests import Chunk
 from arm_ray.runtime.scoring.subject import Subject
 from arm_ray.runtime.session.progress import LINE_INTERVAL_S
@@ -217,10 +217,12 @@ class Round:
         self._reporter.say("a grader failed, starting it anew")
         lost = [key for key, other in self._grading.items() if other.grader == entry.grader]
         again = [entry, *(self._grading.pop(key) for key in lost)]
-        grader = self._gang.start_grader(entry.grader)
-        ready = grader.call(Grader.ready, entry.chunk.task.kind == "code")
-        limit = self._settings.engine.timeout_s
-        self._calls.answer(ready, EVALUATOR, limit, "evaluation.engine.timeout_s")
+        runs_code, limit = entry.chunk.task.kind == "code", self._settings.engine.timeout_s
+        key = "evaluation.engine.timeout_s"
+        started(
+            lambda: self._gang.begin_grader(entry.grader, runs_code),
+            lambda ready: self._calls.answer(ready, EVALUATOR, limit, key),
+        )
         for each in again:
             self._send_to_grader(each.chunk, each.completions)
 

@@ -1,0 +1,18 @@
+"""The command line with plain engines in the place of vLLM's: `python -m tests.chaos.driver …`."""
+
+from __future__ import annotations
+
+import sys
+
+from arm_ray import cli
+from arm_ray.runtime.scoring import evaluator
+from tests.doubles.plain_engine import PlainEngineActor
+
+
+def main() -> int:
+    evaluator.EngineActor = PlainEngineActor  # type: ignore[misc]
+    return cli.main(sys.argv[1:], is_own_process=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
