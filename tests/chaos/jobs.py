@@ -85,11 +85,17 @@ def merge_job(root: Path) -> Job:
     content["runtime"] |= {"max_recoveries": 1000, "placement_timeout_s": 120}
     content["evaluation"] = {
         "tasks": [
-            {"name": "asked", "type": "questions", "path": str(questions), "max_tokens": 6},
+            {
+                "name": "asked",
+                "type": "questions",
+                "path": str(questions),
+                "max_tokens": 6,
+                "repeats": 1,
+            },
             {"name": "held", "type": "loss", "path": str(case.root / "calibration.jsonl")},
         ],
         "every": 3,
-        "engine": {"kv_cache_gb": 0.05, "max_model_len": 64, "dtype": "float32", "chunk_size": 4},
+        "engine": {"max_model_len": 128, "dtype": "float32", "chunk_size": 8},
         "resamples": 100,
     }
     (root / "job.yaml").write_text(yaml.safe_dump(content))
@@ -100,9 +106,10 @@ def merge_job(root: Path) -> Job:
         ("runtime.layer_shards=3", "keep_states=none"),
         ("runtime.layer_shards=3", "runtime.storage=per_node", "runtime.partition=looped"),
     ]
+    # Of all of these, and more often those that a run survives by itself.
     victims = (
-        *("layer shard", "raylet", "evaluator", "grader", "files of a node"),
-        *("control store", "driver", "whole cluster"),
+        *("layer shard", "raylet", "evaluator", "grader", "files of a node", "driver"),
+        *("control store", "whole cluster", "layer shard", "raylet", "evaluator", "layer shard"),
     )
     return Job("merge", root, variants, victims)
 

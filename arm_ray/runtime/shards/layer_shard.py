@@ -33,7 +33,7 @@ from arm_ray.runtime.shards.made_states import MadeStates
 from arm_ray.runtime.shards.meter import Meter, RateLimit, ShardUsage, peak_bytes
 from arm_ray.runtime.shards.pieces import Flushes, Workers, WriteBehind
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
-from arm_ray.runtime.shards.transport import pack_tensor, unpack_tensor
+from arm_ray.runtime.shards.transport import pack_tensor, prepare_transport, unpack_tensor
 from arm_ray.runtime.shards.weights import WeightStore, share_base
 from arm_ray.schedule import BASE, IterationPlan
 
@@ -129,7 +129,9 @@ class LayerShard:
         self._open(self._files.moved_to(name, origin, fingerprints))
 
     def ready(self) -> str:
-        """Answer once the actor runs: the device's name."""
+        """Answer once the actor runs, and can be sent tensors: the device's name."""
+        if self._spec.transport != "object_store":
+            prepare_transport()
         if self._device.type == "cuda":
             return str(torch.cuda.get_device_name(self._device))
         return self._device.type

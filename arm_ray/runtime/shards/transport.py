@@ -31,6 +31,22 @@ def choose_transport(wanted: str, device: str, num_shards: int) -> Transport:
     return "nccl" if device == "cuda" else "gloo"
 
 
+def prepare_transport() -> None:
+    """Have what Ray's direct transport keeps in this actor made, by one thread.
+
+    Ray makes it at its first use, without a lock. An actor's first tensor is received by one thread
+    and waited for by another; where each made its own, the tensor is never found, and Ray gives up
+    after a minute (Ray 2.60; see `docs/ray-lost-tensor.md`).
+    """
+    try:
+        from ray.experimental import wait_tensor_freed
+
+        # Of no object: it is free already.
+        wait_tensor_freed(torch.empty(0), timeout=0)
+    except Exception as error:  # an alpha interface: a lost tensor costs another start
+        _logger.debug("the direct transport was not prepared: %s", error)
+
+
 def join_transport(shards: Sequence[Handle[Any]], transport: Transport) -> str | None:
     """Make the collective group that a direct transport needs.
 
