@@ -37,7 +37,8 @@ def first_uses(count: int) -> int:
     different = 0
     for _ in range(count):
         global_worker._rdt_manager = None
-        together, found = threading.Barrier(2), []
+        together = threading.Barrier(2)
+        found: list[Any] = []
 
         def use(together: threading.Barrier = together, found: list[Any] = found) -> None:
             together.wait()
@@ -61,7 +62,7 @@ class Peer:
     """
 
     def __init__(self, prepared: bool) -> None:
-        make = RDTManager.__init__
+        make: Any = RDTManager.__init__
 
         def slowly(manager: RDTManager) -> None:
             # What a busy machine does now and then: the other thread runs meanwhile.
@@ -84,7 +85,8 @@ class Peer:
 
 def is_lost(prepared: bool) -> bool:
     """Whether the first tensor between two new actors is lost."""
-    actor: Any = ray.remote(enable_tensor_transport=True, num_cpus=0)(Peer)
+    options: dict[str, Any] = {"enable_tensor_transport": True, "num_cpus": 0}
+    actor: Any = ray.remote(**options)(Peer)
     peers = [actor.remote(prepared) for _ in range(2)]
     create_collective_group(peers, backend="gloo")
     try:

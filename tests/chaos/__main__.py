@@ -32,7 +32,7 @@ def main() -> int:
         plan = plan_of(given.victims or job.victims, given.kills, rng, given.within)
         with Bed(root / "bed") as bed:
             bed.undisturbed(job)
-            done = bed.disturb(job, plan, rng)
+            done = bed.disturb(job, plan)
     for victim, count in sorted(done.kills.items()):
         print(f"{count:6d}  {victim}")
     print(

@@ -85,12 +85,12 @@ class Bed:
         code = self._wait(SILENT_S)
         assert code == 0, self.log
 
-    def disturb(self, job: Job, plan: Sequence[Kill], rng: random.Random) -> Disturbed:
+    def disturb(self, job: Job, plan: Sequence[Kill]) -> Disturbed:
         """Run a job again and again until all kills are made and the last run is at its end."""
         expected, done, left = job.result("undisturbed"), Disturbed(), deque(plan)
         while left or not done.runs:
-            output = f"{job.name}-{done.runs}"
-            command = job.command(output, rng)
+            output = f"{job.name}-{done.runs + 1}"
+            command = job.command(output, done.runs + 1)
             self._run(job, output, command, left, done)
             found = job.result(output)
             different = [name for name in expected if found.get(name) != expected[name]]

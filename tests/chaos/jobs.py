@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,8 @@ class Job:
     Attributes:
         name: `merge`, `attach`, `sft`.
         root: Where its inputs are and its outputs go.
-        variants: Overrides of which one is chosen for each run: the result does not depend on it.
+        variants: Overrides that runs take in turn, on which the result does not depend; the first
+            is the reference's.
         victims: The kinds of processes that it has.
     """
 
@@ -39,13 +39,13 @@ class Job:
     variants: Sequence[Sequence[str]]
     victims: Sequence[str]
 
-    def command(self, output: str, rng: random.Random) -> list[str]:
-        """Arguments of the command line for a run with this output."""
-        variant = rng.choice(self.variants)
+    def command(self, output: str, number: int) -> list[str]:
+        """Arguments of the command line for a run with this output; runs count from 1."""
+        variant = self.variants[number % len(self.variants)]
         return [self.name, str(self._config(output)), *variant]
 
     def undisturbed(self) -> list[str]:
-        """The same for the reference: another way to the same result, where there is one."""
+        """The same for the reference."""
         return [self.name, str(self._config("undisturbed")), *self.variants[0]]
 
     def _config(self, output: str) -> Path:
@@ -62,7 +62,8 @@ class Job:
 
     def events(self, output: str) -> Path:
         """Where a run writes its events."""
-        return self.root / output / "events.jsonl"
+        run = self.root / output
+        return (run / "work" if self.name == "attach" else run) / "events.jsonl"
 
 
 def _placed(content: Any, output: str) -> Any:
@@ -101,10 +102,10 @@ def merge_job(root: Path) -> Job:
     (root / "job.yaml").write_text(yaml.safe_dump(content))
     variants = [
         ("runtime.layer_shards=1",),
-        ("runtime.layer_shards=2", "runtime.transport=object_store"),
         ("runtime.layer_shards=2", "runtime.storage=per_node", "keep_states=last"),
         ("runtime.layer_shards=3", "keep_states=none"),
         ("runtime.layer_shards=3", "runtime.storage=per_node", "runtime.partition=looped"),
+        ("runtime.layer_shards=2", "runtime.transport=object_store"),
     ]
     # Of all of these, and more often those that a run survives by itself.
     victims = (
