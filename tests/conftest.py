@@ -64,6 +64,7 @@ def local_ray() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=6,
+        resources={"somewhere": 6.0},
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
