@@ -1,7 +1,8 @@
 # One command to see it work on a real model, one to pass its tests:
 #   make demo
 #   make test
-# The Makefile's other targets: setup, lock, check, test-all, lint, docs, picture, bench, clean.
+# The Makefile's other targets: setup, lock, check, test-all, chaos, lint, docs, picture, bench,
+# release-check, clean.
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -13,7 +14,7 @@ LOCK   ?= on
 WORKERS ?= 2
 PYTEST  = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup lock outlook demo check test test-all lint unit docs site picture bench
+.PHONY: setup lock outlook demo check test test-all lint unit docs site picture bench chaos
 .PHONY: release-check clean
 
 setup: $(VENV)/.ready
@@ -43,6 +44,10 @@ unit:
 
 test-all: setup lint
 	$(PYTEST) --durations=60 -p tests.full_run --full-run tests/last-full-run.json
+
+# Kills processes of runs a hundred times, and compares the models; about an hour on 2 cores.
+chaos: setup
+	$(BIN)/python -m pytest -q -s tests/chaos
 
 lint:
 	$(BIN)/ruff check .

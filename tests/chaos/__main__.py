@@ -12,7 +12,12 @@ from pathlib import Path
 from tests.chaos import jobs
 from tests.chaos.bed import Bed, plan_of
 
-JOBS = {"merge": jobs.merge_job, "attach": jobs.attach_job, "sft": jobs.sft_job}
+JOBS = {
+    "merge": jobs.merge_job,
+    "smollm2": jobs.smollm2_job,
+    "attach": jobs.attach_job,
+    "sft": jobs.sft_job,
+}
 
 
 def main() -> int:
@@ -27,7 +32,6 @@ def main() -> int:
     rng, started = random.Random(given.seed), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos") as made:
         root = given.keep or Path(made)
-        (root / given.job).mkdir(parents=True)
         job = JOBS[given.job](root / given.job)
         plan = plan_of(given.victims or job.victims, given.kills, rng, given.within)
         with Bed(root / "bed") as bed:

@@ -15,6 +15,7 @@ import yaml
 from arm_ray.evaluation.records import read_records
 from tests.builders.merge_case import MergeCase
 from tests.builders.models import SERVED
+from tests.builders.real_models import calibration_texts, moved_copy, real_base
 from tests.builders.training import content as training_content
 from tests.builders.training import make_base, make_rows
 
@@ -77,6 +78,7 @@ def _placed(content: Any, output: str) -> Any:
 
 def merge_job(root: Path) -> Job:
     """A merge of twelve iterations whose states are scored by an engine and a grader."""
+    root.mkdir(parents=True, exist_ok=True)
     case = MergeCase(root / "inputs").make(num_layers=6, rows=48, sizes=SERVED)
     rows = [{"question": f"{i} red apples and", "answer": str(i)} for i in range(20)]
     questions = case.root / "questions.jsonl"
@@ -122,8 +124,36 @@ def _merge_results(run: Path) -> Iterator[tuple[str, str]]:
         yield f"{scored.parent.name}/{scored.stem}", _digest(rows.encode())
 
 
+def smollm2_job(root: Path) -> Job:
+    """A merge of SmolLM2-135M with two copies, by two layer shards."""
+    root.mkdir(parents=True, exist_ok=True)
+    base = real_base(root / "base")
+    content = {
+        "base": str(base),
+        "candidates": [str(moved_copy(base, root / f"copy{seed}", seed)) for seed in (1, 2)],
+        "output": "OUTPUT",
+        "calibration": {
+            "path": str(calibration_texts(root / "texts.jsonl")),
+            "batch_size": 4,
+            "max_length": 64,
+        },
+        "schedule": {
+            "anchor_iterations": 2,
+            "max_iterations": 6,
+            "tolerance": 0.0,
+            "step": "fixed",
+        },
+        "runtime": {"max_recoveries": 1000, "placement_timeout_s": 120},
+    }
+    (root / "job.yaml").write_text(yaml.safe_dump(content))
+    variants = [("runtime.layer_shards=1",), ("runtime.layer_shards=2", "runtime.storage=per_node")]
+    victims = ("layer shard", "raylet", "files of a node", "driver", "whole cluster")
+    return Job("merge", root, variants, victims)
+
+
 def attach_job(root: Path) -> Job:
     """A run of six checkpoints, all of them there at the start, that is followed to its end."""
+    root.mkdir(parents=True, exist_ok=True)
     case = MergeCase(root / "inputs").make(count=6, num_layers=4, sizes=SERVED)
     run = root / "train"
     run.mkdir()
@@ -159,6 +189,7 @@ def _attach_results(published: Path) -> Iterator[tuple[str, str]]:
 
 def sft_job(root: Path) -> Job:
     """Fine-tuning by two workers."""
+    root.mkdir(parents=True, exist_ok=True)
     base, data = make_base(root / "base"), make_rows(root / "rows.jsonl")
     content = training_content(base, data, Path("OUTPUT"))
     content |= {"steps": 24, "save_steps": [6, 12, 18, 24], "micro_batch_size": 2}
