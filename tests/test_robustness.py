@@ -28,6 +28,8 @@ from tests.builders.checkpoints import assert_same_bits, load_all
 from tests.builders.merge_case import MergeCase
 from tests.builders.shards import DirectShard
 
+# Stands for the reference to what a call returns.
+A_CALL: Any = object()
 LINEAR = "method.operator=task_arithmetic"
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -95,11 +97,11 @@ def test_a_full_disk_is_told_from_other_trouble_with_files(monkeypatch: pytest.M
     for number in (errno.ENOSPC, errno.EDQUOT):
         monkeypatch.setattr(ray, "get", Failed(OSError(number, "full")))
         with pytest.raises(OSError, match="full") as caught:
-            get_results([])
+            get_results([A_CALL])
         assert caught.value.errno == number
     monkeypatch.setattr(ray, "get", Failed(OSError(errno.EIO, "broken")))
     with pytest.raises(WorkerError, match="cannot read or write a file"):
-        get_results([])
+        get_results([A_CALL])
 
 
 def test_the_error_counts_what_is_missing(case: MergeCase, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,10 @@ def get_results(
         WorkerError: Of the kind `callee.lost`, an actor was lost, or what it held; otherwise, one
             failed unexpectedly, or gave no answer in time.
     """
-    if refs and isinstance(refs[0], LocalResult):
+    if not refs:
+        # Where there is no Ray, `ray.get` of nothing would join one, or start it.
+        return []
+    if isinstance(refs[0], LocalResult):
         return [_local(ref, callee) for ref in refs]
     try:
         return list(ray.get(list(refs), timeout=timeout_s))

@@ -11,7 +11,13 @@ from arm_ray.errors import EvaluationError, WorkerError
 from arm_ray.evaluation.engine import LoadReport
 from arm_ray.runtime.cluster.actors import Handle
 from arm_ray.runtime.cluster.calls import EVALUATOR, Calls
-from arm_ray.runtime.scoring.evaluator import ATTEMPTS, EngineActor, EvaluatorGang, started
+from arm_ray.runtime.scoring.evaluator import (
+    ATTEMPTS,
+    EngineActor,
+    EvaluatorGang,
+    begin_engine,
+    started,
+)
 from arm_ray.runtime.scoring.subject import Subject, engine_kind
 from arm_ray.runtime.session.reporter import Reporter
 
@@ -93,7 +99,7 @@ class EngineSlot:
         """Start another engine in this place, for models such as this one."""
         self._loaded = self._kind = None
         path, tokenizer = subject.source.path, subject.tokenizer
-        started(lambda: self._gang.begin_engine(self._index, path, tokenizer), self._get)
+        started(lambda: begin_engine(self._gang, self._index, path, tokenizer), self._get)
         self._kind = engine_kind(subject.source.path, subject.tokenizer)
 
     def ask(

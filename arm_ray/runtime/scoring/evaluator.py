@@ -197,14 +197,6 @@ class EvaluatorGang:
         self._engines[index] = engine
         return engine
 
-    def begin_engine(self, index: int, model: str, tokenizer: str) -> ObjectRef[float]:
-        """Start an engine; returns what `EngineActor.ready` will."""
-        return self.start_engine(index, model, tokenizer).call(EngineActor.ready)
-
-    def begin_grader(self, index: int, runs_code: bool) -> ObjectRef[str]:
-        """Start a grader; returns what `Grader.ready` will."""
-        return self.start_grader(index).call(Grader.ready, runs_code)
-
     def _wait_for_places(self) -> None:
         """Those that were lost with their node come up again on another one."""
         end = time.monotonic() + self._settings.engine.placement_timeout_s
@@ -282,8 +274,8 @@ def placed_evaluators(
         if not group.wait(settings.engine.placement_timeout_s):
             raise _not_placed(settings, resources)
         starts: list[Callable[[], ObjectRef[Any]]] = [
-            *(partial(gang.begin_grader, i, runs_code) for i in range(resources.graders)),
-            *(partial(gang.begin_engine, i, model, tokenizer) for i in range(resources.replicas)),
+            *(partial(begin_grader, gang, i, runs_code) for i in range(resources.graders)),
+            *(partial(begin_engine, gang, i, model, tokenizer) for i in range(resources.replicas)),
         ]
         begun = [start() for start in starts]
         with activity(f"starting {resources.replicas} vLLM engine(s)"):
@@ -294,6 +286,16 @@ def placed_evaluators(
         gang.close()
         with contextlib.suppress(RayError):
             remove_placement_group(group)
+
+
+def begin_engine(gang: EvaluatorGang, index: int, model: str, tokenizer: str) -> ObjectRef[float]:
+    """Start an engine in its place; returns what `EngineActor.ready` will."""
+    return gang.start_engine(index, model, tokenizer).call(EngineActor.ready)
+
+
+def begin_grader(gang: EvaluatorGang, index: int, runs_code: bool) -> ObjectRef[str]:
+    """Start a grader in its place; returns what `Grader.ready` will."""
+    return gang.start_grader(index).call(Grader.ready, runs_code)
 
 
 def started(

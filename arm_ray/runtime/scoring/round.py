@@ -19,7 +19,13 @@ from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.tasks import Task
 from arm_ray.runtime.cluster.calls import EVALUATOR, Calls, silent
 from arm_ray.runtime.scoring.engine_slot import EngineSlot
-from arm_ray.runtime.scoring.evaluator import ATTEMPTS, EngineActor, EvaluatorGang, started
+from arm_ray.runtime.scoring.evaluator import (
+    ATTEMPTS,
+    EngineActor,
+    EvaluatorGang,
+    begin_grader,
+    started,
+)
 from arm_ray.runtime.scoring.requests import Chunk
 from arm_ray.runtime.scoring.subject import Subject
 from arm_ray.runtime.session.progress import LINE_INTERVAL_S
@@ -220,7 +226,7 @@ class Round:
         runs_code, limit = entry.chunk.task.kind == "code", self._settings.engine.timeout_s
         key = "evaluation.engine.timeout_s"
         started(
-            lambda: self._gang.begin_grader(entry.grader, runs_code),
+            lambda: begin_grader(self._gang, entry.grader, runs_code),
             lambda ready: self._calls.answer(ready, EVALUATOR, limit, key),
         )
         for each in again:

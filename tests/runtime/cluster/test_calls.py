@@ -14,6 +14,7 @@ from arm_ray.errors import (
     ArmRayError,
     ConfigError,
     DiskSpaceError,
+    EvaluatorLostError,
     ShardLostError,
     TransportError,
     WorkerError,
@@ -98,7 +99,7 @@ def test_every_exception_of_ray_becomes_ours(
 def test_a_killed_actor_is_a_transfer_that_failed_for_shards_alone(raised: Any) -> None:
     error = instance(exceptions.ActorDiedError, "killed by ray.kill")
     assert type(raised(error)) is TransportError
-    assert type(raised(error, EVALUATOR)) is WorkerError
+    assert type(raised(error, EVALUATOR)) is EvaluatorLostError
     assert "an evaluator was lost" in str(raised(error, EVALUATOR))
 
 

@@ -53,6 +53,13 @@ def run(case: MergeCase, *overrides: str, output: str = "run", **options: Any) -
     return merge(case.config(*overrides, output=output), console=Console(quiet=True), **options)
 
 
+@pytest.mark.usefixtures("no_ray")
+def test_to_wait_for_nothing_asks_nobody() -> None:
+    """A merge that takes longer than it is waited for at once has nothing to get."""
+    assert get_results([]) == []
+    assert wait_for([]) == ([], [])
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

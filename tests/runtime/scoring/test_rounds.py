@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from arm_ray.errors import EvaluationError, WorkerError
+from arm_ray.errors import EvaluationError, EvaluatorLostError, WorkerError
 from arm_ray.evaluation.engine import Canary, Completion, LoadReport, ModelSource
-from arm_ray.evaluation.graders import Graded
+from arm_ray.evaluation.graders import Graded, Grader
 from arm_ray.evaluation.records import read_records
 from arm_ray.evaluation.settings import (
     EngineSettings,
@@ -25,8 +25,9 @@ from arm_ray.evaluation.settings import (
 )
 from arm_ray.evaluation.tasks import Task, load_tasks
 from arm_ray.runtime.cluster.actors import Handle
-from arm_ray.runtime.cluster.calls import Callee, Calls
+from arm_ray.runtime.cluster.calls import EVALUATOR, Callee, Calls
 from arm_ray.runtime.scoring.engine_slot import EngineSlot
+from arm_ray.runtime.scoring.evaluator import ATTEMPTS, started
 from arm_ray.runtime.scoring.requests import Chunk, Item, chunks_of
 from arm_ray.runtime.scoring.round import Evaluators, Round
 from arm_ray.runtime.scoring.subject import Subject
@@ -343,3 +344,33 @@ def test_waiting_for_an_engine_can_be_interrupted(tmp_path: Path) -> None:
     rig.gang.engines[0].actor.next["load"] = deque([SILENT])
     with pytest.raises(StopError):
         slot.load(rig.subject)
+
+
+@pytest.mark.parametrize("kind", ["engine", "grader"])
+def test_an_evaluator_that_is_lost_while_it_starts_is_started_again(
+    tmp_path: Path, kind: str
+) -> None:
+    """A few times; then it is no accident."""
+    rig = Rig(tmp_path)
+    start = getattr(rig.gang, f"start_{kind}")
+    left = [ATTEMPTS - 1]
+
+    def dying(index: int, *others: Any) -> Handle[Any]:
+        handle: Handle[Any] = start(index, *others)
+        if left[0]:
+            left[0] -= 1
+            handle.actor.next["ready"] = deque([EvaluatorLostError("it was killed")])
+        return handle
+
+    setattr(rig.gang, f"start_{kind}", dying)
+    for actor, method in ((rig.gang.engines[0], "generate"), (rig.gang.graders[0], "grade")):
+        if kind in actor.actor._name:
+            actor.actor.next[method] = deque([LOST])
+    assert {s.task for s in rig.round().run()} == {"held", "sums"}
+    assert rig.gang.log.count(f"start {kind} 0") == ATTEMPTS
+    left[0] = ATTEMPTS
+    with pytest.raises(EvaluatorLostError, match="it was killed"):
+        started(
+            lambda: dying(0, "", "").call(Grader.ready, False),
+            lambda ref: FakeCalls().get(ref, EVALUATOR),
+        )
