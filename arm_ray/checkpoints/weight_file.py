@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -329,6 +329,31 @@ class SharedWeightFile:
         """Wait until all that was written is on disk; once, after the last has closed the file."""
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def opened_for(
+    files: Sequence[SharedWeightFile], names: Collection[str]
+) -> Iterator[dict[str, SharedWriter]]:
+    """Open those of a model's files that have any of these tensors, and no others.
+
+    A model may have more files than a process may have open.
+
+    Args:
+        files: Of the model.
+        names: Of the tensors.
+
+    Yields:
+        Tensor -> the file that it belongs to.
+    """
+    wanted = set(names)
+    with contextlib.ExitStack() as stack:
+        found: dict[str, SharedWriter] = {}
+        for file in files:
+            own = wanted.intersection(spec.name for spec in file.specs)
+            if own:
+                found |= dict.fromkeys(own, stack.enter_context(file.open()))
+        yield found
 
 
 class SharedWriter:

@@ -19,6 +19,7 @@ from arm_ray.checkpoints.weight_file import (
     SharedWriter,
     TensorSpec,
     WeightFileWriter,
+    opened_for,
 )
 from arm_ray.errors import about
 from arm_ray.merging.operator import TensorInputs
@@ -83,7 +84,7 @@ def merge_linear(
                 writer = stack.enter_context(group_writer(directory, group, tensors))
                 writers[plan.iteration] = writer
                 num_bytes[position] = writer.num_bytes
-        files = [stack.enter_context(file.open()) for file in model]
+        files = stack.enter_context(opened_for(model, [spec.name for spec in tensors]))
         last = plans[-1].iteration
         merge = _GroupMerge(spec, store, group, last, writers, files, workers, behind)
         # Before the files are closed, whatever happens.
@@ -129,7 +130,7 @@ class _GroupMerge:
     group: int
     last: int
     writers: Mapping[int, WeightFileWriter]
-    files: Sequence[SharedWriter]
+    files: Mapping[str, SharedWriter]
     workers: Workers
     behind: WriteBehind
     writes: list[Future[None]] = field(default_factory=list)
@@ -162,8 +163,8 @@ class _GroupMerge:
                     files.append(self.writers[plan.iteration].write)
                 if plan.output in whole:
                     rows_of(whole[plan.output], rows).copy_(result)
-                if plan.iteration == self.last:
-                    files += [file.write for file in self.files if tensor.name in file]
+                if plan.iteration == self.last and tensor.name in self.files:
+                    files.append(self.files[tensor.name].write)
                 for write in files:
                     self.writes.extend(self.behind.write(write, tensor.name, rows.start, result))
             return tensor.name, sums

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from arm_ray.checkpoints.weight_file import (
     SharedWeightFile,
     SharedWriter,
     TensorSpec,
+    opened_for,
     weight_file_bytes,
 )
 from arm_ray.planning.workload import PIECE
@@ -200,31 +200,30 @@ class MadeStates:
             Bytes of tensors, in the final model's dtypes.
         """
         total = 0
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(file.open()) for file in model]
-            for group in self._spec.groups:
-                tensors = self._store.whole(state_name(iteration), group)
+        for group in self._spec.groups:
+            tensors = self._store.whole(state_name(iteration), group)
+            with opened_for(model, tensors) as files:
                 writes: list[Future[None]] = []
                 put = partial(self._put, files, tensors, writes)
                 try:
                     total += sum(self._workers.in_order(put, self._pieces(group)))
                 finally:
                     wait(writes)
-                for write in writes:
-                    write.result()
-                self._store.release_unless_resident(group)
+            for write in writes:
+                write.result()
+            self._store.release_unless_resident(group)
         self._disk.spend(total)
         return total
 
     def _put(
         self,
-        files: Sequence[SharedWriter],
+        files: Mapping[str, SharedWriter],
         tensors: Mapping[str, Tensor],
         writes: list[Future[None]],
         piece: tuple[TensorSpec, slice],
     ) -> int:
         spec, rows = piece
-        [file] = [file for file in files if spec.name in file]
+        file = files[spec.name]
         # Cast where the weights are: less is copied.
         cast = rows_of(tensors[spec.name], rows).to(file.dtype(spec.name))
         writes += self._behind.write(file.write, spec.name, rows.start, cast)

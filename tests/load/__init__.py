@@ -1,0 +1,1 @@
+"""Many merges, large inputs, long runs."""
