@@ -45,6 +45,8 @@ LOST = _kinds(
 )
 # What it raises for a tensor that did not arrive.
 _NOT_DELIVERED = _kinds("RayDirectTransportError", "RayChannelError")
+# What it raises where neither the object store nor the disk below it has room.
+_FULL = _kinds("ObjectStoreFullError", "OutOfDiskError")
 _R = TypeVar("_R")
 _POLL_S = 0.5
 _FRAME = re.compile(r'File "([^"]+)", (line \d+, in \S+)')
@@ -90,6 +92,8 @@ EVALUATOR = Callee(
     "lower evaluation.engine.kv_cache_gb or max_num_seqs",
 )
 
+DRIVER = Callee("the driver", WorkerError, "give it more")
+
 
 def get_results(
     refs: Sequence[ObjectRef[_R]], callee: Callee = SHARD, timeout_s: float | None = None
@@ -127,6 +131,19 @@ def get_results(
         ) from error
     except exceptions.RayError as error:
         raise _of_ray(error, callee) from error
+
+
+def put(value: _R) -> ObjectRef[_R]:
+    """`ray.put`, with arm_ray's own errors.
+
+    Raises:
+        DiskSpaceError: Neither the object store nor the disk below it has room.
+        WorkerError: It failed in another way.
+    """
+    try:
+        return ray.put(value)
+    except exceptions.RayError as error:
+        raise _of_ray(error, DRIVER) from error
 
 
 def wait_for(
@@ -259,6 +276,16 @@ def _of_ray(error: Exception, callee: Callee, place: str | None = None) -> Excep
     is_killed = isinstance(error, exceptions.RayActorError) and "ray.kill" in str(error)
     if callee.sends_tensors and (is_killed or isinstance(error, _NOT_DELIVERED)):
         return _not_delivered(error)
+    if isinstance(error, _FULL):
+        return DiskSpaceError(
+            f"Ray's object store is full, and the disk that it spills to: {callee.name} cannot "
+            "pass anything on",
+            where=place,
+            got=_short(error),
+            hint="free some of the disk below Ray's directory (/tmp/ray), end what holds objects "
+            "(`ray memory` lists them), or start Ray with a larger --object-store-memory; run the "
+            "same command again to go on",
+        )
     # One that cannot be made would fail in another place as well.
     is_unmade = isinstance(error, exceptions.RayActorError) and error.actor_init_failed
     if isinstance(error, LOST) and not is_unmade:

@@ -24,7 +24,7 @@ from arm_ray.model.imports import OWN_PROCESS
 from arm_ray.model.partition import choose_num_shards
 from arm_ray.noise import quiet_environment, verbose_environment
 from arm_ray.runtime.cluster.actors import Handle, LocalHandle, local_result, start_actor
-from arm_ray.runtime.cluster.calls import get_results
+from arm_ray.runtime.cluster.calls import get_results, put
 from arm_ray.runtime.cluster.nodes import (
     ClusterView,
     format_resources,
@@ -80,7 +80,7 @@ class ShardGang:
     def put(self, value: _T) -> ObjectRef[_T]:
         """What several calls of the shards are given, sent once."""
         is_here = isinstance(self.actors[0], LocalHandle)
-        return local_result(value) if is_here else ray.put(value)
+        return local_result(value) if is_here else put(value)
 
 
 def check_object_store(gang: ShardGang, message_bytes: int) -> None:

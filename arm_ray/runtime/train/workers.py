@@ -16,6 +16,7 @@ import ray
 from arm_ray.errors import ArmRayError, ConfigError, PlacementError, WorkerError
 from arm_ray.noise import quiet_environment, verbose_environment
 from arm_ray.report.scalars import Record
+from arm_ray.runtime.cluster.calls import put
 from arm_ray.runtime.cluster.nodes import view_of_cluster
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.train.log import LogFollower
@@ -125,7 +126,7 @@ def fit(
             config, model, config.output, scratch, workers.device, prepared.steps, tuple(saves),
             prepared.length, workers.cpus,
         )  # fmt: skip
-        settings = {"kind": kind, "job": job, "payload": [ray.put(prepared.payload)]}
+        settings = {"kind": kind, "job": job, "payload": [put(prepared.payload)]}
         work = on_ray_train(settings, workers, config.runtime.max_failures)
         follower = LogFollower(config, saves, scratch, reporter, took_step)
         error = follower.wait_for(work)

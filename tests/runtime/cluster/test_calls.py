@@ -19,7 +19,15 @@ from arm_ray.errors import (
     TransportError,
     WorkerError,
 )
-from arm_ray.runtime.cluster.calls import EVALUATOR, LOST, NODE_FILES, SHARD, Callee, get_results
+from arm_ray.runtime.cluster.calls import (
+    EVALUATOR,
+    LOST,
+    NODE_FILES,
+    SHARD,
+    Callee,
+    get_results,
+    put,
+)
 from tests.builders.ray_errors import instance
 
 # All that there are, so that one of a later Ray is looked at.
@@ -35,6 +43,7 @@ GONE = {
     "ReferenceCountingAssertionError", "WorkerCrashedError", "ActorUnschedulableError",
     "ActorPlacementGroupRemoved", "TaskUnschedulableError", "TaskPlacementGroupRemoved",
 }  # fmt: skip
+FULL = {"ObjectStoreFullError", "OutOfDiskError"}
 UNDELIVERED = {
     "RayDirectTransportError",
     "RayChannelError",
@@ -74,7 +83,7 @@ def of_task(cause: BaseException) -> Exception:
 
 
 def test_there_are_exceptions_to_look_at() -> None:
-    assert {kind.__name__ for kind in ALL} >= GONE | UNDELIVERED
+    assert {kind.__name__ for kind in ALL} >= GONE | UNDELIVERED | FULL
     assert exceptions.OutOfMemoryError in LOST
 
 
@@ -90,6 +99,9 @@ def test_every_exception_of_ray_becomes_ours(
         assert type(found) is ShardLostError
     elif name in UNDELIVERED or (within and issubclass(kind, TimeoutError)):
         assert type(found) is TransportError
+    elif name in FULL:
+        assert type(found) is DiskSpaceError
+        assert "object-store-memory" in str(found)
     else:
         assert type(found) is WorkerError
         assert "failed unexpectedly" in str(found) or "no answer in time" in str(found)
@@ -166,3 +178,12 @@ def test_a_full_disk_is_counted_by_the_run_that_filled_it(raised: Any) -> None:
     for callee in (SHARD, NODE_FILES):
         assert raised(of_task(full), callee) is full
     assert type(raised(of_task(full), EVALUATOR)) is DiskSpaceError
+
+
+def test_a_full_object_store_is_told_of_by_who_puts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_value: object) -> None:
+        raise instance(exceptions.ObjectStoreFullError, "no room")
+
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(DiskSpaceError, match=r"the driver cannot pass anything on(?s:.*)no room"):
+        put(1)
