@@ -99,6 +99,8 @@ def _stored_objects() -> int:
         return 0
     from ray._private.internal_api import memory_summary
 
-    found = re.search(r"(\d+) objects", memory_summary(stats_only=True))
+    # Of this process's Ray: without an address it would be the newest on the machine.
+    address = ray.get_runtime_context().gcs_address
+    found = re.search(r"(\d+) objects", memory_summary(address, stats_only=True))
     assert found is not None
     return int(found[1])

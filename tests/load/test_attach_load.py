@@ -57,7 +57,7 @@ def test_a_run_of_many_checkpoints(tmp_path: Path, last: int) -> None:
     config.work.mkdir(parents=True)
     # What a run has told before: the log is read again for every report.
     with (config.work / "events.jsonl").open("w") as file:
-        for number in range(EVENTS - 3 * last):
+        for number in range(EVENTS - last):
             line = {"event": "warning", "time": 1.0, "message": f"nothing of note, {number}"}
             file.write(json.dumps(line) + "\n")
     before, started = footprint(), time.monotonic()
@@ -75,6 +75,6 @@ def test_a_run_of_many_checkpoints(tmp_path: Path, last: int) -> None:
         f"\nguarantee: checkpoints of a run that is followed: {last} of {last}, {events} events, "
         f"{seconds / last:.2f} s each; {before} -> {after}"
     )
-    assert events >= EVENTS - last
+    assert events >= EVENTS
     assert after.open_files <= before.open_files + 2
     assert (config.work / "report.html").is_file()
