@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from arm_ray.runtime.scoring.evaluator import ATTEMPTS
 from tests.builders.paths import ROOT
 from tests.chaos.jobs import Job
 from tests.chaos.victims import KINDS, MARK, Process, processes_of
@@ -49,12 +50,14 @@ class Disturbed:
         kills: How often processes of each kind were killed.
         runs: Runs that came to their end.
         restarts: How often a driver was started again.
+        gave_up: How often it ended because the same evaluator was lost as often as is allowed.
         faults: What must not happen, in words.
     """
 
     kills: dict[str, int] = field(default_factory=dict)
     runs: int = 0
     restarts: int = 0
+    gave_up: int = 0
     faults: list[str] = field(default_factory=list)
 
 
@@ -105,18 +108,20 @@ class Bed:
     ) -> None:
         """One run to its end, with as many kills as there is time for."""
         self._start_driver(command, self._address)
-        may_fail, since = False, time.monotonic()
+        may_fail, evaluators, since = False, 0, time.monotonic()
         while True:
             code = self._code
             if code == 0:
                 return
             if code is not None:
-                if not may_fail:
+                if not may_fail and evaluators >= ATTEMPTS and "error: an evaluator" in self.log:
+                    done.gave_up += 1
+                elif not may_fail:
                     done.faults.append(f"{output}: the driver ended with {code}: {self.log}")
                 done.restarts += 1
                 assert done.restarts < 200, done.faults
                 self._start_driver(command, self._address)
-                may_fail, since = False, time.monotonic()
+                may_fail, evaluators, since = False, 0, time.monotonic()
             quiet = time.monotonic() - max(since, _changed(job.events(output), self._log_path))
             assert quiet < SILENT_S, f"{output} hangs: {self.log}"
             if left and time.monotonic() - since >= left[0].after_s:
@@ -126,6 +131,7 @@ class Bed:
                     done.kills[kill.victim] = done.kills.get(kill.victim, 0) + 1
                     self.say(f"{output}: killed {kill.victim}; {len(left)} left")
                     may_fail |= kill.victim in _FATAL
+                    evaluators += kill.victim in ("evaluator", "grader")
                     self._repair(kill.victim)
                     since = time.monotonic()
             time.sleep(_POLL_S)

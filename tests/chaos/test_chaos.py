@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from arm_ray.runtime.scoring.evaluator import ATTEMPTS
 from tests.chaos.bed import Bed, Kill, beds, plan_of
 from tests.chaos.jobs import Job, attach_job, merge_job, sft_job, smollm2_job
 
@@ -35,7 +36,8 @@ def disturb(bed: Bed, job: Job, plan: Sequence[Kill]) -> int:
     bed.say(
         f"guarantee: kills survived ({job.name}): {made} of {len(plan)} "
         f"({dict(sorted(done.kills.items()))}); {done.runs} runs with the bits of an undisturbed "
-        f"one, {done.restarts} drivers started again"
+        f"one, {done.restarts} drivers started again, of which {done.gave_up} had lost the same "
+        f"evaluator {ATTEMPTS} times"
     )
     return made
 
