@@ -41,7 +41,8 @@ def main() -> int:
         print(f"{count:6d}  {victim}")
     print(
         f"{sum(done.kills.values())} kills in {time.monotonic() - started:.0f} s, {done.runs} runs "
-        f"to their end, {done.restarts} drivers started again, {done.gave_up} gave up, {len(done.faults)} faults"
+        f"to their end, {done.restarts} drivers started again, {done.gave_up} gave up, "
+        f"{len(done.faults)} faults"
     )
     for fault in done.faults:
         print(fault)
