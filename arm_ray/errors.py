@@ -32,7 +32,10 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
+
+# Of a row of a message: a name or value that is longer is cut.
+_LONGEST_ROW = 4000
 
 
 class ArmRayError(Exception):
@@ -46,6 +49,9 @@ class ArmRayError(Exception):
         hint: What to do about it.
         subject: Which of several checkpoints or states it is about: `base`, `candidate-1`.
     """
+
+    # What there is to do about any error of the kind, for those that say nothing else.
+    advice: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -79,14 +85,22 @@ class ArmRayError(Exception):
     def _text(self) -> str:
         lines = [self.what]
         rows = (("where", self.where), ("got", self.got), ("expected", self.expected))
-        lines += [f"  {label + ':':<10}{text}" for label, text in rows if text is not None]
-        if self.hint is not None:
-            lines.append(f"  {'to do:':<10}{self.hint}")
+        lines += [f"  {label + ':':<10}{_cut(text)}" for label, text in rows if text is not None]
+        hint = self.advice if self.hint is None and self.expected is None else self.hint
+        if hint is not None:
+            lines.append(f"  {'to do:':<10}{hint}")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = (self.what, self.where, self.got, self.expected, self.hint, self.subject)
         return _rebuild, (type(self), fields)
+
+
+def _cut(text: str) -> str:
+    """A row of a message without its middle, where it is long."""
+    if len(text) <= _LONGEST_ROW:
+        return text
+    return f"{text[: _LONGEST_ROW // 2]} … {text[-_LONGEST_ROW // 2 :]}"
 
 
 def _rebuild(cls: type[ArmRayError], fields: tuple[Any, ...]) -> ArmRayError:
@@ -111,6 +125,8 @@ def about(subject: str) -> Iterator[None]:
 class ConfigError(ArmRayError):
     """A key, type, value or combination in the configuration is wrong."""
 
+    advice = "correct the configuration; nothing was started"
+
 
 class CheckpointError(ArmRayError):
     """A checkpoint cannot be used."""
@@ -119,9 +135,13 @@ class CheckpointError(ArmRayError):
 class NotACheckpointError(CheckpointError):
     """The path is missing, unreadable, or holds no model."""
 
+    advice = "name the directory of a checkpoint"
+
 
 class CorruptCheckpointError(CheckpointError):
     """A weight file is truncated or padded, or a weight is NaN or infinite."""
+
+    advice = "copy or save the checkpoint again; if a run is still writing it, wait"
 
 
 class PickleRefusedError(CheckpointError):
@@ -131,13 +151,19 @@ class PickleRefusedError(CheckpointError):
 class MismatchError(CheckpointError):
     """Two checkpoints differ in architecture, shape or set of tensors."""
 
+    advice = "name checkpoints of one model"
+
 
 class CalibrationError(ArmRayError):
     """The calibration data is missing, empty or malformed."""
 
+    advice = "correct the data, or name others"
+
 
 class RunDirectoryError(ArmRayError):
     """The output directory holds something else, or a run with another configuration."""
+
+    advice = "choose another output; nothing there was touched"
 
 
 class DiskSpaceError(ArmRayError):
@@ -146,6 +172,8 @@ class DiskSpaceError(ArmRayError):
 
 class StorageError(ArmRayError):
     """A URL cannot be read or written."""
+
+    advice = "check the URL"
 
 
 class NoSuchObjectError(StorageError):
@@ -182,6 +210,8 @@ class EvaluatorLostError(WorkerError):
 
 class EvaluationError(ArmRayError):
     """A benchmark, its data, or a model's engine cannot be used."""
+
+    advice = "correct the data or the task"
 
 
 class SandboxError(EvaluationError):

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from arm_ray.storage.regular import open_regular, parse_json
+from arm_ray.storage.secrets import all_hidden, hidden
+
 
 @dataclass(frozen=True)
 class Event:
@@ -307,13 +310,19 @@ class EventLog:
     def write(self, event: Event) -> None:
         """Append one event with the time (seconds since 1970)."""
         record = {"time": round(time.time(), 3), "event": event.name, **dataclasses.asdict(event)}
+        line = json.dumps(record)
+        # Messages of libraries may repeat what they were given.
+        shown = hidden(line)
+        if shown != line:
+            record = all_hidden(json.loads(line))
+            line = json.dumps(record)
         with self._lock:
             with self.path.open("a+b") as file:
                 # A crash may have left half a line: do not glue this one to it.
                 size = file.seek(0, 2)
                 file.seek(max(0, size - 1))
                 start = b"\n" if size and file.read(1) != b"\n" else b""
-                file.write(start + json.dumps(record).encode() + b"\n")
+                file.write(start + line.encode() + b"\n")
             for observer in tuple(self._observers):
                 observer(record)
             for listener in tuple(_listeners):
@@ -321,11 +330,19 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Read all events of a run; a last line that was cut off by a crash is left out."""
+    """Read all events of a run; lines that are none, as a crash leaves them, are left out.
+
+    Raises:
+        OSError: The file cannot be read, or is no regular file.
+    """
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    with open_regular(path) as file:
+        lines = file.read().split(b"\n")
+    for line in lines:
         try:
-            records.append(json.loads(line))
+            record = parse_json(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and isinstance(record.get("event"), str):
+            records.append(record)
     return records

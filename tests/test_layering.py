@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "identity": set(),
     "noise": set(),
     "storage": {"errors"},
-    "events": {"errors"},
+    "events": {"errors", "storage"},
     "presets": set(),
     "config": {"errors", "evaluation", "identity", "merging", "presets", "storage"},
     "schedule": {"errors", "config"},

@@ -20,9 +20,11 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 from arm_ray.errors import CalibrationError, StorageError
+from arm_ray.storage.regular import open_regular
 from arm_ray.storage.store import open_url
 from arm_ray.storage.urls import is_url
 
@@ -32,7 +34,7 @@ FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 # skipping at most this many lines.
 _CHUNK_ROWS = 1024
 # A longer line is not a row of calibration data, but some other kind of file.
-_LINE_BYTES = 256 * 1024 * 1024
+_LINE_BYTES = 128 * 1024 * 1024
 _MAX_COLUMNS = 1000
 
 
@@ -135,9 +137,7 @@ def _lines(path: str, start: int, first_line: int) -> Iterator[tuple[int, int, b
 
 
 def _open(path: str) -> IO[bytes]:
-    if not is_url(path):
-        return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
-    file = open_url(path)
+    file = open_url(path) if is_url(path) else open_regular(Path(path))
     return gzip.open(file, "rb") if path.endswith(".gz") else file  # type: ignore[return-value]
 
 

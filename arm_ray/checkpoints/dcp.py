@@ -140,9 +140,11 @@ def read_table(source: Path, _masters: bool = True) -> Table:
         raise CorruptCheckpointError(
             "the table of a distributed checkpoint is not what torch writes",
             where=file,
-            got=f"{type(error).__name__}: {error}",
+            got="something else"
+            if not hasattr(metadata, "state_dict_metadata")
+            else "records that do not fit each other",
             hint="save the checkpoint again",
-        ) from None
+        ) from error
     files = {piece.file for tensor in stored.values() for piece in tensor.pieces}
     _check_sizes(stored, files)
     ranks = {piece.name.removeprefix("__").partition("_")[0] for piece in files}
@@ -177,6 +179,12 @@ def _tensor(
                 got=info.relative_path,
             )
         key = (int(info.offset), int(info.length))
+        if min(key) < 0:
+            raise CorruptCheckpointError(
+                f"the table says that {name} lies before the beginning of a file",
+                where=source / METADATA,
+                got=f"byte {key[0]}, {key[1]} bytes",
+            )
         boxes.append(Box(source / info.relative_path, key, offsets, sizes))
     # Optimizers count in whole numbers: those fall away with the other tensors.
     tensor = StoredTensor(shape, code or str(dtype), tuple(boxes))

@@ -117,13 +117,13 @@ def _rank_files(source: Path) -> list[Path]:
             hint="remove those of the run that was replaced",
         )
     [(world, files)] = found.items()
-    lacking = [rank for rank in range(world) if rank not in files]
-    if lacking:
+    lacking = next((rank for rank in range(world) if rank not in files), None)
+    if lacking is not None:
         raise CorruptCheckpointError(
             "FSDP shards are missing",
             where=source,
             got=f"{len(files)} of {world} files",
-            expected=f"model_world_size_{world}_rank_{lacking[0]}.pt",
+            expected=f"model_world_size_{world}_rank_{lacking}.pt",
             hint="wait until the checkpoint is complete, or take another one",
         )
     return [files[rank] for rank in range(world)]

@@ -16,7 +16,7 @@ from arm_ray.checkpoints.naming import Format, model_names
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry, read_header, read_tensors
 from arm_ray.errors import CorruptCheckpointError, NotACheckpointError, PickleRefusedError
 from arm_ray.storage.mirror import present
-from arm_ray.storage.regular import read_text
+from arm_ray.storage.regular import json_in
 from arm_ray.storage.urls import is_url, parse_url, plain_path
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -265,12 +265,14 @@ def read_json(file: Path) -> dict[str, Any]:
         OSError: It cannot be read.
     """
     try:
-        content = json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
+        content = json_in(file)
+    except ValueError as error:
         raise CorruptCheckpointError("a JSON file is malformed", where=file, got=error) from None
     if not isinstance(content, dict):
         raise CorruptCheckpointError(
-            "a JSON file does not hold an object", where=file, got=type(content).__name__
+            "a JSON file does not hold an object",
+            where=file,
+            got="nothing" if content is None else f"a {type(content).__name__}",
         )
     return content
 

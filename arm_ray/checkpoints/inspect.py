@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from arm_ray.checkpoints.urls import open_url
 from arm_ray.checkpoints.weight_file import TensorEntry
 from arm_ray.errors import ArmRayError, CheckpointError, NotACheckpointError
 from arm_ray.storage.mirror import mirror, with_adapter
-from arm_ray.storage.regular import read_text
+from arm_ray.storage.regular import json_in
 from arm_ray.storage.store import Store
 from arm_ray.storage.urls import parse_url
 
@@ -203,7 +202,7 @@ def _step(path: Path, known: Any) -> int | None:
     """From the trainer's own record, the files, or the directory's name, whatever there is."""
     for directory in (path, path.parent):
         try:
-            state = json.loads(read_text(directory / "trainer_state.json"))
+            state = json_in(directory / "trainer_state.json")
             return int(state["global_step"])
         except (OSError, ValueError, KeyError, TypeError):
             pass

@@ -66,6 +66,8 @@ _REFUSED = {
     "alora_invocation_tokens": "it is active for some tokens only",
     "arrow_config": "it chooses among adapters for each token",
 }
+# Of patterns of modules: a repeated group may take for ever to be matched.
+_REPEATED, _LONGEST_PATTERN = re.compile(r"\)[*+{]"), 500
 # Which biases were trained.
 _BIASES = ("none", "all", "lora_only")
 # Initialisations that leave the base as it is. Others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) train
@@ -206,6 +208,13 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
             hint="check the file, and its permissions",
         ) from None
     factors, replaced = _sort(path, stored)
+    if not factors and not replaced:
+        raise CorruptCheckpointError(
+            "an adapter holds no tensors",
+            where=path,
+            expected="lora_A and lora_B of some module",
+            hint="save the adapter again with PEFT's save_pretrained",
+        )
     _check_biases(path, config, base, replaced)
     updates = {name: _update(path, config, name, pair, stored) for name, pair in factors.items()}
     opened = AdaptedCheckpoint(
@@ -386,6 +395,12 @@ def _check_magnitude(
 def _number(path: Path, config: Mapping[str, Any], key: str, pattern: str, module: str) -> float:
     """A module's rank or alpha: of the first pattern that fits its name's end, or the usual."""
     patterns = config.get(pattern) or {}
+    if not isinstance(patterns, dict):
+        raise _bad_setting(path, pattern, repr(patterns)[:200], "an object: module to number")
+    costly = next((e for e in patterns if len(e) > _LONGEST_PATTERN or _REPEATED.search(e)), None)
+    if costly is not None:
+        expected = "names of modules, without a group that is repeated"
+        raise _bad_setting(path, pattern, repr(costly)[:200], expected)
     value, where = config.get(key), key
     try:
         for expression in patterns:

@@ -59,6 +59,11 @@ def _read_pickle(file: Path) -> dict[str, TensorEntry]:
             got=type(content).__name__,
             expected="a state_dict",
         )
+    for name in content:
+        if not isinstance(name, str):
+            raise CorruptCheckpointError(
+                "a tensor of an adapter has no name", where=file, got=repr(name), expected="text"
+            )
     return {
         name: TensorEntry(
             name, code_of(tensor.dtype, name, file), tuple(tensor.shape), file, 0, tensor.nbytes

@@ -11,10 +11,11 @@ import io
 import pickle
 import re
 import threading
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -53,6 +54,8 @@ _HINT = (
     "tool (DeepSpeed: zero_to_fp32.py --safe_serialization; verl: verl.model_merger; "
     "Hugging Face: save_pretrained)"
 )
+# Bytes of a plain pickle that are read by Python's own interpreter.
+_SLOWLY_READ = 1 << 25
 # Mapped files that are kept: more than a merge reads from.
 _MAX_KEPT = 4096
 
@@ -74,6 +77,9 @@ def load(file: Path) -> Any:
     # torch's old format is several pickles one after another, and cannot be mapped.
     if not is_zip and unpickle(file, {}) != torch.serialization.MAGIC_NUMBER:
         raise _corrupt(file, "another pickle than torch's", "what torch.save has written")
+    if is_zip:
+        with open_regular(file) as opened:
+            _check_unpacked(opened, file)
     return _load(file, file, mmap=is_zip)
 
 
@@ -83,7 +89,24 @@ def load_bytes(data: bytes, where: object) -> Any:
     Raises:
         CheckpointError: As `load`.
     """
+    if data[:2] == b"PK":
+        _check_unpacked(io.BytesIO(data), where)
     return _load(io.BytesIO(data), where, mmap=False)
+
+
+def _check_unpacked(file: IO[bytes], where: object) -> None:
+    """Refuse a file whose parts are packed: a few bytes may then stand for any number of them."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = [
+                part for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED
+            ]
+    except Exception as error:  # of damaged archives, of many types
+        text = " ".join(str(error).split())[:300]
+        raise _corrupt(where, text, "a whole file, as the trainer wrote it") from None
+    if packed:
+        got = f"{packed[0].filename}, packed, of {packed[0].file_size} bytes"
+        raise _corrupt(where, got, "parts that are stored as they are, as torch does")
 
 
 def load_kept(file: Path) -> Any:
@@ -153,7 +176,7 @@ def unpickle(file: Path, known: Mapping[str, Any]) -> Any:
         OSError: It cannot be read.
     """
 
-    class Restricted(pickle.Unpickler):
+    class Restricted(_unpickler(file)):  # type: ignore[misc]
         def find_class(self, module: str, name: str) -> Any:
             if f"{module}.{name}" in known:
                 return known[f"{module}.{name}"]
@@ -170,6 +193,16 @@ def unpickle(file: Path, known: Mapping[str, Any]) -> Any:
         except Exception as error:  # a damaged pickle raises nearly anything
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise _corrupt(file, text, "a whole pickle, as the trainer wrote it") from None
+
+
+def _unpickler(file: Path) -> Any:
+    """The class that reads a plain pickle.
+
+    The one that is written in C keeps what a pickle says to keep at place N in a table of 2 N
+    places, and a pickle of six bytes may say 2^32. Python's own has a dictionary. It is slower, so
+    that large tables, of thousands of ranks, are not read by it.
+    """
+    return pickle._Unpickler if file.stat().st_size <= _SLOWLY_READ else pickle.Unpickler
 
 
 def _corrupt(where: object, got: str, expected: str) -> CorruptCheckpointError:

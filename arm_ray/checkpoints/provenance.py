@@ -109,7 +109,7 @@ def read_provenance(directory: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(
             "nothing says what the model was made of",
             where=file,
-            got=f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else None,
+            got=_said(error),
             expected="what arm_ray writes beside a model",
             hint=hint,
         ) from None
@@ -124,9 +124,38 @@ def read_provenance(directory: Path) -> dict[str, Any]:
     return content
 
 
+def _said(error: Exception) -> str:
+    if isinstance(error, ArmRayError):
+        return f"{error.what}: {error.got}" if error.got else error.what
+    if isinstance(error, KeyError):
+        return f"no {error}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def files_of(content: Mapping[str, Any]) -> dict[str, FileDigests]:
     """The digests in what `read_provenance` gives."""
-    return {name: FileDigests(**found) for name, found in content["files"].items()}
+    files = content.get("files")
+    if not isinstance(files, dict):
+        raise ValueError("files is no object")
+    return {name: _file_digests(name, found) for name, found in files.items()}
+
+
+def _file_digests(name: str, found: Any) -> FileDigests:
+    """What a manifest says of a file.
+
+    Raises:
+        ValueError: It is not what arm_ray writes.
+    """
+    if isinstance(found, dict) and found.keys() == {"num_bytes", "digest", "tensors"}:
+        size, digest, tensors = found["num_bytes"], found["digest"], found["tensors"]
+        has_tensors = isinstance(tensors, dict) and all(map(_is_text, tensors.values()))
+        if type(size) is int and size >= 0 and _is_text(digest) and has_tensors:
+            return FileDigests(size, digest, tensors)
+    raise ValueError(f"what it says of {name[:100]!r} is no size with digests")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 @dataclass(frozen=True)
@@ -163,16 +192,16 @@ def damage_of(directory: Path, expected: Mapping[str, FileDigests]) -> Iterator[
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 yield Damage(name, "is named, but is no file of the model")
                 continue
-            # Neither a pipe nor a device, which might never end.
-            if path.exists() and not path.is_file():
-                yield Damage(name, "is no regular file", is_text)
-                continue
             try:
+                # Neither a pipe nor a device, which might never end.
+                if path.exists() and not path.is_file():
+                    yield Damage(name, "is no regular file", is_text)
+                    continue
                 found = _digests(path, pool)
             except FileNotFoundError:
                 yield Damage(name, "is missing", is_text)
                 continue
-            except (ArmRayError, OSError) as error:
+            except (ArmRayError, OSError, ValueError) as error:  # the last of names with a NUL
                 got = getattr(error, "got", None)
                 yield Damage(name, f"cannot be read: {got or error}", is_text)
                 continue

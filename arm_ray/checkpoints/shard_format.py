@@ -9,8 +9,10 @@ from pathlib import Path
 
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.checkpoints.sharded import Rename, ShardedCheckpoint, Table, assemble
-from arm_ray.errors import NotACheckpointError
+from arm_ray.errors import CorruptCheckpointError, NotACheckpointError
 from arm_ray.storage.regular import read_text
+
+_NOT_AS_WRITTEN = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,18 @@ class ShardFormat:
             raise NotACheckpointError(
                 self.absent, where=path, expected=self.expected, hint=self.hint
             )
-        table, beside = self.read(found, masters), list(self.beside(path, found))
-        return assemble(self.checkpoint, path, table, base, masters, beside, self.rename)
+        try:
+            table, beside = self.read(found, masters), list(self.beside(path, found))
+            return assemble(self.checkpoint, path, table, base, masters, beside, self.rename)
+        except _NOT_AS_WRITTEN as error:
+            # Whatever a table holds in place of what the trainer writes there.
+            raise CorruptCheckpointError(
+                "the table of a checkpoint is not what its trainer writes",
+                where=found,
+                got=f"{self.mark} that cannot be understood",
+                expected=self.expected,
+                hint="copy or save the checkpoint again; --debug shows where it was met",
+            ) from error
 
     def missing(self, path: Path) -> str | None:
         """What is missing of the files; None where they are complete.

@@ -7,7 +7,6 @@ without `state.json` is unfinished and is thrown away when a run resumes.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from arm_ray.checkpoints.weight_file import (
     write_json,
     write_weight_file,
 )
-from arm_ray.storage.regular import read_text
+from arm_ray.storage.regular import json_in
 
 MANIFEST_NAME = "state.json"
 CARRIED_NAME = "carried.safetensors"
@@ -143,7 +142,7 @@ def publish_manifest(directory: Path, manifest: StateManifest) -> None:
 def read_manifest(directory: Path) -> StateManifest | None:
     """The manifest of a state, or None if the state is not complete."""
     try:
-        content = json.loads(read_text(directory / MANIFEST_NAME))
+        content = json_in(directory / MANIFEST_NAME)
         content["contributors"] = tuple(content["contributors"])
         content["coefficients"] = tuple(map(tuple, content.get("coefficients", ())))
         return StateManifest(**content)
@@ -308,7 +307,7 @@ def has_chat_template(directory: Path) -> bool:
     if any((directory / n).is_file() for n in ("chat_template.jinja", "chat_template.json")):
         return True
     try:
-        content = json.loads(read_text(directory / "tokenizer_config.json"))
+        content = json_in(directory / "tokenizer_config.json")
     except (OSError, ValueError):
         return False
     return bool(content.get("chat_template"))

@@ -110,7 +110,10 @@ def _parameter(source: Path, name: str, shape: Sequence[int]) -> StoredTensor:
         content, key = content.get("param"), ("param",)
     if not isinstance(content, Tensor):
         raise CorruptCheckpointError(
-            "a file holds no parameter", where=file, got=type(content).__name__, expected="a tensor"
+            "a file holds no parameter",
+            where=file,
+            got="nothing" if content is None else type(content).__name__,
+            expected="a tensor",
         )
     # Stage 3 leaves them flat.
     sizes = tuple(shape) if content.numel() == math.prod(shape) else tuple(content.shape)

@@ -123,9 +123,10 @@ def parse_header(
         TypeError,
         AttributeError,
         OverflowError,
-        RecursionError,
     ) as error:
         raise _corrupt(path, f"a header that cannot be parsed: {error}") from None
+    except RecursionError:
+        raise _corrupt(path, "a header that is nested too deeply") from None
     _check_places(path, entries, _LENGTH_BYTES + length)
     expected = max((entry.end for entry in entries.values()), default=_LENGTH_BYTES + length)
     if size != expected:
@@ -158,6 +159,8 @@ def _check_places(path: Path, entries: Mapping[str, TensorEntry], first: int) ->
 
 
 def _entry(path: Path, name: str, row: Mapping[str, Any], header_bytes: int) -> TensorEntry:
+    if not isinstance(row, dict) or not {"data_offsets", "shape", "dtype"} <= row.keys():
+        raise ValueError(f"{name}: no dtype, shape and data_offsets")
     offsets, shape, code = row["data_offsets"], row["shape"], row["dtype"]
     numbers = [*offsets, *shape]
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):

@@ -16,6 +16,7 @@ from arm_ray.cli.parser import make_parser
 from arm_ray.errors import ArmRayError
 from arm_ray.model.imports import OWN_PROCESS
 from arm_ray.noise import VERBOSE, silence
+from arm_ray.storage.secrets import hidden
 from arm_ray.storage.urls import plain_path
 
 # 128 and the number of SIGPIPE, as shells report a program that it has ended.
@@ -73,15 +74,41 @@ def _run(arguments: Sequence[str] | None, is_own_process: bool) -> int:
             options.config = plain_path(options.config)
         return int(options.run(options))
     except ArmRayError as error:
-        if options.debug:
-            import traceback
-
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _told(error, options)
+    except RuntimeError as error:
+        # What Python before 3.13 says of a link that leads to itself.
+        if not str(error).startswith("Symlink loop"):
+            raise
+        told = ArmRayError(
+            "a path leads to itself",
+            where=str(error).partition(" from ")[2],
+            expected="a link to something else",
+        )
+        return _told(told, options)
+    except OSError as error:
+        # Of the machine, and no fault of ours: a disk, a name, a permission.
+        if isinstance(error, BrokenPipeError):
+            raise
+        told = ArmRayError(
+            "a file cannot be read or written",
+            where=error.filename or "unknown: --debug shows where it was met",
+            got=error.strerror or error,
+            hint="check the path, its permissions and the disk",
+        )
+        return _told(told, options)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _told(error: ArmRayError, options: argparse.Namespace) -> int:
+    """Say what went wrong, without secrets that a library has repeated; returns the exit code."""
+    if options.debug:
+        import traceback
+
+        print(hidden(traceback.format_exc()), file=sys.stderr, end="")
+    print(f"error: {hidden(str(error))}", file=sys.stderr)
+    return 1
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

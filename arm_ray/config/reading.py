@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -17,11 +17,14 @@ from pydantic import BaseModel, ValidationError
 from arm_ray.config.other_tools import translated
 from arm_ray.errors import ConfigError, StorageError
 from arm_ray.identity import is_mapping, section_in
+from arm_ray.storage.regular import read_text
+from arm_ray.storage.secrets import hidden
 from arm_ray.storage.urls import checked
+from arm_ray.storage.yaml_text import LARGEST_YAML, load_yaml
 
+# Characters of a value that an error repeats.
+_SHOWN = 300
 SectionT = TypeVar("SectionT", bound=BaseModel)
-# Besides its own errors the library lets those of nested text and impossible dates through.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def validate(
@@ -33,7 +36,7 @@ def validate(
         ConfigError: All problems, one line each, with the nearest known key.
     """
     content = overridden(content, overrides)
-    content = {key: _plain_paths(value, f"{source}: {key}") for key, value in content.items()}
+    content = {str(k): _plain_paths(value, f"{source}: {k}") for k, value in content.items()}
     try:
         # As JSON: there the strict reading of values admits mappings as dataclasses.
         return model.model_validate_json(json.dumps(content, default=str))
@@ -46,13 +49,22 @@ def validate(
 
 
 def _plain_paths(value: Any, where: str) -> Any:
-    """Content with paths in place of `file://` URLs; URLs that carry credentials are refused."""
+    """Content with paths in place of `file://` URLs; what carries credentials is refused."""
     if isinstance(value, dict):
-        return {key: _plain_paths(child, f"{where}.{key}") for key, child in value.items()}
+        return {str(key): _plain_paths(child, f"{where}.{key}") for key, child in value.items()}
     if isinstance(value, list):
         return [_plain_paths(child, f"{where}.{index}") for index, child in enumerate(value)]
     if not isinstance(value, str):
         return value
+    unwanted = "\0" in value or any("\ud800" <= character <= "\udfff" for character in value)
+    if unwanted:
+        # Neither can stand in a file's name, nor be written down.
+        raise ConfigError(
+            "a text holds a character that is none",
+            where=where,
+            got=ascii(value)[:200],
+            expected="text without NUL and halves of characters",
+        )
     try:
         return checked(value)
     except StorageError as error:
@@ -68,8 +80,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, is no YAML, or is not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, LARGEST_YAML)
+    except (OSError, ValueError) as error:
         raise ConfigError(
             "the configuration file cannot be read",
             where=path,
@@ -78,16 +90,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
             hint="check the path",
         ) from None
     try:
-        content = _parse_yaml(text)
-    except _YAML_ERRORS as error:
+        content = load_yaml(text, _Loader)
+    except ValueError as error:
         raise ConfigError(
-            "the configuration file is not valid YAML", where=path, got=" ".join(str(error).split())
+            "the configuration file is not valid YAML",
+            where=path,
+            got=error,
+            hint="correct the file; nothing was started",
         ) from None
     if not isinstance(content, dict):
         raise ConfigError(
             "the configuration file does not hold keys and values",
             where=path,
-            got=type(content).__name__,
+            got=_kind(content),
             expected="a mapping with base, candidates, output, …",
         )
     return content
@@ -112,6 +127,7 @@ def apply_override(content: dict[str, Any], text: str) -> None:
     if not equals or not all(parts):
         raise ConfigError(
             f"the override {text!r} is not understood",
+            where="command line",
             got=text,
             expected="section.key=value, for example schedule.max_iterations=4",
         )
@@ -130,17 +146,23 @@ def apply_override(content: dict[str, Any], text: str) -> None:
             )
         section = child
     try:
-        section[parts[-1]] = _parse_yaml(value)
-    except _YAML_ERRORS as error:
+        section[parts[-1]] = load_yaml(value, _Loader)
+    except ValueError as error:
         raise ConfigError(
             f"the value of the override {text!r} is not valid YAML",
-            got=value,
-            expected=" ".join(str(error).split()),
+            where=key,
+            got=error,
+            expected="a value as in a file: a number, a text, [a, b] or {a: b}",
         ) from None
 
 
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
+def _kind(value: Any) -> str:
+    """What a value of YAML is, in its own words."""
+    if value is None:
+        return "nothing"
+    return {"dict": "a mapping", "list": "a list", "str": "a text"}.get(
+        type(value).__name__, f"{value!r}"
+    )
 
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -161,14 +183,18 @@ class _Loader(yaml.SafeLoader):
         super().flatten_mapping(node)
 
     def _refuse_duplicates(self, node: yaml.MappingNode) -> None:
-        keys: list[Any] = []
+        keys: set[Any] = set()
         for found, _ in node.value:
             key = found.value if found.tag == _MERGE else self.construct_object(found, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a list or mapping stands for a key", found.start_mark
+                )
             if key in keys:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", found.start_mark
                 )
-            keys.append(key)
+            keys.add(key)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -232,10 +258,17 @@ def _describe(model: type[BaseModel], location: Sequence[str], items: Sequence[A
         return f"{key}: required, but absent"
     value = item["input"]
     messages = " or ".join(i["msg"][0].lower() + i["msg"][1:] for i in items)
-    text = f"{key}: got {value!r} ({type(value).__name__}); {messages}"
+    got = "null" if value is None else f"{_shortened(repr(value))} ({type(value).__name__})"
+    text = f"{key}: got {got}; {messages}"
     choices = re.findall(r"'([^']+)'", item.get("ctx", {}).get("expected", ""))
     like = nearest(value, choices) if isinstance(value, str) else ""
     return f"{text}; {like}" if like else text
+
+
+def _shortened(text: str) -> str:
+    """A value as an error says it: not all of a long one, and no secrets in it."""
+    text = hidden(text)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

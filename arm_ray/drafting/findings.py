@@ -5,7 +5,6 @@ Only JSON, YAML and Markdown are read, never a pickle such as `training_args.bin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from arm_ray.checkpoints.formats import missing
 from arm_ray.errors import ConfigError, NotACheckpointError
 from arm_ray.following.layouts import TRAINER_STATE, Found, RunWatcher
 from arm_ray.following.places import ADAPTER
+from arm_ray.storage.regular import json_in
 
 _CARD = "README.md"
 _MODEL_CONFIG = "config.json"
@@ -241,7 +241,7 @@ def _rates(file: Path) -> tuple[float, float] | None:
 def _json(file: Path) -> dict[str, Any]:
     """Content of a JSON file; empty where it is not there, or is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json_in(file)
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gzip
-import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from arm_ray.calibration.sources import DatasetSource, find_source, load_dataset
 from arm_ray.errors import CalibrationError, EvaluationError
+from arm_ray.storage.regular import open_regular, parse_json
 from arm_ray.storage.store import find_url, open_url
 from arm_ray.storage.urls import is_url, parse_url, plain_path
 
 Row = dict[str, Any]
+# Bytes of a benchmark's file, unpacked: the largest that is known has 50 MB. All of it is held.
+LARGEST_DATA = 1 << 28
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
@@ -57,16 +60,22 @@ def _from_file(file: str) -> list[Row]:
             expected="a name ending in " + ", ".join(_SUFFIXES),
         )
     try:
-        with open_url(file) if is_url(file) else open(file, "rb") as opened:
+        with open_url(file) if is_url(file) else open_regular(Path(file)) as opened:
             if file.endswith(".parquet"):
                 import pyarrow.parquet as pq
 
                 return list(pq.read_table(opened).to_pylist())
-            content = opened.read()
-        text = (gzip.decompress(content) if file.endswith(".gz") else content).decode("utf-8")
-    except (OSError, EOFError, ValueError) as error:
+            source = gzip.GzipFile(fileobj=opened) if file.endswith(".gz") else opened
+            content = source.read(LARGEST_DATA + 1)
+        if len(content) > LARGEST_DATA:
+            raise ValueError(f"it has more than {LARGEST_DATA} bytes")
+        text = content.decode("utf-8")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise EvaluationError(
-            "the benchmark's file cannot be read", where=file, got=f"{error}"
+            "the benchmark's file cannot be read",
+            where=file,
+            got=f"{error}",
+            expected="a whole, readable file",
         ) from None
     if ".jsonl" not in file.rpartition("/")[2] and text.lstrip().startswith("["):
         return _objects(_parsed(text, file), file)
@@ -77,7 +86,7 @@ def _from_file(file: str) -> list[Row]:
 
 def _parsed(text: str, where: object) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise EvaluationError(
             "the benchmark's file is not valid JSON", where=where, got=error

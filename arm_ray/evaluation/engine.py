@@ -8,7 +8,6 @@ One module, because it is the only one that knows vLLM's arguments and answers.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -22,6 +21,7 @@ from arm_ray.errors import EvaluationError
 from arm_ray.evaluation.settings import EngineSettings
 from arm_ray.hardware import cpu_units, own_gpu_units
 from arm_ray.noise import quiet_environment
+from arm_ray.storage.regular import json_in
 from arm_ray.storage.urls import is_url
 
 _LONGEST_DEFAULT = 8192
@@ -464,7 +464,7 @@ def _read_config(
     model: Path, name: str = "config.json", missing_is_empty: bool = False
 ) -> dict[str, Any]:
     try:
-        content = json.loads((model / name).read_text(encoding="utf-8"))
+        content = json_in(model / name)
     except (OSError, ValueError) as error:
         if missing_is_empty:
             return {}

@@ -23,6 +23,7 @@ from arm_ray.evaluation.code.pass_at_k import pass_at_k
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.statistics import Estimate, estimate
 from arm_ray.storage.atomic import atomic_file, write_json
+from arm_ray.storage.regular import json_in
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def read_records(directory: Path, task: str) -> list[Record]:
 def read_scores(directory: Path, task: str) -> TaskScores | None:
     """The summary of a task, or None where it is not complete."""
     try:
-        content = json.loads((directory / f"{task}.json").read_text(encoding="utf-8"))
+        content = json_in(directory / f"{task}.json")
         metrics = {
             name: Estimate(**_numbers(value)) for name, value in content.pop("metrics").items()
         }

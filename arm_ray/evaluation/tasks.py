@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from arm_ray.errors import EvaluationError
+from arm_ray.errors import ArmRayError, EvaluationError
 from arm_ray.evaluation.code import livecodebench, programs
 from arm_ray.evaluation.data import Row, find_file, read_rows
 from arm_ray.evaluation.graders import (
@@ -25,11 +25,14 @@ from arm_ray.evaluation.graders import (
 from arm_ray.evaluation.grading.extraction import gold_answer, keeps_units
 from arm_ray.evaluation.grading.qwen_strings import canonical
 from arm_ray.evaluation.settings import EvaluationSettings, SamplingSettings, TaskSettings
+from arm_ray.storage.regular import is_plain_name
 from arm_ray.storage.urls import is_url
 
 Kind = Literal["math", "code", "questions", "loss"]
 BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 _QUESTION_COLUMNS = ("question", "problem", "Question", "input")
+# What a row leads to that holds other things than those of the benchmark.
+_NOT_AS_KNOWN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 # Benchmarks whose question is two columns, one after the other.
 _QUESTION_PARTS = {"svamp": ("Body", "Question"), "asdiv": ("body", "question")}
 # Added to the question by the Qwen2.5-Math toolkit, where the answer is one of the two words.
@@ -234,12 +237,12 @@ def load_tasks(settings: EvaluationSettings) -> list[Task]:
 
 def load_task(given: TaskSettings, settings: EvaluationSettings) -> Task:
     """Read one task's data and make its prompts. See `load_tasks`."""
-    if given.name.startswith(".") or "/" in given.name or "\\" in given.name:
+    if not is_plain_name(given.name):
         raise EvaluationError(
             "a task's name is used for files",
             where="evaluation.tasks",
-            got=repr(given.name),
-            expected="a name without slashes that does not begin with a dot",
+            got=ascii(given.name)[:300],
+            expected="a short name without slashes that does not begin with a dot",
             hint="name the data in the task's `path`",
         )
     known = BENCHMARKS.get(given.name)
@@ -294,18 +297,35 @@ def _benchmark_task(
     problems = []
     for index, row in enumerate(rows):
         where = f"{name}, row {index + 1}"
-        if known.prompt is not None:
-            prompt = dataclasses.replace(known.prompt(row, template), stop=stop)
-            gold = ""
-        else:
-            gold = gold_answer(name, row)
-            user = _filled(template, _question(name, row, where, gold))
-            prompt = dataclasses.replace(few_shot, user=user)
+        try:
+            if known.prompt is not None:
+                prompt = dataclasses.replace(known.prompt(row, template), stop=stop)
+                gold = ""
+            else:
+                gold = gold_answer(name, row)
+                user = _filled(template, _question(name, row, where, gold))
+                prompt = dataclasses.replace(few_shot, user=user)
+        except ArmRayError as error:
+            error.where = error.where or where
+            raise type(error)(**_parts(error)) from None
+        except _NOT_AS_KNOWN as error:
+            raise EvaluationError(
+                f"a row of {name!r} is not as the benchmark has it",
+                where=where,
+                got=f"columns {', '.join(map(str, row))}"[:300],
+                expected="the benchmark's own columns, with what it has in them",
+                hint="take the benchmark's own file, or name the one that it is",
+            ) from error
         if given.system is not None:
             prompt = dataclasses.replace(prompt, system=given.system or None)
         problems.append(Problem(problem_key(row, index), prompt, gold, row))
     chat = known.chat if given.chat_template == "auto" else given.chat_template
     return Task(name, known.kind, tuple(problems), sampling, chat, name, None, tuple(given.pass_at))
+
+
+def _parts(error: ArmRayError) -> dict[str, Any]:
+    names = ("what", "where", "got", "expected", "hint", "subject")
+    return {name: getattr(error, name) for name in names}
 
 
 def _questions_task(given: TaskSettings, sampling: SamplingSettings) -> Task:

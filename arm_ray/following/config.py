@@ -22,7 +22,7 @@ from arm_ray.config import (
 )
 from arm_ray.errors import ConfigError
 from arm_ray.evaluation.settings import EvaluationSettings
-from arm_ray.following.hooks import HookSettings
+from arm_ray.following.hooks import HookSettings, problems_of
 from arm_ray.following.places import Kind, Layout
 from arm_ray.identity import NOTHING, Decides
 
@@ -281,7 +281,8 @@ def _check_directories(config: AttachConfig, source: str) -> None:
 
 
 def _problems(config: AttachConfig) -> list[str]:
-    merge, problems = config.merge, []
+    merge = config.merge
+    problems = [f"publish.hook: {problem}" for problem in problems_of(config.publish.hook)]
     extra = merge.model_extra or {}
     problems += [
         f"merge.{key}: is set by attach; remove it here" for key in _OWN_KEYS if key in extra

@@ -14,14 +14,14 @@ import signal
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt
+
+from arm_ray.following.posting import post, refusal, with_variables
+from arm_ray.storage.secrets import hidden, patterns_hidden
 
 VARIABLE = "ARM_RAY_PUBLISHED"
 _STRICT: Mapping[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -35,9 +35,12 @@ class HookSettings:
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
     command: tuple[str, ...] | None = None
-    """A program and its arguments, run with your rights, without a shell."""
+    """A program and its arguments, run with your rights, without a shell. `${NAME}` stands for the
+    value of an environment variable when it is run, so that a secret is not written down."""
     url: str | None = None
-    """Address that the JSON is posted to."""
+    """Address that the JSON is posted to: http or https, and `${NAME}` as in the command. It may be
+    on this machine; link-local addresses, where clouds have their credentials, are refused.
+    Redirects are not followed."""
     timeout_s: Annotated[float, Gt(0.0)] = 600.0
     """Longest time of an attempt."""
     retries: Annotated[int, Ge(0)] = 2
@@ -55,6 +58,22 @@ class HookResult:
 
     problems: tuple[str, ...] = ()
     attempts: int = 0
+
+
+def problems_of(settings: HookSettings) -> list[str]:
+    """What keeps a hook from being used, a line each, each beginning with its key."""
+    problems = []
+    if settings.command is not None and not (settings.command and settings.command[0].strip()):
+        problems.append("command: names no program; give [program, argument, …]")
+    if settings.url is not None:
+        problem = refusal(settings.url)
+        if problem is not None:
+            problems.append(f"url: {problem}")
+    for text in (*(settings.command or ()), settings.url or ""):
+        if patterns_hidden(text) != text:
+            problems.append("holds a secret; write ${NAME} where the value of a variable goes")
+            break
+    return problems
 
 
 def run_hook(
@@ -90,8 +109,9 @@ def run_hook(
 
 
 def _run(settings: HookSettings, text: str) -> str | None:
-    command = list(settings.command or ())
+    name, *_ = settings.command or ("",)
     try:
+        command = [with_variables(part) for part in settings.command or ()]
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             file.write(text)
             file.flush()
@@ -109,14 +129,14 @@ def _run(settings: HookSettings, text: str) -> str | None:
                 try:
                     out, err = process.communicate(text, settings.timeout_s)
                 except subprocess.TimeoutExpired:
-                    return f"hook {command[0]}: no end within {settings.timeout_s:g} s"
+                    return f"hook {name}: no end within {settings.timeout_s:g} s"
                 finally:
                     _end(process)
     except (OSError, ValueError) as error:
-        return f"hook {command[0]}: {error}"
+        return f"hook {name}: {hidden(str(error))}"
     if process.returncode:
         said = " ".join((err or out).split())[-_TAIL:]
-        return f"hook {command[0]}: exit code {process.returncode}: {said}"
+        return f"hook {name}: exit code {process.returncode}: {hidden(said)}"
     return None
 
 
@@ -129,19 +149,16 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _post(settings: HookSettings, text: str) -> str | None:
-    url = str(settings.url)
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        return f"hook {url}: not an http address"
-    request = urllib.request.Request(  # noqa: S310 -- the scheme is checked
-        url, text.encode(), {"Content-Type": "application/json"}, method="POST"
-    )
+    # As it is written down: without the values of variables.
+    shown = str(settings.url)
     try:
-        with urllib.request.urlopen(request, timeout=settings.timeout_s):  # noqa: S310
-            return None
-    except urllib.error.HTTPError as error:
-        with contextlib.suppress(OSError, http.client.HTTPException), error:
-            said = " ".join(error.read(_TAIL).decode(errors="replace").split())
-            return f"hook {url}: HTTP {error.code} {error.reason}: {said}"
-        return f"hook {url}: HTTP {error.code} {error.reason}"
+        url = with_variables(shown)
+        problem = refusal(url)
+        if problem is not None:
+            return f"hook {shown}: {problem}"
+        status, reason, said = post(url, text, settings.timeout_s)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return f"hook {url}: {error}"
+        return f"hook {shown}: {hidden(str(error))}"
+    if status < 300:
+        return None
+    return hidden(f"hook {shown}: HTTP {status} {reason}: {said}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from arm_ray.errors import RunDirectoryError
 from arm_ray.storage.atomic import write_json
+from arm_ray.storage.regular import json_in
 
 NAME = "attach.json"
 Outcome = Literal["begun", "published", "failed", "repeated"]
@@ -126,7 +126,7 @@ def open_journal(directory: Path) -> Journal:
     """
     path = directory / NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_in(path)
     except FileNotFoundError:
         return Journal(path)
     except (OSError, ValueError) as error:
@@ -153,6 +153,8 @@ def _unreadable(path: Path, error: Exception) -> RunDirectoryError:
     return RunDirectoryError(
         "the record of what was merged cannot be read",
         where=path,
-        got=error,
+        got=error
+        if isinstance(error, OSError | ValueError)
+        else "content that attach does not write",
         hint="restore it, or choose another output",
     )

@@ -28,7 +28,6 @@ new.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -37,7 +36,7 @@ from pathlib import Path
 
 from arm_ray.following import places
 from arm_ray.following.places import Kind, Layout
-from arm_ray.storage.regular import read_text
+from arm_ray.storage.regular import json_in, read_text
 
 # What of a file tells that it is another one: inode, size, time of the last change.
 Identity = tuple[int, int, int]
@@ -385,7 +384,7 @@ def _half_written(path: Path, files: Collection[str]) -> str | None:
 def _json_object(file: Path) -> dict[str, object] | None:
     """Content of a JSON file; None where it is not there, or not whole yet."""
     try:
-        content = json.loads(read_text(file))
+        content = json_in(file)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -112,7 +112,7 @@ def find_layout(path: Path) -> Layout:
         ConfigError: It is a file, or there is something else.
     """
     if path.exists() and not path.is_dir():
-        raise ConfigError("the run is not a directory", where="run.path", got=path)
+        raise ConfigError("the run is not a directory", where=f"run.path: {path}", got="a file")
     try:
         names = sorted(entry.name for entry in os.scandir(path))
     except OSError:

@@ -24,6 +24,7 @@ from typing import Any
 
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.errors import RunDirectoryError
+from arm_ray.storage.regular import json_in
 
 EVIDENCE = "arm_ray.json"
 BEST, LATEST = "best", "latest"
@@ -77,7 +78,7 @@ def publish(
         shutil.copytree(model, partial, copy_function=_link_or_copy)
         # Beside what the model itself says: digests, by which it can be verified.
         own = partial / EVIDENCE
-        said = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+        said = json_in(own) if own.is_file() else {}
         write_json(own, {**said, **evidence})
         _sync(partial)
         if not is_best and _pointed(directory, BEST) == target:
@@ -108,7 +109,7 @@ def best(directory: Path) -> Path | None:
 
 def evidence(path: Path) -> dict[str, Any]:
     """What a published model was made of."""
-    content: dict[str, Any] = json.loads((path / EVIDENCE).read_text(encoding="utf-8"))
+    content: dict[str, Any] = json_in(path / EVIDENCE)
     return content
 
 

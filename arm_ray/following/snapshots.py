@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.following.layouts import Found, Identity, RunWatcher
+from arm_ray.storage.regular import json_in
 
 RECORD = "snapshot.json"
 _PREFIX = "step-"
@@ -149,7 +149,7 @@ def snapshots(directory: Path) -> list[Snapshot]:
         shutil.rmtree(path, ignore_errors=True)
     for path in sorted(directory.glob(f"{_PREFIX}*")):
         try:
-            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            record = json_in(path / RECORD)
             files = {name: (a, b, c) for name, (a, b, c) in record["files"].items()}
             found.append(
                 Snapshot(

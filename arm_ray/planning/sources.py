@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -28,7 +27,7 @@ from arm_ray.model.unknown import check_all
 from arm_ray.planning.workload import Workload
 from arm_ray.schedule import BASE, INITIAL, candidate_name
 from arm_ray.steps import step_samples
-from arm_ray.storage.regular import read_text
+from arm_ray.storage.regular import json_in
 from arm_ray.storage.urls import is_url
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -228,7 +227,7 @@ def _open_base(
         base = _open(path, BASE, kind, config.precision.masters)
         return layout_of(base, layers_per_group, trusted), base
     try:
-        content = json.loads(read_text(path / "config.json"))
+        content = json_in(path / "config.json")
     except (OSError, ValueError) as error:
         raise CorruptCheckpointError(
             "base: config.json cannot be read", where=path / "config.json", got=error

@@ -6,7 +6,6 @@ last one counts. Imports nothing heavy.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from arm_ray.report.run_record import Event, RunRecord, json_lines
 from arm_ray.schedule import BASE, iteration_of, state_name
+from arm_ray.storage.regular import json_in
 
 Role = Literal["base", "checkpoint", "merged"]
 ROLES: tuple[Role, ...] = ("base", "checkpoint", "merged")
@@ -220,7 +220,7 @@ def _summaries(holder: RunRecord) -> Iterator[tuple[str, str, Mapping[str, Any]]
         return
     for file in sorted(directory.glob("*/*.json")):
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json_in(file)
         except (OSError, ValueError):
             continue
         if isinstance(content, dict) and "metrics" in content:

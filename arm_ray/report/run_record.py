@@ -6,7 +6,6 @@ an error: a page or a status is made of what there is. Imports nothing heavy.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any, Literal
 import yaml
 
 from arm_ray.errors import RunDirectoryError
+from arm_ray.storage.regular import json_in, open_regular, parse_json, read_text
 from arm_ray.storage.secrets import all_hidden, environment_hidden, hidden, patterns_hidden
+from arm_ray.storage.yaml_text import LARGEST_YAML, load_yaml
 
 Kind = Literal["merge", "evaluation", "pipeline", "study", "attach", "training", "unknown"]
 Event = Mapping[str, Any]
@@ -138,7 +139,8 @@ def open_record(path: Path) -> RunRecord:
 def _events(path: Path, missing: list[str]) -> list[Event]:
     file = path / EVENTS_NAME
     try:
-        text = file.read_bytes().decode("utf-8", errors="replace")
+        with open_regular(file) as opened:
+            text = opened.read().decode("utf-8", errors="replace")
     except OSError:
         return []
     events: list[Event] = []
@@ -167,20 +169,19 @@ def _events(path: Path, missing: list[str]) -> list[Event]:
 def _event(line: str, raw: str) -> Any:
     """One event without secrets; hiding them in its text is faster, and may have broken it."""
     try:
-        return json.loads(patterns_hidden(line))
+        return parse_json(patterns_hidden(line))
     except ValueError:
-        return all_hidden(json.loads(raw))
+        return all_hidden(parse_json(raw))
 
 
 def _config(path: Path, missing: list[str]) -> tuple[str, Mapping[str, Any]]:
     try:
-        text = (path / CONFIG_NAME).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_text(path / CONFIG_NAME, LARGEST_YAML)
+    except (OSError, ValueError):
         return "", {}
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        content = yaml.load(text, loader)  # noqa: S506 - both are safe loaders
-    except yaml.YAMLError:
+        content = load_yaml(text)
+    except ValueError:
         missing.append(f"{CONFIG_NAME} is no valid YAML.")
         return hidden(text), {}
     content = all_hidden(content) if isinstance(content, dict) else {}
@@ -209,7 +210,7 @@ def _kind(path: Path, events: Sequence[Event], config: Mapping[str, Any]) -> Kin
 
 def _inputs(path: Path) -> Mapping[str, str]:
     try:
-        content = json.loads((path / "inputs.json").read_text(encoding="utf-8"))
+        content = json_in(path / "inputs.json")
     except (OSError, ValueError):
         return {}
     if not isinstance(content, dict):
@@ -243,13 +244,14 @@ def _runs_below(path: Path) -> dict[str, Path]:
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; empty where it is not there, without what is torn."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        with open_regular(path) as opened:
+            lines = opened.read().split(b"\n")
     except OSError:
         return []
     rows = []
     for line in lines:
         try:
-            row = json.loads(line) if line.strip() else None
+            row = parse_json(line) if line.strip() else None
         except ValueError:
             continue
         if isinstance(row, dict):

@@ -8,7 +8,6 @@ directory keep which of their runs is ours, and how far each curve has come.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.config import MlflowConfig, TrackingConfig, WandbConfig
 from arm_ray.errors import ConfigError
 from arm_ray.report.scalars import Marks, Point, Record, last_points, points
+from arm_ray.storage.regular import json_in
 
 TENSORBOARD_DIRECTORY = "tensorboard"
 # The axis of all curves in Weights & Biases, whose own steps only count calls.
@@ -156,7 +156,7 @@ class _Remembered:
         self._path, self._identity = path, identity
         content: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
-            content = dict(json.loads(path.read_text(encoding="utf-8")))
+            content = dict(json_in(path))
         is_ours = content.get("identity") == identity
         self.run: str | None = content.get("run") if is_ours else None
         self.marks = Marks(content.get("steps") if is_ours else None)

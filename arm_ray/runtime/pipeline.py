@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from arm_ray.runtime.session.progress import duration
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.shards.placement import local_slots
 from arm_ray.runtime.train.stage import task_files, there, train_stage
+from arm_ray.storage.regular import json_in
 from arm_ray.training.pipeline import PipelineConfig, Stages
 from arm_ray.training.split import overlaps, split_file, texts_in
 
@@ -151,7 +151,7 @@ def _split(stages: Stages, reporter: Reporter) -> None:
     record = directory / _SPLIT_NAME
     wanted = data.model_dump(mode="json")
     if record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
+        known = json_in(record)
         if known["settings"] != wanted:
             raise RunDirectoryError(
                 "the data of this pipeline were split otherwise",

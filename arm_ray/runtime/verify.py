@@ -24,7 +24,12 @@ from arm_ray.checkpoints.provenance import (
     read_provenance,
 )
 from arm_ray.config import MergeConfig, load_merge_config, parse_merge_config, read_yaml
-from arm_ray.errors import ArmRayError, RunDirectoryError
+from arm_ray.errors import (
+    ArmRayError,
+    ConfigError,
+    CorruptCheckpointError,
+    RunDirectoryError,
+)
 from arm_ray.events import read_events
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge.run import merge
@@ -311,20 +316,52 @@ def config_of(
 ) -> MergeConfig:
     """The configuration that a model was made with, for another output.
 
-    Nothing is scored that does not choose the model, and nobody is told.
+    Nothing is scored that does not choose the model, and nobody is told. Code that the model's
+    maker names is not run: whoever makes it again names it.
+
+    Raises:
+        CorruptCheckpointError: It does not say how the model was made.
+        ConfigError: It is no configuration, or one with code.
     """
-    given = {**content["config"], "output": str(output), "push_to_hub": None, "tracking": {}}
-    there = {name: found["path"] for name, found in content["inputs"].items()}
-    given["base"] = _place(given["base"], there.get(BASE))
-    given["candidates"] = [
-        _place(each, there.get(candidate_name(i))) for i, each in enumerate(given["candidates"])
-    ]
-    if given.get("initial_state"):
-        given["initial_state"] = _place(given["initial_state"], there.get(INITIAL))
+    try:
+        given = {**content["config"], "output": str(output), "push_to_hub": None, "tracking": {}}
+        there = {name: str(found["path"]) for name, found in content["inputs"].items()}
+        given["base"] = _place(str(given["base"]), there.get(BASE))
+        given["candidates"] = [
+            _place(str(each), there.get(candidate_name(i)))
+            for i, each in enumerate(list(given["candidates"]))
+        ]
+        if given.get("initial_state"):
+            given["initial_state"] = _place(str(given["initial_state"]), there.get(INITIAL))
+        dict(content["environment"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(
+            "what is written beside the model does not say how it was made",
+            where=where,
+            expected="config, inputs and environment, as arm_ray writes them",
+            hint="copy the model again from where it came",
+        ) from error
+    trusted = given.pop("trust_remote_code", None)
     config = parse_merge_config(given, overrides, source=str(where))
+    if trusted and not any(text.startswith("trust_remote_code=") for text in overrides):
+        raise _code(where, f"trust_remote_code {trusted}", "trust_remote_code=[FAMILY]")
     if config.evaluation is not None and not config.selects_by_task:
         config = config.model_copy(update={"evaluation": None})
+    scorers = [] if config.evaluation is None else config.evaluation.task_settings
+    scorer = next((task.scorer for task in scorers if task.scorer is not None), None)
+    if scorer is not None and not any(text.startswith("evaluation") for text in overrides):
+        raise _code(where, f"scorer {scorer}", "evaluation.tasks=[…]")
     return config
+
+
+def _code(where: Path, got: str, override: str) -> ConfigError:
+    return ConfigError(
+        "the model was made with code, which is not run because a file says so",
+        where=where,
+        got=got,
+        expected="nothing of the kind, or your own word for it",
+        hint=f"where you trust it, say so: {override}",
+    )
 
 
 def _place(given: str, path: str | None) -> str:

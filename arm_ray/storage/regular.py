@@ -7,13 +7,16 @@ so what was opened is what is checked.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # The largest index or tokenizer that is known has about 50 MB.
 LARGEST_TEXT = 1 << 28
+# Bytes; file systems take 255, and names get endings.
+_LONGEST_NAME = 200
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a pipe"),
@@ -59,3 +62,32 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
     return content.decode("utf-8")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name that others gave can be that of a file, and leads nowhere else."""
+    if not name or name.startswith(".") or not name.isprintable():
+        return False
+    return not {"/", "\\"} & set(name) and len(name.encode()) <= _LONGEST_NAME
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says, of which everything that can be wrong is one kind of error.
+
+    Raises:
+        ValueError: It is no JSON, no UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def json_in(path: Path) -> Any:
+    """The content of a file of JSON.
+
+    Raises:
+        OSError: It cannot be read, is no regular file, or is too large for a text.
+        ValueError: It is no JSON.
+    """
+    return parse_json(read_text(path))

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 HIDDEN = "…"
-_VARIABLES = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "WANDB_API_KEY",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-    "RAY_AUTH_TOKEN",
+# Environment variables that hold secrets, by their names: HF_TOKEN, WANDB_API_KEY,
+# AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD, MY_API_TOKEN.
+_VARIABLE = re.compile(
+    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY(?:_ID)?|SECRET_KEY|PRIVATE_KEY"
+    r"|CREDENTIALS?)$",
+    re.I,
 )
+# Shorter values are parts of many words.
+_SHORTEST = 6
 # `user:password@` and `token@` before a host, and values of a query that grant access.
 _AUTHORITY = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"]+@")
 _QUERY = re.compile(
-    r"(?P<key>[?&][^=&\s]*(?:token|secret|password|signature|credential|key|sig)[^=&\s]*=)"
-    r"[^&\s'\"]+",
+    r"(?P<key>[?&#;][^=&\s]*(?:token|secret|password|signature|credential|key|sig)[^=&\s]*=)"
+    r"(?!\$\{\w+\}(?:[&\s'\"]|$))[^&\s'\"]+",
     re.I,
 )
 # Tokens that are known by how they begin: Hugging Face, OpenAI and the like, GitHub, AWS.
@@ -31,17 +33,41 @@ _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
 )
+_BEARER = re.compile(r"\b(?P<kind>Bearer|Basic) +[A-Za-z0-9._~+/=-]{8,}", re.I)
 _BEGINNINGS = ("hf_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "AKIA", "ASIA")
 _NAMES = re.compile(r"(token|secret|password|passwd|api_?key|credential)s?$", re.I)
 
 
 def environment_hidden(text: str) -> str:
     """A text without the values of environment variables that are secrets."""
-    for name in _VARIABLES:
-        value = os.environ.get(name)
-        if value and len(value) >= 4:
-            text = text.replace(value, HIDDEN)
+    for name, value in os.environ.items():
+        if _is_secret(name) and len(value) >= _SHORTEST and not value.startswith("/"):
+            for form in _forms(value):
+                if form in text:
+                    text = text.replace(form, HIDDEN)
     return text
+
+
+def secret_in(text: str) -> str | None:
+    """The environment variable whose secret a text holds; None: of none."""
+    for name, value in os.environ.items():
+        is_one = _is_secret(name) and len(value) >= _SHORTEST and not value.startswith("/")
+        if is_one and any(form in text for form in _forms(value)):
+            return name
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_secret(name: str) -> bool:
+    return _VARIABLE.search(name) is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _forms(value: str) -> tuple[str, ...]:
+    """How a value may stand in a text: as it is, in JSON, in a URL, in base64."""
+    encoded = base64.b64encode(value.encode(errors="surrogateescape")).decode().rstrip("=")
+    forms = (value, json.dumps(value)[1:-1], quote(value, safe="", errors="replace"), encoded)
+    return tuple(dict.fromkeys(sorted(forms, key=len, reverse=True)))
 
 
 def hidden(text: str) -> str:
@@ -54,10 +80,12 @@ def patterns_hidden(text: str) -> str:
     # Logs are long, and most of their lines have none of these.
     if "://" in text and "@" in text:
         text = _AUTHORITY.sub(rf"\g<scheme>{HIDDEN}@", text)
-    if "=" in text and ("?" in text or "&" in text):
+    if "=" in text and any(mark in text for mark in "?&#;"):
         text = _QUERY.sub(rf"\g<key>{HIDDEN}", text)
     if any(beginning in text for beginning in _BEGINNINGS):
         text = _TOKEN.sub(HIDDEN, text)
+    if "earer " in text or "asic " in text or "EARER " in text:
+        text = _BEARER.sub(rf"\g<kind> {HIDDEN}", text)
     return text
 
 

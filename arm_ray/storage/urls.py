@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from arm_ray.errors import StorageError
+from arm_ray.storage.secrets import hidden, patterns_hidden, secret_in
 
 SCHEMES = ("s3", "gs", "hf")
 _URL = re.compile(r"(?P<format>[a-z]+:)?(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.S)
@@ -129,13 +130,23 @@ def checked(given: str) -> str:
     """
     match = _URL.fullmatch(given)
     authority = given.partition("://")[2].partition("/")[0]
-    if match is not None and match["scheme"].lower() in ("http", "https") and "@" in authority:
+    is_web = match is not None and match["scheme"].lower() in ("http", "https")
+    if is_web and ("@" in authority or patterns_hidden(given) != given):
         raise StorageError(
             "the URL carries credentials",
             where=_without_secrets(given),
-            expected="a URL without a user and password",
+            expected="a URL without a user, password or token",
             hint="give them in the environment: for MLflow MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD",
+            "MLFLOW_TRACKING_PASSWORD; of a hook write ${NAME} where the variable's value goes",
+        )
+    name = secret_in(given)
+    if name is not None:
+        raise StorageError(
+            "a text holds a secret, and configurations are written down with every run",
+            where=hidden(given),
+            got=f"the value of {name}",
+            expected="a text without it",
+            hint=f"what needs it reads {name} from the environment; of a hook write ${{{name}}}",
         )
     if match is not None and match["scheme"].lower() in SCHEMES:
         parse_url(given[len(match["format"] or "") :])

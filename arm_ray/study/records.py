@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
@@ -12,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import arm_ray
 from arm_ray.hardware import cpu_model
 from arm_ray.storage.atomic import write_json
+from arm_ray.storage.regular import json_in
 from arm_ray.study.columns import VERSIONS
 
 CELL_NAME, MODEL_NAME = "cell.json", "model.json"
@@ -89,7 +89,7 @@ class ModelRecord:
 def read_record(kind: type[RecordT], path: Path) -> RecordT | None:
     """A record; None where it is not there, or not whole."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_in(path)
         return kind(**{entry.name: content[entry.name] for entry in fields(kind)})
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -14,6 +14,7 @@ import arm_ray.errors
 from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.errors import ArmRayError, WorkerError
 from arm_ray.events import Event
+from arm_ray.storage.regular import json_in
 
 LOG_NAME = "train_log.jsonl"
 STATE_NAME = "trainer_state.json"
@@ -50,7 +51,7 @@ class TrainingFinished(Event):
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint is whole: the trainer writes its state last, and it parses."""
     try:
-        state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+        state = json_in(checkpoint / STATE_NAME)
     except (OSError, ValueError):
         return False
     return isinstance(state, dict) and "global_step" in state
@@ -135,7 +136,7 @@ def write_error(path: Path, error: ArmRayError) -> None:
 def read_error(path: Path) -> ArmRayError | None:
     """The error that a worker kept, as what it was, or None."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_in(path)
     except (OSError, ValueError):
         return None
     kind = getattr(arm_ray.errors, str(content.pop("type")), WorkerError)

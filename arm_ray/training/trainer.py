@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.errors import NumericalError, RunDirectoryError
 from arm_ray.noise import is_verbose
+from arm_ray.storage.regular import json_in
 from arm_ray.training import label_loss, memory
 from arm_ray.training.config import TrainingConfig, learning_rate_factor
 from arm_ray.training.records import (
@@ -458,7 +459,7 @@ class CheckpointMixin:
         super()._save(output_dir, state_dict=_rounded(content, dtype))  # type: ignore[misc]
         settings = directory / "config.json"
         if settings.is_file():
-            values = json.loads(settings.read_text(encoding="utf-8"))
+            values = json_in(settings)
             values["dtype"] = self.job.config.save_dtype
             values.pop("torch_dtype", None)
             with atomic_file(settings) as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from arm_ray.report.run_facts import (
 from arm_ray.report.run_record import RunRecord
 from arm_ray.report.scores import main_metric
 from arm_ray.report.verdict import verdict
+from arm_ray.storage.regular import json_in
 
 Tone = Literal["good", "even", "bad", "unknown"]
 # Numbers that are drawn for one comparison at most: a page must not keep a run waiting.
@@ -157,7 +157,7 @@ def _compared(first: Any, second: Any, weights: Any, settings: EvaluationSetting
 def _selected(record: RunRecord, scores: Sequence[Score], chosen: str) -> Iterator[Difference]:
     """By the losses that `select.promise` has compared (`selection.json`)."""
     try:
-        content = json.loads((record.path / "selection.json").read_text(encoding="utf-8"))
+        content = json_in(record.path / "selection.json")
         losses = {name: np.array(rows, dtype=float) for name, rows in content["losses"].items()}
         ours = losses[chosen]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,6 +30,7 @@ from arm_ray.report.run_facts import (
     work_of,
 )
 from arm_ray.report.run_record import JOURNAL_NAME, RunRecord
+from arm_ray.storage.regular import json_in
 
 
 def angles_section(record: RunRecord, prefix: str) -> Section | None:
@@ -320,7 +320,7 @@ def lineage_section(record: RunRecord, prefix: str, chosen: str | None) -> Secti
 def _arrival_lineage(record: RunRecord) -> list[Figure]:
     """Of attach, what each arrival was made of, by its journal."""
     try:
-        content = json.loads((record.path / JOURNAL_NAME).read_text(encoding="utf-8"))
+        content = json_in(record.path / JOURNAL_NAME)
     except (OSError, ValueError):
         return []
     arrivals = content.get("arrivals") if isinstance(content, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -153,8 +154,10 @@ def _facts(record: RunRecord, scores: Sequence[Score]) -> list[tuple[str, str]]:
             )
         )
     if record.events and number(record.events[-1].get("time")):
-        when = datetime.fromtimestamp(record.events[-1]["time"], timezone.utc)
-        found.append(("last event", f"{when:%Y-%m-%d %H:%M} UTC"))
+        # Times beyond all calendars are none.
+        with contextlib.suppress(OverflowError, OSError, ValueError):
+            when = datetime.fromtimestamp(record.events[-1]["time"], timezone.utc)
+            found.append(("last event", f"{when:%Y-%m-%d %H:%M} UTC"))
     version = next(
         (
             str(e["version"])

@@ -37,7 +37,7 @@ def open_work(config: AttachConfig) -> None:
     file = config.work / CONFIG_NAME
     content = config.model_dump(mode="json")
     text = yaml.safe_dump(content, sort_keys=False)
-    if file.is_file():
+    if file.exists():
         before, after = (identity(AttachConfig, given) for given in (read_yaml(file), content))
         refuse_other(
             config.work,

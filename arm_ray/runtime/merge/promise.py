@@ -9,7 +9,6 @@ reported in the end are of further samples, which have chosen nothing at all.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -24,6 +23,7 @@ from arm_ray.runtime.merge.job import MergeJob
 from arm_ray.runtime.merge.samples import Draw, draw_of
 from arm_ray.runtime.output.run_directory import RunDirectory
 from arm_ray.schedule import BASE, candidate_name, iteration_of, state_name
+from arm_ray.storage.regular import json_in
 
 _FILE = "selection.json"
 # Runs states by their names on samples: of each, its losses.
@@ -132,7 +132,7 @@ class _Kept:
         self._path, self._digest = run.path / _FILE, samples.digest
         self.known: dict[str, SampleLosses] = {}
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-            content = json.loads(self._path.read_text(encoding="utf-8"))
+            content = json_in(self._path)
             if content["samples"] == self._digest:
                 for name, columns in content["losses"].items():
                     # Of a state that is not there any more the loss still counts: see `held`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from arm_ray.hardware import Units, all_of, cpu_units, gpu_units, own_gpu_units
 from arm_ray.runtime.cluster.actors import run_on
 from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.session.reporter import Reporter
+from arm_ray.storage.regular import json_in
 
 RECORD_NAME = "precision.json"
 _ACCELERATOR = "accelerator_type:"
@@ -49,7 +49,7 @@ def _gpus() -> Units:
 def recorded(directory: Path) -> str | None:
     """The format that a run in a directory began with; None where none is recorded."""
     try:
-        content = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
+        content = json_in(directory / RECORD_NAME)
         return str(content["dtype"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

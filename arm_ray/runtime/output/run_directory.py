@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -35,6 +34,7 @@ from arm_ray.runtime.output.claim import (
     write_config,
 )
 from arm_ray.runtime.output.precision import recorded
+from arm_ray.storage.regular import json_in
 from arm_ray.storage.room import size_text
 
 INPUTS_NAME = "inputs.json"
@@ -230,7 +230,7 @@ def open_run(config: MergeConfig, path: Path | None = None) -> Iterator[RunDirec
         run.finished = states.finished_states(path)
         if run.finished:
             with contextlib.suppress(OSError, ValueError):
-                run.inputs = json.loads((path / INPUTS_NAME).read_text(encoding="utf-8"))
+                run.inputs = json_in(path / INPUTS_NAME)
         if not (path / _ID_NAME).is_file():
             with atomic_file(path / _ID_NAME) as file:
                 file.write(uuid.uuid4().hex.encode())

@@ -34,6 +34,7 @@ from arm_ray.runtime.session.page import write_page
 from arm_ray.runtime.session.progress import duration
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
+from arm_ray.storage.regular import is_plain_name
 from arm_ray.storage.urls import is_url
 
 
@@ -163,12 +164,12 @@ def subject_of(name: str, given: str, config: EvaluateConfig) -> Subject:
     Raises:
         ArmRayError: The name or the model cannot be used.
     """
-    if not name or "/" in name or name.startswith("."):
+    if not is_plain_name(name):
         raise ConfigError(
             "a model's name is used for a directory",
             where="models",
-            got=repr(name),
-            expected="a name without slashes",
+            got=ascii(name)[:300],
+            expected="a short name without slashes that does not begin with a dot",
         )
     try:
         kind, place = split_source(given)

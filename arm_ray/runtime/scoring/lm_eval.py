@@ -42,6 +42,7 @@ from arm_ray.runtime.scoring.subject import Subject, tokenizer_digest
 from arm_ray.runtime.session.heartbeat import heartbeat
 from arm_ray.runtime.session.progress import LINE_INTERVAL_S, duration
 from arm_ray.runtime.session.reporter import Reporter
+from arm_ray.storage.regular import json_in
 from arm_ray.storage.urls import is_url
 
 if TYPE_CHECKING:
@@ -435,7 +436,7 @@ def _kept_as(directory: Path, digest: str) -> Path:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json_in(file)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -14,6 +14,7 @@ from arm_ray.checkpoints.remote import RemoteCheckpoint
 from arm_ray.checkpoints.sharded import ShardedCheckpoint
 from arm_ray.errors import EvaluationError
 from arm_ray.evaluation.engine import ModelSource
+from arm_ray.storage.regular import json_in
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -91,7 +92,7 @@ def engine_kind(model: str, tokenizer: str) -> str:
 def architecture(model: str) -> str:
     """What of a model's configuration must agree for its weights to go into a running engine."""
     try:
-        content = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        content = json_in(Path(model) / "config.json")
     except (OSError, ValueError) as error:
         raise EvaluationError(
             "the path holds no model",

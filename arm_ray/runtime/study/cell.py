@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from rich.console import Console
 from arm_ray.config import parse_merge_config
 from arm_ray.errors import ArmRayError
 from arm_ray.runtime.merge.run import merge
+from arm_ray.storage.regular import json_in
 
 REQUEST_NAME, ERROR_NAME = "request.json", "error.txt"
 # Of prctl(2): a signal when the parent ends.
@@ -25,7 +25,7 @@ def main(directory: Path) -> int:
     """Do the merge that is asked for in a directory; returns the exit code, 1 of a failure."""
     _end_with_the_study()
     signal.signal(signal.SIGTERM, _interrupt)
-    request = json.loads((directory / REQUEST_NAME).read_text(encoding="utf-8"))
+    request = json_in(directory / REQUEST_NAME)
     try:
         merge(
             parse_merge_config(request["merge"], source=str(directory)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from arm_ray.runtime.session.telemetry import telemetry
 from arm_ray.runtime.train.log import step_record
 from arm_ray.runtime.train.prepare import Prepared, prepare_grpo, prepare_sft
 from arm_ray.runtime.train.workers import Workers, check_host, fit, local_slots, plan_workers
+from arm_ray.storage.regular import json_in
 from arm_ray.training.config import GrpoConfig, SftConfig, TrainingConfig, parse_training_config
 from arm_ray.training.records import (
     LOG_NAME,
@@ -232,7 +232,7 @@ def _claim(output: Path, config: TrainingConfig, kind: str, prepared: Prepared) 
         output.mkdir(parents=True, exist_ok=True)
         known = output / DATA_NAME
         content = {"kind": kind, "sha256": prepared.digest, "rows": prepared.kept}
-        if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != content:
+        if known.is_file() and json_in(known) != content:
             raise RunDirectoryError(
                 "the training data are not those that the run began with",
                 where=config.data.path,
