@@ -25,7 +25,7 @@ _SHORTEST = 6
 _AUTHORITY = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"]+@")
 _QUERY = re.compile(
     r"(?P<key>[?&#;][^=&\s]*(?:token|secret|password|signature|credential|key|sig)[^=&\s]*=)"
-    r"(?!\$\{\w+\}(?:[&\s'\"]|$))[^&\s'\"]+",
+    r"(?!\$\{\w+\}(?:[&\s'\",;:)]|$))[^&\s'\"]+",
     re.I,
 )
 # Tokens that are known by how they begin: Hugging Face, OpenAI and the like, GitHub, AWS.

@@ -1,6 +1,6 @@
 """Runs one harness under a fuzzer that follows the coverage; see the package.
 
-    python -m tests.fuzz NAME [-max_total_time=SECONDS] [other options of libFuzzer]
+python -m tests.fuzz NAME [-max_total_time=SECONDS] [other options of libFuzzer]
 """
 
 from __future__ import annotations

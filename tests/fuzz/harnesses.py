@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import pickle
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,12 @@ from arm_ray.report.run_record import open_record
 from arm_ray.report.status import status_of
 
 _DIRECTORY = Path(tempfile.mkdtemp(prefix="fuzz-"))
-# What a pickle may not lead to, however it is made.
-_FORBIDDEN = ("os.system", "subprocess.Popen", "exec", "compile", "open")
+# What a pickle may not lead to, however it is made: as Python's audit hooks call it.
+_FORBIDDEN = (
+    *("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec", "compile"),
+    *("import", "socket.connect", "os.remove", "os.rename", "shutil.rmtree", "ctypes.dlopen"),
+    "pickle.find_class",
+)
 
 
 def _file(name: str, data: bytes) -> Path:
@@ -44,7 +49,7 @@ def headers(data: bytes) -> None:
         return
     places = sorted((entry.begin, entry.end) for entry in entries.values())
     assert all(8 <= begin <= end <= len(data) for begin, end in places)
-    assert all(left[1] <= right[0] for left, right in zip(places, places[1:], strict=False))
+    assert all(left[1] <= right[0] for left, right in itertools.pairwise(places))
 
 
 def unpickled(data: bytes) -> None:
@@ -60,16 +65,18 @@ _watched: list[bool] = [False]
 _run: list[str] = []
 
 
-def _audit(event: str, _arguments: tuple[object, ...]) -> None:
-    if _watched[0] and event in _FORBIDDEN and event != "open":
-        _run.append(event)
+def _audit(event: str, arguments: tuple[object, ...]) -> None:
+    # A hook cannot be taken away again.
+    if _watched[0] and event in _FORBIDDEN:
+        _run.append(f"{event} {arguments[:1]}")
 
 
 sys.addaudithook(_audit)
 
 
 @contextlib.contextmanager
-def _nothing_run():  # type: ignore[no-untyped-def]
+def _nothing_run() -> Iterator[None]:
+    _run.clear()
     _watched[0] = True
     try:
         yield

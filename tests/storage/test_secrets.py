@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import json
+from urllib.parse import quote
+
 import pytest
 
-from arm_ray.storage.secrets import all_hidden, hidden
+from arm_ray.storage.secrets import all_hidden, hidden, secret_in
 
 TOKEN = "hf_" + "a1B2c3D4" * 4
 
@@ -22,6 +26,11 @@ TOKEN = "hf_" + "a1B2c3D4" * 4
         (f"token {TOKEN}.", "token …."),
         ("AKIA" + "ABCDEFGH" * 2, "…"),
         ("https://host/path?page=2", "https://host/path?page=2"),
+        ("https://host/#access_token=s3cret", "https://host/#access_token=…"),
+        ("https://host/?token=${NAME}&a=1", "https://host/?token=${NAME}&a=1"),
+        ("https://host/?token=${NAME}x", "https://host/?token=…"),
+        ("Authorization: Bearer abcDEF123456.xyz, then", "Authorization: Bearer …, then"),
+        ("the basic idea is a bearer of news", "the basic idea is a bearer of news"),
         ("mail me@host.org", "mail me@host.org"),
         ("a sketch of hf_models", "a sketch of hf_models"),
     ],
@@ -34,6 +43,40 @@ def test_values_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "of-the-environment")
     monkeypatch.setenv("HF_TOKEN", "ab")  # too short to be one, and part of many words
     assert hidden("key of-the-environment, about") == "key …, about"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+        *("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN", "MY_API_TOKEN"),
+        *("OPENAI_APIKEY", "DB_PASSWD", "client_secret", "GITHUB_TOKEN", "TLS_PRIVATE_KEY"),
+    ],
+)
+def test_variables_that_are_named_like_secrets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = 'of & "this" / machine+0123'
+    monkeypatch.setenv(name, secret)
+    assert secret_in(f"x {secret} y") == name
+    in_json, in_url = json.dumps(secret)[1:-1], quote(secret, safe="")
+    in_base64 = base64.b64encode(secret.encode()).decode()
+    told = hidden(f"{secret}, {in_json}, {in_url}, {in_base64.rstrip('=')}")
+    assert told == "…, …, …, …"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TOKENIZERS_PARALLELISM", "enabled"),
+        ("MAX_TOKENS", "1048576"),
+        ("HF_TOKEN_PATH", "/home/me/token"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/key.json"),
+        ("KEYBOARD", "of the machine"),
+    ],
+)
+def test_variables_that_are_none(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert hidden(f"with {value} here") == f"with {value} here"
+    assert secret_in(value) is None
 
 
 def test_values_of_keys_that_are_named_like_secrets() -> None:
