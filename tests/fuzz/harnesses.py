@@ -54,11 +54,12 @@ def headers(data: bytes) -> None:
 
 def unpickled(data: bytes) -> None:
     """A pickle, plain or torch's: nothing that is not known is looked up, and nothing is run."""
+    file = _file("x.pt", data)
     with _nothing_run(), contextlib.suppress(ArmRayError):
-        pickles.load(_file("x.pt", data))
+        pickles.load(file)
     known = {"torch.Size": torch.Size, "known.Record": pickles.StandIn}
     with _nothing_run(), contextlib.suppress(ArmRayError):
-        pickles.unpickle(_file("x.pickle", data), known)
+        pickles.unpickle(file, known)
 
 
 _watched: list[bool] = [False]
