@@ -1,8 +1,8 @@
 # One command to see it work on a real model, one to pass its tests:
 #   make demo
 #   make test
-# The Makefile's other targets: setup, lock, check, test-all, chaos, lint, docs, picture, bench,
-# release-check, clean.
+# The Makefile's other targets: setup, lock, check, test-all, chaos, lint, fuzz, audit, docs,
+# picture, bench, release-check, clean.
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -14,8 +14,8 @@ LOCK   ?= on
 WORKERS ?= 2
 PYTEST  = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup lock outlook demo check test test-all lint unit docs site picture bench chaos
-.PHONY: release-check clean
+.PHONY: setup lock outlook demo check test test-all lint unit chaos fuzz audit docs site picture
+.PHONY: bench release-check clean
 
 setup: $(VENV)/.ready
 
@@ -54,6 +54,18 @@ lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Each harness of tests/fuzz for FUZZ_S seconds. The fuzzer is beside .venv, as no test needs it.
+FUZZ_S ?= 60
+fuzz: setup
+	$(BIN)/pip install --quiet --target .fuzz --no-deps 'atheris>=3'
+	for name in headers pickles configurations calibration events indexes; do PYTHONPATH=".:.fuzz" $(BIN)/python -m tests.fuzz $$name -max_total_time=$(FUZZ_S) || exit 1; done
+
+# Known weaknesses of the locked packages, by PyPI's advisories: needs the network.
+audit:
+	$(PYTHON) -m venv .audit
+	.audit/bin/pip install --quiet 'pip-audit>=2.7'
+	.audit/bin/pip-audit --requirement constraints/locked.txt --no-deps --disable-pip
+
 # The documentation site, in site/. Any warning is an error; `--quiet` would hide them from --strict.
 docs: setup site
 
@@ -73,4 +85,4 @@ release-check: setup
 	BUILDER="$(BIN)/python" bash scripts/release_check.sh
 
 clean:
-	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .fuzz .audit runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

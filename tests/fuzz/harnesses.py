@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import encodings
 import itertools
 import json
 import pickle
@@ -68,8 +69,16 @@ _run: list[str] = []
 
 def _audit(event: str, arguments: tuple[object, ...]) -> None:
     # A hook cannot be taken away again.
-    if _watched[0] and event in _FORBIDDEN:
+    if _watched[0] and event in _FORBIDDEN and not _is_encoding(event, arguments):
         _run.append(f"{event} {arguments[:1]}")
+
+
+def _is_encoding(event: str, arguments: tuple[object, ...]) -> bool:
+    """Whether Python loads one of its own encodings, which texts in archives and pickles name."""
+    if event == "import":
+        return str(arguments[0]).startswith("encodings")
+    code = arguments[0] if event == "exec" else None
+    return Path(getattr(code, "co_filename", "")).parent == Path(encodings.__file__).parent
 
 
 sys.addaudithook(_audit)

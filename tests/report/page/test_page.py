@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from arm_ray.errors import RunDirectoryError
 from arm_ray.report.page import library
@@ -206,6 +207,39 @@ def test_what_comes_from_a_run_is_escaped(tmp_path: Path) -> None:
     assert sum(tag == "script" for tag, _ in made.tags) == len(made.specs) + 2
     assert EVIL in made.words
     assert "run<b>&" in made.words
+
+
+def test_names_and_paths_of_a_run_are_escaped(tmp_path: Path) -> None:
+    """Of models, tasks, configuration keys and values, paths and warnings: each its own text."""
+    run = merge_run(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    texts = {place: f"{place}{EVIL}" for place in ("base", "candidate", "value", "path", "task")}
+    config |= {"base": texts["base"], "candidates": [texts["candidate"]] * 2}
+    config["calibration"]["path"] = texts["path"]
+    config[f"key{EVIL}"] = texts["value"]
+    config["evaluation"]["tasks"][0]["name"] = texts["task"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    model = f"model{EVIL}"
+
+    def changed(event: dict[str, Any]) -> dict[str, Any]:
+        if event["event"] == "model_scored":
+            scores = {texts["task"]: {"score": 0.5}}
+            return {**event, "model": model, "path": texts["path"], "scores": scores}
+        return {**event, "path": texts["path"]} if "path" in event else event
+
+    keep_events(run, changed)
+    scored(run / "evaluation", "<i>", RIGHT["base"], task="<u>quiz")
+    for text in (page_of([run]), page_of([run, run])):
+        made = Page(text)
+        assert EVIL not in text
+        assert not any(tag in ("img", "i", "u") for tag, _ in made.tags)
+        assert sum(tag == "script" for tag, _ in made.tags) == len(made.specs) + 2
+    alone = Page(page_of([run]))
+    for told in ("base", "candidate", "path"):
+        assert texts[told] in alone.words, told
+    # In YAML's quotes.
+    assert "value<script>" in alone.words
+    assert "key<script>" in alone.words
 
 
 def test_json_within_the_page_cannot_end_its_element(tmp_path: Path) -> None:
