@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+
+import pytest
 
 
 def is_met(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
@@ -44,3 +49,23 @@ def status(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+# Nothing here takes a second; what hangs would hang for ever.
+_HANGS_S = 20
+
+
+@contextlib.contextmanager
+def no_hang() -> Iterator[None]:
+    """End what waits for ever, so that it fails and does not stop all other tests."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        pytest.fail("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(_HANGS_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

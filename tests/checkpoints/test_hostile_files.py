@@ -6,11 +6,8 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import struct
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,25 +20,7 @@ from arm_ray.model.checks import layout_of
 from arm_ray.storage.regular import open_regular, read_text
 from tests.builders.hostile import CASES
 from tests.builders.models import save, tiny_model
-
-# Nothing here takes a second; what hangs would hang for ever.
-_HANGS_S = 20
-
-
-@contextlib.contextmanager
-def no_hang() -> Iterator[None]:
-    """End what waits for ever, so that it fails and does not stop all other tests."""
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        pytest.fail("it hangs")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(_HANGS_S)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+from tests.waiting import no_hang
 
 
 @pytest.fixture(scope="module")

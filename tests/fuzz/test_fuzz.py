@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints.test_hostile_files import no_hang
 from tests.fuzz.harnesses import HARNESSES
+from tests.waiting import no_hang
 
 # Pieces that formats give a meaning to.
 _PIECES = st.sampled_from(
