@@ -90,10 +90,12 @@ def parse_url(given: str) -> Url:
             hint="give credentials and endpoints in the environment: see docs/storage.md",
         )
     parts = path.split("/")
-    if not path or any(part in ("", ".", "..") for part in parts):
+    # Clients would try for long to find the machine of such a bucket.
+    is_name = path.isprintable() and " " not in parts[0]
+    if not path or not is_name or any(part in ("", ".", "..") for part in parts):
         raise StorageError(
             "the URL has no bucket, or an empty part",
-            where=given,
+            where=given if given.isprintable() else ascii(given),
             expected=f"{scheme}://BUCKET/PATH",
         )
     return Url(scheme, path)

@@ -146,7 +146,8 @@ CASES: dict[str, Malformed] = {
         lambda place: place.merge(candidates=["/" + "x" * 5000]), where="xxx"
     ),
     "an unknown format before the path": Malformed(
-        lambda place: place.merge(candidates=["zip:" + str(place.good / "checkpoint-10")])
+        lambda place: place.merge(candidates=["zip:" + str(place.good / "checkpoint-10")]),
+        where="zip:",
     ),
     "the wrong format before the path": Malformed(
         lambda place: place.merge(candidates=["zero:" + str(place.good / "checkpoint-10")]),

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,10 @@ def _dcp(source: Path, target: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     shutil.copy(source / "config.json", target)
-    dcp.save(dict(load_file(source / WEIGHTS)), checkpoint_id=target, no_dist=True)
+    with warnings.catch_warnings():
+        # It says that there is one process.
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.save(dict(load_file(source / WEIGHTS)), checkpoint_id=target, no_dist=True)
 
 
 def _universal(source: Path, target: Path) -> None:
