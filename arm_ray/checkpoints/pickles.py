@@ -8,6 +8,7 @@ made. Whatever else a file names is an error, and the file is not read any furth
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
 import re
 import threading
@@ -15,7 +16,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 
@@ -54,6 +55,8 @@ _HINT = (
     "tool (DeepSpeed: zero_to_fp32.py --safe_serialization; verl: verl.model_merger; "
     "Hugging Face: save_pretrained)"
 )
+# torch's list has this class, which makes as many zeros as a number says.
+_ARRAY, _ARRAY_CLASS = b"bytearray", "class builtins.bytearray"
 # Bytes of a plain pickle that are read by Python's own interpreter.
 _SLOWLY_READ = 1 << 25
 # Mapped files that are kept: more than a merge reads from.
@@ -75,12 +78,16 @@ def load(file: Path) -> Any:
     with open_regular(file) as opened:
         is_zip = opened.read(2) == b"PK"
     # torch's old format is several pickles one after another, and cannot be mapped.
-    if not is_zip and unpickle(file, {}) != torch.serialization.MAGIC_NUMBER:
-        raise _corrupt(file, "another pickle than torch's", "what torch.save has written")
+    if not is_zip:
+        if unpickle(file, {}) != torch.serialization.MAGIC_NUMBER:
+            raise _corrupt(file, "another pickle than torch's", "what torch.save has written")
+        with open_regular(file) as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as m:
+            if m.find(_ARRAY) >= 0:
+                raise refused(file, _ARRAY_CLASS)
     if is_zip:
         with open_regular(file) as opened:
             _check_unpacked(opened, file)
-    return _load(file, file, mmap=is_zip)
+    return _load(file, file, mapped=is_zip)
 
 
 def load_bytes(data: bytes, where: object) -> Any:
@@ -91,22 +98,27 @@ def load_bytes(data: bytes, where: object) -> Any:
     """
     if data[:2] == b"PK":
         _check_unpacked(io.BytesIO(data), where)
-    return _load(io.BytesIO(data), where, mmap=False)
+    elif _ARRAY in data:
+        raise refused(where, _ARRAY_CLASS)
+    return _load(io.BytesIO(data), where, mapped=False)
 
 
 def _check_unpacked(file: IO[bytes], where: object) -> None:
     """Refuse a file whose parts are packed: a few bytes may then stand for any number of them."""
     try:
         with zipfile.ZipFile(file) as archive:
-            packed = [
-                part for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED
-            ]
+            parts = archive.infolist()
+            packed = [part for part in parts if part.compress_type != zipfile.ZIP_STORED]
+            tables = [] if packed else [p for p in parts if p.filename.endswith("data.pkl")]
+            has_arrays = any(_ARRAY in archive.read(table) for table in tables)
     except Exception as error:  # of damaged archives, of many types
         text = " ".join(str(error).split())[:300]
         raise _corrupt(where, text, "a whole file, as the trainer wrote it") from None
     if packed:
         got = f"{packed[0].filename}, packed, of {packed[0].file_size} bytes"
         raise _corrupt(where, got, "parts that are stored as they are, as torch does")
+    if has_arrays:
+        raise refused(where, _ARRAY_CLASS)
 
 
 def load_kept(file: Path) -> Any:
@@ -132,11 +144,11 @@ def let_go() -> None:
         _kept.clear()
 
 
-def _load(source: Any, where: object, *, mmap: bool) -> Any:
+def _load(source: Any, where: object, *, mapped: bool) -> Any:
     allowed: list[Any] = [(stand_in, name) for name, stand_in in _STAND_INS.items()]
     try:
         with _lock, torch.serialization.safe_globals(allowed):
-            return torch.load(source, map_location="cpu", mmap=mmap, weights_only=True)
+            return torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         if _CLASS.search(str(error)) is None:
             text = " ".join(str(error).rpartition("error:")[2].split())[:300]
@@ -202,7 +214,19 @@ def _unpickler(file: Path) -> Any:
     places, and a pickle of six bytes may say 2^32. Python's own has a dictionary. It is slower, so
     that large tables, of thousands of ranks, are not read by it.
     """
-    return pickle._Unpickler if file.stat().st_size <= _SLOWLY_READ else pickle.Unpickler
+    return _Frugal if file.stat().st_size <= _SLOWLY_READ else pickle.Unpickler
+
+
+class _Frugal(pickle._Unpickler):  # type: ignore[misc,name-defined]
+    """Python's own, without the instruction that takes as much memory as it names."""
+
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("a bytearray, which no table has")
+
+    dispatch: ClassVar[Any] = {
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        pickle.BYTEARRAY8[0]: _refuse,
+    }
 
 
 def _corrupt(where: object, got: str, expected: str) -> CorruptCheckpointError:

@@ -105,11 +105,11 @@ def cut(name: str, by: int = 300) -> Change:
     return lambda path: os.truncate(path / name, (path / name).stat().st_size - by)
 
 
-def zipped(name: str, table: bytes) -> Change:
-    """A file as torch writes it, with this pickle in it, which is packed."""
+def packed(name: str, table: bytes, how: int = zipfile.ZIP_STORED) -> Change:
+    """A file as torch writes it, with this pickle in it."""
 
     def change(path: Path) -> None:
-        with zipfile.ZipFile(path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(path / name, "w", how) as archive:
             archive.writestr("archive/data.pkl", table)
             archive.writestr("archive/version", "3\n")
             archive.writestr("archive/byteorder", "little")
@@ -160,7 +160,14 @@ def _offsets(offset: int, length: int) -> Callable[[Any], None]:
 # Pickles written by hand: what they do is said beside them.
 _MEMO_BOMB = b"\x80\x02Nr\xff\xff\xff\x7f."  # keeps something at place 2^31 of its memory
 _LONG_BYTES = b"\x80\x04\x8e" + struct.pack("<Q", 1 << 50) + b"x."  # 2^50 bytes follow
+_LONG_ARRAY = b"\x80\x05\x96" + struct.pack("<Q", 1 << 33) + b"x."  # 2^33 bytes that are made
 _LONG_TEXT = b"\x80\x04\x8d" + struct.pack("<Q", 1 << 50) + b"x."
+_ZEROS = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R."  # of so many zeros
+# What the old format begins with: its number, a version, and what the machine was.
+_OLD = b"".join(
+    pickle.dumps(part, 2)
+    for part in (torch.serialization.MAGIC_NUMBER, 1001, {"little_endian": True})
+)
 _DEEP = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
 _GROWING = b"\x80\x02]q\x00" + b"(h\x00h\x00h\x00e" * 100 + b"."  # holds itself
 _GLOBAL = b"cos\nsystem\n(S'touch harmed'\ntR."
@@ -169,6 +176,7 @@ _EXTENSION = b"\x80\x02\x84\xff\xff\xff\x7f."  # a name from copyreg's table
 _BUFFER = b"\x80\x05\x97."  # data that is elsewhere
 _BIG_INTEGER = b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b"x."
 _FLOAT = b"Fxyz\n."
+
 
 CASES: dict[str, Malformed] = {
     "ZeRO: an optimizer file cut": zero(cut(_OPTIMIZER)),
@@ -243,9 +251,13 @@ CASES: dict[str, Malformed] = {
     "ZeRO: a pickle that runs a command": zero(pickled(_OPTIMIZER, Harm())),
     "ZeRO: torch's file that runs a command": zero(saved(_OPTIMIZER, Harm())),
     "ZeRO: a name of the system": zero(raw(_OPTIMIZER, _GLOBAL)),
-    "ZeRO: a packed bomb": zero(zipped(_OPTIMIZER, bytes(1 << 31))),
+    "ZeRO: a packed bomb": zero(packed(_OPTIMIZER, bytes(1 << 28), zipfile.ZIP_DEFLATED)),
     "ZeRO: a memory of 2^31 places": zero(raw(_OPTIMIZER, _MEMO_BOMB)),
     "ZeRO: 2^50 bytes": zero(raw(_OPTIMIZER, _LONG_BYTES)),
+    "ZeRO: an array of 2^33 bytes": zero(raw(_OPTIMIZER, _LONG_ARRAY)),
+    "ZeRO: an array of 2^33 zeros": zero(packed(_OPTIMIZER, _ZEROS)),
+    "ZeRO: an array of 2^33 zeros in the old format": zero(raw(_OPTIMIZER, _OLD + _ZEROS)),
+    "DCP: a table with an array of 2^33 bytes": dcp_(raw(".metadata", _LONG_ARRAY)),
     "ZeRO: a text of 2^50 bytes": zero(raw(_OPTIMIZER, _LONG_TEXT)),
     "ZeRO: lists in lists": zero(raw(_OPTIMIZER, _DEEP)),
     "ZeRO: a list that holds itself": zero(raw(_OPTIMIZER, _GROWING)),
