@@ -24,6 +24,7 @@ from arm_ray.checkpoints.weight_file import (
     write_json,
     write_weight_file,
 )
+from arm_ray.storage.atomic import copy_file
 from arm_ray.storage.regular import json_in
 
 MANIFEST_NAME = "state.json"
@@ -280,19 +281,20 @@ def write_companions(
     if "auto_map" in config:
         # Code of the model's own, which is copied and never run.
         for file in (code or source).glob("*.py"):
-            shutil.copyfile(file, directory / file.name)
+            copy_file(file, directory / file.name)
 
 
 def copy_companions(directory: Path, source: Path) -> None:
     """Copy the tokenizer, chat template and generation settings from `source`."""
     for name in _COMPANIONS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+            copy_file(source / name, directory / name)
     # Tokenizers with several chat templates keep them in a folder.
     if (source / "additional_chat_templates").is_dir():
         shutil.copytree(
             source / "additional_chat_templates",
             directory / "additional_chat_templates",
+            copy_function=lambda file, copy: copy_file(Path(file), Path(copy)),
             dirs_exist_ok=True,
         )
 

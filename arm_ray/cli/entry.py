@@ -16,6 +16,7 @@ from arm_ray.cli.parser import make_parser
 from arm_ray.errors import ArmRayError
 from arm_ray.model.imports import OWN_PROCESS
 from arm_ray.noise import VERBOSE, silence
+from arm_ray.storage.disk import file_error
 from arm_ray.storage.secrets import hidden
 from arm_ray.storage.urls import plain_path
 
@@ -89,13 +90,9 @@ def _run(arguments: Sequence[str] | None, is_own_process: bool) -> int:
         # Of the machine, and no fault of ours: a disk, a name, a permission.
         if isinstance(error, BrokenPipeError):
             raise
-        told = ArmRayError(
-            "a file cannot be read or written",
-            where=error.filename or "unknown: --debug shows where it was met",
-            got=error.strerror or error,
-            hint="check the path, its permissions and the disk",
-        )
-        return _told(told, options)
+        where = error.filename or "unknown: --debug shows where it was met"
+        of_file = file_error(error, where)
+        return _told(of_file or ArmRayError(f"{error.strerror or error}", where=where), options)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130

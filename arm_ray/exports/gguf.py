@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from arm_ray.errors import ConfigError, NotACheckpointError, WorkerError
 from arm_ray.exports.hub import model_directory
+from arm_ray.storage.atomic import put_file
+from arm_ray.storage.disk import files_told
 
 SCRIPT = "convert_hf_to_gguf.py"
 VARIABLE = "LLAMA_CPP"
@@ -74,6 +77,8 @@ def export_gguf(
         ConfigError: There is no converter, or there is such a file.
         NotACheckpointError: The model is not whole, or an adapter.
         WorkerError: The converter failed; shows what it said last.
+        DiskSpaceError: The disk is full.
+        RunDirectoryError: The file cannot be written.
     """
     directory = model_directory(path)
     if (directory / "adapter_config.json").is_file():
@@ -91,24 +96,31 @@ def export_gguf(
         raise ConfigError(
             "there is such a file already", where=target, hint="choose another --output, or --force"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     command = [sys.executable, str(script), str(directory), "--outfile", str(partial)]
     command += ["--outtype", kind]
     say(f"{script}: {directory} to {target}")
+    with files_told(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _convert(command, partial, target, say)
+    return target
+
+
+def _convert(command: list[str], partial: Path, target: Path, say: Callable[[str], object]) -> None:
+    """Run the converter, and give its file the final name once it is whole."""
     try:
         _run(command, say)
         if not _is_gguf(partial):
             raise WorkerError(
                 "the converter has written no GGUF file",
-                where=script,
+                where=command[1],
                 expected=f"a file that begins with {_MAGIC.decode()}",
                 hint="try it by hand: its own messages are above",
             )
-        partial.replace(target)
+        put_file(partial, target)
     finally:
-        partial.unlink(missing_ok=True)
-    return target
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _is_gguf(file: Path) -> bool:

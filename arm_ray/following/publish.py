@@ -24,6 +24,7 @@ from typing import Any
 
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.errors import RunDirectoryError
+from arm_ray.storage.atomic import copy_file, sync_directory
 from arm_ray.storage.regular import json_in
 
 EVIDENCE = "arm_ray.json"
@@ -80,11 +81,11 @@ def publish(
         own = partial / EVIDENCE
         said = json_in(own) if own.is_file() else {}
         write_json(own, {**said, **evidence})
-        _sync(partial)
+        sync_directory(partial)
         if not is_best and _pointed(directory, BEST) == target:
             _keep_best(directory, target)
         _put(partial, target)
-        _sync(directory)
+        sync_directory(directory)
     _point(directory, LATEST, target.name)
     if is_best:
         _point(directory, BEST, target.name)
@@ -154,7 +155,7 @@ def _keep_best(directory: Path, target: Path) -> None:
     partial = directory / f".{kept.name}"
     _remove_tree(partial)
     shutil.copytree(target, partial, copy_function=_link_or_copy)
-    _sync(partial)
+    sync_directory(partial)
     _remove_tree(kept)
     partial.rename(kept)
     _point(directory, BEST, kept.name)
@@ -234,13 +235,4 @@ def _link_or_copy(source: str, target: str) -> None:
         # A link to a link would point to nowhere from here.
         os.link(os.path.realpath(source), target)
     except OSError:
-        shutil.copy2(source, target)
-
-
-def _sync(directory: Path) -> None:
-    """Have the names in a directory on disk."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        copy_file(Path(source), Path(target), keeps_times=True)

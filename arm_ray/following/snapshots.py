@@ -19,6 +19,7 @@ from pathlib import Path
 
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.following.layouts import Found, Identity, RunWatcher
+from arm_ray.storage.atomic import put_directory
 from arm_ray.storage.regular import json_in
 
 RECORD = "snapshot.json"
@@ -117,7 +118,7 @@ def take(
             return None, problem
         record = {**asdict(made), "path": target.name, "source": str(found.path)}
         write_json(partial / RECORD, record)
-        partial.rename(target)
+        put_directory(partial, target)
         return made, ""
     except OSError as error:
         if error.errno in _GONE:
@@ -230,5 +231,7 @@ def _copy(source: Path, target: Path, bytes_per_s: float | None, pause: Callable
                 ahead = copied / bytes_per_s - (time.monotonic() - started)
                 if ahead > 0.0:
                     time.sleep(ahead)
+        writer.flush()
+        os.fsync(writer.fileno())
     status = source.stat()
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))

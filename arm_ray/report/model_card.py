@@ -12,6 +12,7 @@ from arm_ray.checkpoints.states import StateManifest
 from arm_ray.config import MergeConfig
 from arm_ray.report.scores import Scores, scores_as_markdown
 from arm_ray.schedule import state_name
+from arm_ray.storage.atomic import write_text
 from arm_ray.storage.secrets import hidden
 
 _TEMPLATE = """---
@@ -110,7 +111,7 @@ def write_model_card(
         version=arm_ray.__version__,
         config=hidden(config.to_yaml()),
     )
-    (directory / "README.md").write_text(text, encoding="utf-8")
+    write_text(directory / "README.md", text)
 
 
 def _coefficient(config: MergeConfig) -> str:

@@ -1,14 +1,21 @@
-"""Files that are there whole, or not at all. Imports nothing heavy."""
+"""Files and directories that are there whole, or not at all. Imports nothing heavy.
+
+What has its final name is on disk: contents are synced before names are given, so that neither the
+end of the process nor that of the machine leaves something that looks whole and is not.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+_COPY_BYTES = 1 << 24
 
 
 @contextlib.contextmanager
@@ -34,7 +41,9 @@ def atomic_file(
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        # A disk that takes no writes may let nothing be removed either; that is not what to tell.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
 
 
@@ -42,3 +51,47 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
     with atomic_file(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def copy_file(source: Path, target: Path, *, keeps_times: bool = False) -> None:
+    """Copy a file, whole or not at all.
+
+    Args:
+        source: The file.
+        target: Its copy; an older one is replaced.
+        keeps_times: Whether the copy has the source's times and permissions, too.
+    """
+    with source.open("rb") as reader, atomic_file(target) as writer:
+        shutil.copyfileobj(reader, writer, _COPY_BYTES)
+        if keeps_times:
+            writer.flush()
+            shutil.copystat(source, writer.name)
+
+
+def put_file(partial: Path, target: Path) -> None:
+    """Give a file that somebody else has written whole its final name."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(target)
+
+
+def put_directory(partial: Path, target: Path) -> None:
+    """Give a finished directory, whose files are on disk, its final name."""
+    sync_directory(partial)
+    partial.rename(target)
+    sync_directory(target.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the names in a directory on disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -5,6 +5,7 @@ Failed requests are tried again by the libraries below, a few times and with pau
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -178,6 +179,8 @@ class Store:
             ):
                 while piece := source.read(_PIECE_BYTES):
                     target.write(piece)
+                target.flush()
+                os.fsync(target.fileno())
             if partial.stat().st_size != file.num_bytes:
                 raise StorageError(
                     "a file was replaced while it was copied",
@@ -189,7 +192,8 @@ class Store:
             os.utime(partial, ns=(file.time_ns, file.time_ns))
             partial.replace(local)
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, in this order; those that are not there are passed over."""

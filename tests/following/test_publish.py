@@ -99,7 +99,7 @@ class KilledError(BaseException):
     """Stands for the end of the process."""
 
 
-STEPS = ["copytree", "write_json", "_sync", "_put", "_point", "_prune"]
+STEPS = ["copytree", "write_json", "sync_directory", "_put", "_point", "_prune"]
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -27,6 +27,7 @@ from arm_ray.config import scratch_path
 from arm_ray.errors import ArmRayError
 from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.calls import NODE_FILES, get_results
+from arm_ray.storage.atomic import put_file
 from arm_ray.storage.store import StoredFile
 
 _P = ParamSpec("_P")
@@ -94,9 +95,7 @@ class NodeFiles:
 
     def finish(self, partial: Path, file: Path) -> None:
         """Give a file that was written whole its name."""
-        with partial.open("rb") as opened:
-            os.fsync(opened.fileno())
-        partial.replace(file)
+        put_file(partial, file)
 
     def groups(self) -> set[tuple[int, int]]:
         """Iteration and layer group of each weight file of merged states on this node."""

@@ -32,6 +32,7 @@ from arm_ray.runtime.merge.state_storage import StateStorage
 from arm_ray.runtime.output.provenance import made_of
 from arm_ray.runtime.shards.made_states import Written
 from arm_ray.schedule import BASE, iterations_needed_after
+from arm_ray.storage.atomic import put_directory
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ class Publisher:
         made = made_of(self._config, self._inputs.checkpoints, run, selection.name)
         write_provenance(partial, made)
         # The rename is the moment of publication: `model/` is whole or absent.
-        partial.rename(run.model)
+        put_directory(partial, run.model)
         seconds = round(time.monotonic() - started, 3)
         if self._config.keep_states == "none":
             shutil.rmtree(run.path / "states", ignore_errors=True)

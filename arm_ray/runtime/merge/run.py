@@ -46,6 +46,7 @@ from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
 from arm_ray.runtime.shards.placement import Place, Placement, local_slots
 from arm_ray.schedule import merge_sizes
+from arm_ray.storage.disk import file_error
 from arm_ray.storage.urls import is_url
 
 
@@ -287,9 +288,11 @@ def _failures_recorded(run: RunDirectory, needs: SpaceNeeds) -> Iterator[None]:
     except (ArmRayError, OSError) as error:
         failure: Exception = error
         if isinstance(error, OSError):
-            if not is_disk_full(error):
+            full = is_disk_full(error)
+            told = run.disk_full(needs, error) if full else file_error(error, run.path)
+            if told is None:
                 raise
-            failure = run.disk_full(needs, error)
+            failure = told
         with contextlib.suppress(OSError):
             run.events.write(RunFailed(type(failure).__name__, str(failure)))
         if failure is error:

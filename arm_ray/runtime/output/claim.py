@@ -9,6 +9,7 @@ from pathlib import Path
 from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.errors import RunDirectoryError
 from arm_ray.storage import lease, room
+from arm_ray.storage.disk import files_told
 from arm_ray.storage.store import Store
 
 CONFIG_NAME = "config.yaml"
@@ -26,7 +27,9 @@ def claimed(path: Path, who: str) -> Iterator[None]:
         who: What works in it, for the error.
 
     Raises:
-        RunDirectoryError: It cannot be written, or another process works in it.
+        RunDirectoryError: It cannot be written, another process works in it, or a file within the
+            context could not be read or written.
+        DiskSpaceError: The disk was full within the context.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -39,9 +42,13 @@ def claimed(path: Path, who: str) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise RunDirectoryError(
-                "the output directory cannot be written", where=path, got=error
+                "the output directory cannot be written",
+                where=path,
+                got=error,
+                hint="look at its disk and its permissions, or choose another output",
             ) from None
-        yield
+        with files_told(path):
+            yield
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from rich.console import Console
 from arm_ray.config import parse_merge_config
 from arm_ray.errors import ArmRayError
 from arm_ray.runtime.merge.run import merge
+from arm_ray.storage.atomic import write_text
 from arm_ray.storage.regular import json_in
 
 REQUEST_NAME, ERROR_NAME = "request.json", "error.txt"
@@ -38,7 +39,7 @@ def main(directory: Path) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # told by the study, whose other cells go on
-        (directory / ERROR_NAME).write_text(error_text(error), encoding="utf-8")
+        write_text(directory / ERROR_NAME, error_text(error))
         return 1
     return 0
 

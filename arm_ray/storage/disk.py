@@ -1,0 +1,55 @@
+"""What the files of a machine say when they cannot be read or written, in words of our own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from arm_ray.errors import ArmRayError, DiskSpaceError, RunDirectoryError, is_disk_full
+
+# Of pipes, sockets and processes: not about files, though Python has them below OSError.
+_OTHERS = (BrokenPipeError, ConnectionError, TimeoutError, ChildProcessError, ProcessLookupError)
+_AGAIN = "the same command again goes on from what is complete"
+
+
+def file_error(error: OSError, where: object = None) -> ArmRayError | None:
+    """The error to raise for a file that could not be read or written.
+
+    Args:
+        error: What the system said.
+        where: Whose file it was, where the system names none.
+
+    Returns:
+        None where it is not about a file, or already one of ours.
+    """
+    if isinstance(error, _OTHERS) or error.errno is None:
+        return None
+    place = error.filename or where
+    if is_disk_full(error):
+        return DiskSpaceError(
+            f"the disk is full: {error.strerror}",
+            where=place,
+            hint=f"free some; {_AGAIN}",
+        )
+    return RunDirectoryError(
+        f"a file cannot be read or written: {error.strerror}",
+        where=place,
+        got=error,
+        hint=f"look at its disk, its mount and its permissions; {_AGAIN}",
+    )
+
+
+@contextlib.contextmanager
+def files_told(where: object) -> Iterator[None]:
+    """Have errors of files within the context raised as errors of ours; see `file_error`.
+
+    Args:
+        where: Whose files they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        told = file_error(error, where)
+        if told is None:
+            raise
+        raise told from error
