@@ -474,7 +474,6 @@ def test_no_difference_to_itself() -> None:
         ("schedule.max_iterations=7", "schedule.max_iterations: 6 -> 7"),
         ("schedule.tolerance=0", "schedule.tolerance: 0.0001 -> 0.0"),
         ("calibration.seed=1", "calibration.seed: 0 -> 1"),
-        ("precision.storage_dtype=float32", "precision.storage_dtype: auto -> float32"),
         ("tokenizer=base", "tokenizer: auto -> base"),
         ("runtime.threads=2", "runtime.threads: 1 -> 2"),
         ("runtime.micro_batch_tokens=64", "runtime.micro_batch_tokens: 2048 -> 64"),
@@ -505,6 +504,13 @@ def test_a_format_that_was_asked_for_is_a_difference_to_another_one() -> None:
 )
 def test_keys_that_have_no_influence_are_none(override: str) -> None:
     assert config_difference(parse(), parse(override)) == []
+
+
+def test_the_format_of_the_written_model_counts_once_it_is_written() -> None:
+    one, other = parse(), parse("precision.storage_dtype=float32")
+    assert config_difference(one, other) == []
+    line = "precision.storage_dtype: auto -> float32"
+    assert config_difference(one, other, published=True) == [line]
 
 
 def test_a_section_that_appears_is_a_difference() -> None:

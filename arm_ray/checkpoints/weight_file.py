@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from arm_ray.errors import CorruptCheckpointError
+from arm_ray.errors import CorruptCheckpointError, NumericalError
 from arm_ray.storage.atomic import atomic_file as atomic_file
 from arm_ray.storage.atomic import write_json as write_json
 from arm_ray.storage.regular import open_regular
@@ -373,13 +373,43 @@ class SharedWriter:
         return self._places[name][1].dtype
 
     def write(self, name: str, first_row: int, rows: Tensor) -> int:
-        """Write some rows of a tensor, cast to the dtype of the file; returns bytes."""
+        """Write some rows of a tensor, cast to the dtype of the file; returns bytes.
+
+        Raises:
+            NumericalError: They do not fit into that dtype.
+        """
         offset, spec = self._places[name]
-        data = rows.detach().to(device="cpu", dtype=spec.dtype).contiguous()
+        data = narrowed(rows.detach(), spec.dtype, name).to(device="cpu").contiguous()
         view = data.reshape(-1).view(torch.uint8).numpy().data
         row_bytes = spec.num_bytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
         self._put(view, offset + first_row * row_bytes)
         return data.nbytes
+
+
+def narrowed(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Rows of a tensor in the dtype of a file.
+
+    Raises:
+        NumericalError: A finite number is too large for it, and would become infinity or NaN.
+    """
+    cast = rows.to(dtype)
+    if not (rows.is_floating_point() and dtype.is_floating_point) or rows.dtype == dtype:
+        return cast
+    if torch.finfo(dtype).max >= torch.finfo(rows.dtype).max:
+        return cast
+    most = float(rows.abs().max()) if rows.numel() else 0.0
+    # What is not finite in the first place is as it was read; a little above is rounded down.
+    is_beyond = torch.finfo(dtype).max < most < torch.inf
+    if is_beyond and not bool(torch.isfinite(cast.float()).all()):
+        raise NumericalError(
+            f"{name} does not fit into {str(dtype).removeprefix('torch.')}",
+            where="the weights that are written",
+            got=f"{most:.6g}",
+            expected=f"numbers of at most {torch.finfo(dtype).max:.6g}",
+            hint="set precision.storage_dtype to bfloat16 or float32; the states that are finished "
+            "stay, and the same command goes on from them",
+        )
+    return cast
 
 
 def _put_into(file: IO[bytes]) -> Put:

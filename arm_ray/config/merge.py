@@ -100,7 +100,7 @@ class PrecisionConfig(Section):
     compute_dtype: DTypeOrAuto = "auto"
     """Of the forward pass; auto: the base's where the devices multiply it by themselves, else
     float32. A run that goes on elsewhere keeps it."""
-    storage_dtype: StorageDType = "auto"
+    storage_dtype: Annotated[StorageDType, MODEL] = "auto"
     """Of the final model; auto: each tensor as in the base, and bfloat16 for what that has in FP8.
     float8_e4m3fn: the weights that the base has in FP8 with a scale for each block are quantised so
     again, and the others are as in the base."""

@@ -33,10 +33,10 @@ from arm_ray.errors import (
 from arm_ray.events import read_events
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge.run import merge
-from arm_ray.runtime.output.claim import CONFIG_NAME, claimed
+from arm_ray.runtime.output.claim import CONFIG_NAME, claimed, write_config
 from arm_ray.runtime.output.provenance import environment
 from arm_ray.schedule import BASE, INITIAL, candidate_name
-from arm_ray.storage.atomic import atomic_file
+from arm_ray.storage.disk import files_told
 from arm_ray.storage.urls import is_url
 
 
@@ -183,7 +183,7 @@ def repair(
             expected="a run directory, which says what the model was made of",
             hint=f"make the model again: arm-ray reproduce {path} --output DIR",
         )
-    text = (path / CONFIG_NAME).read_bytes()
+    text = (path / CONFIG_NAME).read_text(encoding="utf-8")
     config = load_merge_config(path / CONFIG_NAME)
     if is_url(config.output):
         raise RunDirectoryError(
@@ -205,12 +205,15 @@ def repair(
     try:
         merge(config, address=address, console=console)
     except BaseException:
-        if aside is not None and not (path / "model").exists():
-            aside.rename(path / "model")
+        # As it was, as far as the disk lets it be; what went wrong first is what is told.
+        with contextlib.suppress(OSError):
+            if aside is not None and not (path / "model").exists():
+                aside.rename(path / "model")
+        with contextlib.suppress(OSError):
+            write_config(path, text)
         raise
-    finally:
-        with atomic_file(path / CONFIG_NAME) as file:
-            file.write(text)
+    with files_told(path):
+        write_config(path, text)
     after = verify(path)
     return after, (same_tensors(was, digests_of(path / "model")) if was else None)
 

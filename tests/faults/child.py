@@ -27,6 +27,7 @@ Said = dict[str, Any]
 
 def first(shim: Shim, scenario: Scenario, root: Path, out: Path, fault: Fault) -> Said:
     """Do it, with a fault; says how it ended."""
+    scenario.begin(root, out)
     shim.arm(out, fault)
     said: Said = {"ended": "well"}
     try:
@@ -94,7 +95,9 @@ def main() -> None:
                 root.mkdir()
                 scenario.make(root)
                 # What is imported late is imported once.
-                scenario.run(root, Path(place, f"warm-{len(roots)}"))
+                warm = Path(place, f"warm-{len(roots)}")
+                scenario.begin(root, warm)
+                scenario.run(root, warm)
             fault, out = Fault(**asked["fault"]), Path(place, "out", "run")
             out.parent.mkdir()
             said = forked(lambda s=scenario, r=root, o=out, f=fault: first(shim, s, r, o, f))  # type: ignore[misc]

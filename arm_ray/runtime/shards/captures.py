@@ -14,6 +14,7 @@ from torch import Tensor
 
 from arm_ray.errors import NumericalError, ShardLostError
 from arm_ray.merging.method import Method
+from arm_ray.merging.watch import check_activations, names_of
 from arm_ray.model.activations import GroupOutput, MaskedMeans, Wanted, output_shifts
 from arm_ray.model.architecture import expert_name
 from arm_ray.model.group import Decoder
@@ -75,6 +76,8 @@ class _Iteration:
     means: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     # (state, expert's weight) -> which samples send it a token.
     seen: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    # (state, layer group) -> squared norm of its hidden states, on the device: nothing waits here.
+    squares: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     # (contributor, place) -> information; (place, micro-batch) -> the reference's labels.
     information: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -102,7 +105,10 @@ class Captures:
     def collect(self, micro: MicroPass, group: int, output: GroupOutput) -> None:
         """Take over what one layer group gave."""
         found = self._of(micro)
-        found.arrived[micro.state, group] += len(micro.positions)
+        key = (micro.state, group)
+        found.arrived[key] += len(micro.positions)
+        square = torch.linalg.vector_norm(output.hidden, dtype=torch.float32).double() ** 2
+        found.squares[key] = found.squares[key] + square if key in found.squares else square
         for name, mean in output.means.items():
             _put(found.means, (micro.state, name), micro, mean)
         for name, seen in output.seen.items():
@@ -259,6 +265,7 @@ class Captures:
         A call to merge is queued behind the forward calls, whatever becomes of these.
 
         Raises:
+            NumericalError: The activations of a state are not finite, or have exploded.
             ShardLostError: A shard that sends hidden states here was lost before it sent them all.
         """
         found = self._iterations.get(plan.iteration)
@@ -271,6 +278,12 @@ class Captures:
                     got=f"{arrived} samples",
                     hint="run the same command again to go on after the last complete iteration",
                 )
+        if found is not None:
+            squares = {s: float(found.squares[s, group]) for s, g in found.squares if g == group}
+            numbers = self._layout.layer_numbers
+            layers = {numbers[n] for n in self._layout.groups[group].tensors if n in numbers}
+            place, dtype = names_of(sorted(layers)), str(self._compute_dtype)
+            check_activations(squares, place, plan.iteration, dtype)
 
     def drop(self, plan: IterationPlan, names: tuple[str, ...]) -> None:
         """Let go of a merged group's activations."""

@@ -18,6 +18,7 @@ from arm_ray.checkpoints.weight_file import TensorSpec
 from arm_ray.merging.operator import AnyRotation, MergedTensor, TensorInputs
 from arm_ray.merging.rotation import RotationFacts
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
+from arm_ray.merging.watch import check_merged
 from arm_ray.model.architecture import expert_name
 from arm_ray.model.changes import Changes
 from arm_ray.planning.workload import PIECE, linear_piece
@@ -27,10 +28,10 @@ from arm_ray.runtime.shards.pieces import (
     Flushes,
     Workers,
     WriteBehind,
+    checked_rows,
     group_specs,
     group_writer,
     is_by_expert,
-    not_finite,
     pieces_of,
     tensor_inputs,
 )
@@ -251,7 +252,7 @@ class GroupMerge:
     ) -> TensorInputs:
         expert = self._expert(spec, rows)
         weights = [
-            self._matrix(self.store.rows(state, group, spec.name, rows), spec.name, expert)
+            self._matrix(self._rows(state, group, spec.name, rows), spec.name, expert)
             for state in plan.inputs
         ]
         inputs = tensor_inputs(
@@ -295,6 +296,12 @@ class GroupMerge:
             blocks=blocks,
             rotations=rotations,
         )
+
+    def _rows(self, state: str, group: int, name: str, rows: slice) -> Tensor:
+        if self.spec.method.needs_forward:
+            # Looked at before the first iteration.
+            return self.store.rows(state, group, name, rows)
+        return checked_rows(self.spec, self.store, state, group, name, rows)
 
     def _expert(self, spec: TensorSpec, rows: slice) -> int | None:
         """Which expert of a tensor of all experts a piece is; None: it is no expert."""
@@ -343,13 +350,13 @@ class GroupMerge:
         expert: int | None,
     ) -> SimilaritySums:
         by_state = dict(zip(plan.inputs, (inputs.reference, *inputs.contributors), strict=True))
+        merged = dict(by_state)
         for state in (plan.previous, BASE):
             if state not in by_state:
                 rows = self.store.rows(state, group, inputs.name, inputs.rows)
                 by_state[state] = self._matrix(rows, inputs.name, expert)
         sums = similarity_sums(result.tensor, by_state[plan.previous], by_state[BASE])
-        if not sums.is_finite:
-            raise not_finite(inputs.name, plan)
+        check_merged(inputs.name, sums, merged, plan.iteration)
         return sums
 
     def _matrix(self, piece: Tensor, name: str, expert: int | None) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from arm_ray.checkpoints import states
-from arm_ray.checkpoints.validation import check_finite
 from arm_ray.checkpoints.weight_file import (
     SharedWeightFile,
     SharedWriter,
@@ -21,9 +20,9 @@ from arm_ray.checkpoints.weight_file import (
     WeightFileWriter,
     opened_for,
 )
-from arm_ray.errors import about
 from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
+from arm_ray.merging.watch import check_merged
 from arm_ray.model.changes import Changes
 from arm_ray.planning.workload import linear_piece
 from arm_ray.runtime.shards.facts import ModelFacts
@@ -31,9 +30,9 @@ from arm_ray.runtime.shards.pieces import (
     Workers,
     Write,
     WriteBehind,
+    checked_rows,
     group_specs,
     group_writer,
-    not_finite,
     pieces_of,
     tensor_inputs,
 )
@@ -256,7 +255,7 @@ class _GroupMerge:
     ) -> Tensor:
         if state in made:
             return rows_of(made[state], rows)
-        return self.store.rows(state, self.group, tensor.name, rows)
+        return checked_rows(self.spec, self.store, state, self.group, tensor.name, rows)
 
     def _run_piece(
         self,
@@ -282,14 +281,8 @@ class _GroupMerge:
             inputs = self._inputs(plan, tensor, rows, weights, statistics, is_measured=is_measured)
             result = self.spec.method.merge(inputs).tensor
             compared = similarity_sums(result, get(plan.previous), get(BASE))
-            if not compared.is_finite:
-                # The weights were not looked at before: tell a bad input from a bad coefficient.
-                for state, checkpoint in self.spec.checkpoints.items():
-                    where = f"{state}: {checkpoint.tensors[tensor.name].file}"
-                    whole = checkpoint.read([tensor.name])[tensor.name]
-                    with about(state):
-                        check_finite(whole, tensor.name, where)
-                raise not_finite(tensor.name, plan)
+            by_state = dict(zip(plan.inputs, weights, strict=True))
+            check_merged(tensor.name, compared, by_state, plan.iteration)
             sums.append(compared)
             known[plan.output] = result
             merged.append(result)

@@ -219,9 +219,10 @@ class ShardLosses:
         if not isinstance(state, Trial) and not np.isfinite(found).all():
             raise NumericalError(
                 "the loss is NaN or infinite",
-                where=state,
+                where=f"{state}, iteration {plan.iteration}",
                 got=f"compute_dtype {self._spec.compute_dtype}",
-                hint="set precision.compute_dtype to float32 or bfloat16",
+                hint="set precision.compute_dtype to float32 or bfloat16; if that is so already, "
+                f"{state} is broken: leave it out",
                 subject=state,
             )
         return found

@@ -21,6 +21,7 @@ from arm_ray.checkpoints.weight_file import (
     SharedWeightFile,
     SharedWriter,
     TensorSpec,
+    narrowed,
     opened_for,
     weight_file_bytes,
 )
@@ -225,7 +226,7 @@ class MadeStates:
         spec, rows = piece
         file = files[spec.name]
         # Cast where the weights are: less is copied.
-        cast = rows_of(tensors[spec.name], rows).to(file.dtype(spec.name))
+        cast = narrowed(rows_of(tensors[spec.name], rows), file.dtype(spec.name), spec.name)
         writes += self._behind.write(file.write, spec.name, rows.start, cast)
         return cast.nbytes
 

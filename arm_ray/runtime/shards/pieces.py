@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from arm_ray.checkpoints import states
+from arm_ray.checkpoints.validation import check_finite
 from arm_ray.checkpoints.weight_file import TensorSpec, WeightFileWriter
-from arm_ray.errors import NumericalError
+from arm_ray.errors import about
 from arm_ray.merging.operator import TensorInputs
+from arm_ray.merging.watch import check_finite_rows, looks_finite
 from arm_ray.model.layout import ModelLayout
 from arm_ray.planning.workload import WRITERS
 from arm_ray.runtime.shards.spec import ShardSpec
@@ -126,13 +128,28 @@ def tensor_inputs(
     )
 
 
-def not_finite(name: str, plan: IterationPlan) -> NumericalError:
-    """The error for a merged tensor that is not finite."""
-    return NumericalError(
-        f"merging {name} gave NaN, infinity or numbers too large",
-        where=f"iteration {plan.iteration}",
-        hint="use a smaller method.coefficient",
-    )
+def checked_rows(
+    spec: ShardSpec, store: WeightStore, state: str, group: int, name: str, rows: slice
+) -> Tensor:
+    """Rows of a tensor, float32, of a merge whose weights were not looked at before.
+
+    Not all operators let what is not finite come out again.
+
+    Raises:
+        CorruptCheckpointError: Names the tensor of a checkpoint, and the first bad position.
+        NumericalError: It is of a merged state.
+    """
+    found = store.rows(state, group, name, rows)
+    if looks_finite(found):
+        return found
+    checkpoint = spec.checkpoints.get(state)
+    if checkpoint is None:
+        check_finite_rows(found, name, state)
+        return found
+    with about(state):
+        whole = checkpoint.read([name])[name]
+        check_finite(whole, name, f"{state}: {checkpoint.tensors[name].file}")
+    return found
 
 
 class Workers:

@@ -1,0 +1,106 @@
+"""Whatever file operation fails, and whenever the process ends: nothing torn, nothing lost.
+
+Every call that changes a file of a small job is counted, and then each of them fails in turn, or
+is the last one of the process. The job ends with an error that says what to do, or goes on without
+what is only for people and says so; nothing half written can be seen; and the same job afterwards
+ends with the same bits as one that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.faults import figures
+from tests.faults.conftest import Faulty
+from tests.faults.scenarios import SCENARIOS
+from tests.faults.shim import Fault
+
+pytestmark = pytest.mark.processes
+
+FAULTS = (
+    Fault("from then on", "ENOSPC"),
+    Fault("once", "EIO"),
+    Fault("once", "EDQUOT"),
+    Fault("from then on", "EROFS"),
+    Fault("short write", "ENOSPC"),
+    Fault("kill"),
+)
+EACH = (FAULTS[0], FAULTS[-1])
+SEED = 20
+# Nothing else of these runs shows it: what is for people alone, or is tidied up at the next start.
+_FOR_PEOPLE = ("tensorboard", "report.html", ".partial", "unlink", "rmdir")
+
+
+def problem_of(scenario: str, said: dict[str, Any], expected: str) -> str | None:
+    """What is wrong with how a case ended; None: nothing."""
+    if "torn" in said:
+        return f"torn, or not to be gone on with: {said['torn']}"
+    if said["result"] != expected:
+        return "the job that went on made something else"
+    if said["before"] not in (None, expected):
+        return "something unfinished looked finished"
+    if said["ended"] == "with a traceback":
+        return f"a traceback: {said['error']}"
+    if said["ended"] == "with an error" and not said["hint"]:
+        return f"an error without a hint: {said['error']}"
+    place = "" if said["ended"] != "well" or said["told"] else said["place"]
+    if place and not any(name in place for name in _FOR_PEOPLE):
+        return f"nothing was told of {place}"
+    return None
+
+
+def check(faulty: Faulty, scenario: str, faults: list[Fault]) -> tuple[int, list[str]]:
+    """Do cases; returns how many were as they have to be, and what was wrong with the others."""
+    expected = faulty.calm(scenario)["result"]
+    problems = []
+    for fault in faults:
+        problem = problem_of(scenario, faulty.ask(scenario, fault), expected)
+        if problem is not None:
+            problems.append(f"{fault.name}, call {fault.at}: {problem}")
+    return len(faults) - len(problems), problems
+
+
+def at(fault: Fault, call: int) -> Fault:
+    return Fault(fault.mode, fault.error, call)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_some_calls_fail_one_after_another(faulty: Faulty, scenario: str) -> None:
+    calls = faulty.calm(scenario)["calls"]
+    chosen = random.Random(SEED)
+    faults = [at(fault, chosen.randint(1, calls)) for fault in FAULTS]
+    held, problems = check(faulty, scenario, faults)
+    figures.guarantee(f"files, a sample, {scenario}", held, len(faults))
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.minutes
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_call_fails_once(faulty: Faulty, scenario: str, fault: Fault) -> None:
+    """A full disk and a kill at each call; the others at every fifth, which are much the same."""
+    calls = faulty.calm(scenario)["calls"]
+    is_each = fault in EACH
+    first = 1 if is_each else 1 + random.Random(f"{scenario} {fault.name}").randrange(5)
+    faults = [at(fault, call) for call in range(first, calls + 1, 1 if is_each else 5)]
+    held, problems = check(faulty, scenario, faults)
+    how = "at each call" if is_each else "at every fifth call"
+    figures.guarantee(f"{fault.name} {how}, {scenario}", held, len(faults))
+    assert not problems, "\n".join(problems[:20])
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_nothing_is_written_through_memory(faulty: Faulty, scenario: str) -> None:
+    """What is written through a mapping is seen by no count of calls: there is none."""
+    assert faulty.calm(scenario)["calls"] > 0
+    assert faulty.calm(scenario)["mapped"] == 0
+
+
+def test_a_slow_file_system_changes_nothing(faulty: Faulty) -> None:
+    expected = faulty.calm("a linear merge")["result"]
+    slow = faulty.ask("a linear merge", Fault(delay_us=2_000))
+    assert slow["ended"] == "well"
+    assert slow["result"] == expected
