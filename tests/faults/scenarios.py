@@ -27,9 +27,11 @@ from arm_ray.following.journal import Arrival, open_journal
 from arm_ray.following.layouts import RunWatcher
 from arm_ray.following.publish import BEST, LATEST, publish, published, recover
 from arm_ray.following.snapshots import remove, snapshots, take
+from arm_ray.report.trackers import make_trackers
 from arm_ray.runtime.merge import run as merging
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.output.claim import claimed
+from arm_ray.runtime.session import telemetry
 from arm_ray.runtime.verify import repair, verify
 from tests.builders.adapters import write_adapters
 from tests.builders.merge_case import MergeCase
@@ -84,8 +86,8 @@ def _merge(root: Path, out: Path, *overrides: str, report: bool = False) -> str:
     case = MergeCase(root)
     case.candidates = sorted([*root.glob("checkpoint-*"), *root.glob("adapter-?")])
     # The page and the curves are of one scenario: they take most of the time.
-    shown = () if report else ("tracking.tensorboard=false",)
-    config = case.config(*shown, _TWICE, "calibration.batch_size=4", *overrides, output=str(out))
+    telemetry.make_trackers = make_trackers if report else lambda *_: []  # type: ignore[assignment]
+    config = case.config(_TWICE, "calibration.batch_size=4", *overrides, output=str(out))
     console = Console(file=io.StringIO(), width=200)
     merge(config, console=console, writes_report=report)
     return str(console.file.getvalue())  # type: ignore[attr-defined]

@@ -9,10 +9,20 @@ ends with the same bits as one that nothing happened to.
 from __future__ import annotations
 
 import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from arm_ray.errors import ArmRayError
+from arm_ray.events import listened
+from arm_ray.runtime.merge import run as merging
+from arm_ray.runtime.merge.run import merge
+from tests.builders.checkpoints import assert_same_bits, load_all
+from tests.builders.merge_case import MergeCase
 from tests.faults import figures
 from tests.faults.conftest import Faulty
 from tests.faults.scenarios import SCENARIOS
@@ -104,3 +114,25 @@ def test_a_slow_file_system_changes_nothing(faulty: Faulty) -> None:
     slow = faulty.ask("a linear merge", Fault(delay_us=2_000))
     assert slow["ended"] == "well"
     assert slow["result"] == expected
+
+
+def test_a_directory_that_is_removed_beneath_a_merge(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "is_up_or_named", lambda _address: False)
+    case.make(num_layers=1)
+    config = case.config()
+    quiet: dict[str, Any] = {"console": Console(quiet=True), "writes_report": False}
+    whole = merge(case.config(output="whole"), **quiet)
+
+    def remove(log: Path, record: Mapping[str, Any]) -> None:
+        if record["event"] == "iteration_finished" and record["iteration"] == 2:
+            shutil.rmtree(log.parent, ignore_errors=True)
+
+    with listened(remove), pytest.raises(ArmRayError) as caught:
+        merge(config, **quiet)
+    assert caught.value.hint
+    again = merge(config, **quiet)
+    assert again.model is not None
+    assert whole.model is not None
+    assert_same_bits(load_all(again.model), load_all(whole.model))

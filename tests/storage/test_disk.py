@@ -1,0 +1,135 @@
+"""Errors of files in words of ours, and the writers that leave nothing half done."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from arm_ray.cli.entry import main
+from arm_ray.errors import ArmRayError, DiskSpaceError, RunDirectoryError
+from arm_ray.runtime.output.claim import claimed
+from arm_ray.storage import atomic
+from arm_ray.storage.disk import file_error, files_told
+
+
+def os_error(name: str, file: str | None = "/a/file") -> OSError:
+    number = getattr(errno, name)
+    return OSError(number, os.strerror(number), file)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ENOSPC", DiskSpaceError),
+        ("EDQUOT", DiskSpaceError),
+        ("EIO", RunDirectoryError),
+        ("EROFS", RunDirectoryError),
+        ("EACCES", RunDirectoryError),
+        ("ENOENT", RunDirectoryError),
+        ("ESTALE", RunDirectoryError),
+    ],
+)
+def test_what_a_file_says_becomes_an_error_with_a_hint(name: str, kind: type[ArmRayError]) -> None:
+    with pytest.raises(kind) as caught, files_told("/somewhere"):
+        raise os_error(name)
+    assert caught.value.where == "/a/file"
+    assert os.strerror(getattr(errno, name)) in caught.value.what
+    assert caught.value.hint
+    nameless = file_error(os_error(name, None), "/somewhere")
+    assert nameless is not None
+    assert nameless.where == "/somewhere"
+
+
+@pytest.mark.parametrize("name", ["EPIPE", "ECONNRESET", "ETIMEDOUT", "ECHILD", "ESRCH"])
+def test_what_is_about_no_file_stays_what_it_is(name: str) -> None:
+    with pytest.raises(OSError) as caught, files_told("/somewhere"):  # noqa: PT011 -- see below
+        raise os_error(name, None)
+    assert caught.value.errno == getattr(errno, name)
+    assert file_error(OSError("a library's own words")) is None
+
+
+def test_every_job_in_a_directory_tells_so(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="Input/output error"), claimed(tmp_path, "merge"):
+        raise os_error("EIO")
+
+
+def test_a_command_tells_of_files_beside_its_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_options: object) -> int:
+        raise os_error("EROFS")
+
+    monkeypatch.setattr("arm_ray.cli.looking._report", fail)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["report", "run"]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr().err
+    assert said.startswith("error: a file cannot be read or written: Read-only file system")
+    assert "Traceback" not in said
+
+
+def test_the_first_error_is_told_where_nothing_can_be_removed_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlink(_self: Path, *, missing_ok: bool = False) -> None:
+        raise os_error("EROFS")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(OSError, match="No space left"), atomic.atomic_file(tmp_path / "a"):
+        raise os_error("ENOSPC")
+
+
+def test_copies_are_whole_and_replace_what_is_there(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"new" * 1000)
+    os.utime(source, ns=(10**18, 10**18))
+    source.chmod(0o640)
+    target.write_bytes(b"old")
+    atomic.copy_file(source, target)
+    assert target.read_bytes() == source.read_bytes()
+    assert target.stat().st_mtime_ns != 10**18
+    atomic.copy_file(source, target, keeps_times=True)
+    assert target.stat().st_mtime_ns == 10**18
+    assert target.stat().st_mode == source.stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_what_gets_a_name_is_synced_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a name is there only with what it is the name of."""
+    order: list[str] = []
+    sync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def synced(handle: int) -> None:
+        order.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        sync(handle)
+
+    def renamed(self: Path, target: Path) -> Path:
+        order.append(f"name {target.name}")
+        return rename(self, target)
+
+    def replaced(self: Path, target: Path) -> Path:
+        order.append(f"name {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(Path, "replace", replaced)
+    partial = tmp_path / "model.partial"
+    partial.mkdir()
+    atomic.write_text(partial / "README.md", "text")
+    atomic.copy_file(partial / "README.md", partial / "copy")
+    atomic.put_directory(partial, tmp_path / "model")
+    (tmp_path / "b.partial").write_text("x")
+    atomic.put_file(tmp_path / "b.partial", tmp_path / "b")
+    assert order == [
+        "sync .README.md.partial", "name README.md", "sync .copy.partial", "name copy",
+        "sync model.partial", "name model", f"sync {tmp_path.name}", "sync b.partial", "name b",
+    ]  # fmt: skip
+    shutil.rmtree(tmp_path / "model")
