@@ -24,7 +24,7 @@ from arm_ray.checkpoints.weight_file import (
     write_json,
     write_weight_file,
 )
-from arm_ray.storage.atomic import copy_file
+from arm_ray.storage.atomic import copy_file, copy_tree
 from arm_ray.storage.regular import json_in
 
 MANIFEST_NAME = "state.json"
@@ -291,12 +291,8 @@ def copy_companions(directory: Path, source: Path) -> None:
             copy_file(source / name, directory / name)
     # Tokenizers with several chat templates keep them in a folder.
     if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(
-            source / "additional_chat_templates",
-            directory / "additional_chat_templates",
-            copy_function=lambda file, copy: copy_file(Path(file), Path(copy)),
-            dirs_exist_ok=True,
-        )
+        name = "additional_chat_templates"
+        copy_tree(source / name, directory / name)
 
 
 def has_tokenizer(directory: Path) -> bool:

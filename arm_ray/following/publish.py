@@ -24,7 +24,7 @@ from typing import Any
 
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.errors import RunDirectoryError
-from arm_ray.storage.atomic import copy_file, sync_directory
+from arm_ray.storage.atomic import copy_file, copy_tree, sync_directory
 from arm_ray.storage.regular import json_in
 
 EVIDENCE = "arm_ray.json"
@@ -76,7 +76,7 @@ def publish(
             )
         partial = directory / f".{target.name}.partial"
         _remove_tree(partial)
-        shutil.copytree(model, partial, copy_function=_link_or_copy)
+        copy_tree(model, partial, _link_or_copy)
         # Beside what the model itself says: digests, by which it can be verified.
         own = partial / EVIDENCE
         said = json_in(own) if own.is_file() else {}
@@ -154,7 +154,7 @@ def _keep_best(directory: Path, target: Path) -> None:
     kept = directory / f"{target.name}{_KEPT}"
     partial = directory / f".{kept.name}"
     _remove_tree(partial)
-    shutil.copytree(target, partial, copy_function=_link_or_copy)
+    copy_tree(target, partial, _link_or_copy)
     sync_directory(partial)
     _remove_tree(kept)
     partial.rename(kept)
@@ -230,9 +230,9 @@ def _remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
         # A link to a link would point to nowhere from here.
         os.link(os.path.realpath(source), target)
     except OSError:
-        copy_file(Path(source), Path(target), keeps_times=True)
+        copy_file(source, target, keeps_times=True)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,6 +72,24 @@ def copy_file(source: Path, target: Path, *, keeps_times: bool = False) -> None:
         if keeps_times:
             writer.flush()
             shutil.copystat(source, writer.name)
+
+
+def copy_tree(source: Path, target: Path, copy: Callable[[Path, Path], object] = copy_file) -> None:
+    """Copy a directory and all below it, links as what they lead to; ends with the first error.
+
+    `shutil.copytree` goes on to the end, and then says nothing of what kind the errors were.
+
+    Args:
+        source: The directory.
+        target: Its copy; what is there already stays.
+        copy: Copies one file.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir():
+            copy_tree(entry, target / entry.name, copy)
+        else:
+            copy(entry, target / entry.name)
 
 
 def put_file(partial: Path, target: Path) -> None:

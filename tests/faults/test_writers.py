@@ -32,11 +32,8 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("following/snapshots.py", "_copy", "open"): "in a .partial directory, and synced",
     ("following/snapshots.py", "_link", "os.link"): "in a .partial directory",
     ("following/publish.py", "_link_or_copy", "os.link"): "in a .partial directory",
-    ("following/publish.py", "publish", "copytree"): "into a .partial directory, by copy_file",
-    ("following/publish.py", "_keep_best", "copytree"): "into a .partial directory, by copy_file",
     ("following/publish.py", "_point", "symlink_to"): "a .partial link",
     ("following/publish.py", "_point", "os.replace"): "a link that is there takes its name at once",
-    ("checkpoints/states.py", "copy_companions", "copytree"): "by copy_file, before state.json",
     # Directories that are whole, or are on their way out.
     ("following/publish.py", "recover", "rename"): "puts a whole directory back",
     ("following/publish.py", "_keep_best", "rename"): "a synced directory",

@@ -99,7 +99,7 @@ class KilledError(BaseException):
     """Stands for the end of the process."""
 
 
-STEPS = ["copytree", "write_json", "sync_directory", "_put", "_point", "_prune"]
+STEPS = ["copy_tree", "write_json", "sync_directory", "_put", "_point", "_prune"]
 
 
 @pytest.mark.parametrize("exchange", [True, False])
@@ -116,7 +116,7 @@ def test_after_a_kill_anywhere_the_same_call_completes_it(
     if not exchange:
         monkeypatch.setattr(publishing, "_exchange", lambda *_: False)
     publish_model(model(tmp_path, "old"), directory, 20, {"n": 1}, 1, is_best=True)
-    holder: Any = shutil if call == "copytree" else publishing
+    holder: Any = publishing
     original = getattr(holder, call)
 
     def killed(*arguments: Any, **named: Any) -> None:

@@ -101,6 +101,27 @@ def test_copies_are_whole_and_replace_what_is_there(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
+def test_a_tree_is_copied_up_to_the_first_error(tmp_path: Path) -> None:
+    (tmp_path / "a" / "below").mkdir(parents=True)
+    (tmp_path / "a" / "one").write_text("1")
+    (tmp_path / "a" / "below" / "two").write_text("2")
+    (tmp_path / "a" / "link").symlink_to("one")
+    atomic.copy_tree(tmp_path / "a", tmp_path / "b")
+    found = {p.relative_to(tmp_path / "b").as_posix() for p in (tmp_path / "b").rglob("*")}
+    assert found == {"below", "below/two", "link", "one"}
+    assert not (tmp_path / "b" / "link").is_symlink()
+    copied: list[str] = []
+
+    def copy(source: Path, _target: Path) -> None:
+        copied.append(source.name)
+        raise os_error("ENOSPC")
+
+    # With its number, by which a full disk is told from other trouble.
+    with pytest.raises(DiskSpaceError), files_told(tmp_path):
+        atomic.copy_tree(tmp_path / "a", tmp_path / "c", copy)
+    assert copied == ["two"]
+
+
 def test_what_gets_a_name_is_synced_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a power cut a name is there only with what it is the name of."""
     order: list[str] = []
