@@ -217,14 +217,14 @@ def _unpickler(file: Path) -> Any:
     return _Frugal if file.stat().st_size <= _SLOWLY_READ else pickle.Unpickler
 
 
-class _Frugal(pickle._Unpickler):  # type: ignore[misc,name-defined]
+class _Frugal(pickle._Unpickler):
     """Python's own, without the instruction that takes as much memory as it names."""
 
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("a bytearray, which no table has")
 
     dispatch: ClassVar[Any] = {
-        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        **pickle._Unpickler.dispatch,
         pickle.BYTEARRAY8[0]: _refuse,
     }
 
