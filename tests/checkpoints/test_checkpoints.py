@@ -842,7 +842,9 @@ def test_every_error_survives_pickling(cls: type[ArmRayError], protocol: int) ->
     assert (found.where, found.got) == ("/x", "3")
     assert str(found) == str(error)
     bare = pickle.loads(pickle.dumps(cls("what"), protocol))
-    assert str(bare) == "what"
+    # Where an error says nothing else, its kind says what to do.
+    told = [] if cls.advice is None else [f"  to do:    {cls.advice}"]
+    assert str(bare).splitlines() == ["what", *told]
     assert (bare.where, bare.got, bare.expected, bare.hint) == (None, None, None, None)
 
 

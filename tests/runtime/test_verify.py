@@ -12,7 +12,7 @@ from rich.console import Console
 
 from arm_ray.checkpoints.provenance import PROVENANCE_NAME, digests_of, read_provenance
 from arm_ray.checkpoints.weight_file import read_header
-from arm_ray.errors import ArmRayError, CorruptCheckpointError, RunDirectoryError
+from arm_ray.errors import ArmRayError, ConfigError, CorruptCheckpointError, RunDirectoryError
 from arm_ray.runtime.merge import run as module
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.verify import repair, reproduce, tensors_in, verify
@@ -182,11 +182,13 @@ def test_provenance_that_is_broken_is_an_error(run: Path, text: str) -> None:
 def test_a_secret_is_not_written_down(case: MergeCase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_up_or_named", lambda _address: False)
     secret = "hf_" + "q" * 34
-    monkeypatch.setenv("HF_TOKEN", secret)
     case.make()
-    outcome = merge(
-        case.config(f"runtime.scratch={case.root}/{secret}"), console=Console(quiet=True)
-    )
+    # Which nothing knew to be one when it was read; where it is known, it is refused.
+    config = case.config(f"runtime.scratch={case.root}/{secret}")
+    monkeypatch.setenv("HF_TOKEN", secret)
+    with pytest.raises(ConfigError, match="a text holds a secret"):
+        case.config(f"runtime.scratch={case.root}/{secret}")
+    outcome = merge(config, console=Console(quiet=True))
     text = ((outcome.model or Path()) / PROVENANCE_NAME).read_text()
     assert secret not in text
 
