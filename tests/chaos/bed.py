@@ -18,6 +18,7 @@ from typing import IO
 from arm_ray.runtime.scoring.evaluator import ATTEMPTS
 from tests.builders.paths import ROOT
 from tests.chaos.jobs import Job
+from tests.chaos.nodes import SAYS
 from tests.chaos.victims import KINDS, MARK, Process, processes_of
 
 # Longest time in which a job has to tell something, or to end once its cluster is gone. Ray's own
@@ -167,18 +168,17 @@ class Bed:
     def _start_cluster(self) -> None:
         self._clusters += 1
         folder = self._root / f"cluster{self._clusters}"
-        self._nodes = subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.nodes", str(folder)],
-            cwd=ROOT,
-            env=self._environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._file("cluster.log"),
-            text=True,
-        )
-        assert self._nodes.stdout is not None
-        self._address = self._nodes.stdout.readline().strip()
-        assert self._address, (self._root / "cluster.log").read_text()[-2000:]
+        with self._file("cluster.log") as log:
+            self._nodes = subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.nodes", str(folder)],
+                cwd=ROOT,
+                env=self._environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self._address = self._heard()
         for _ in range(_WORKERS):
             self._tell("add")
 
@@ -186,21 +186,33 @@ class Bed:
         nodes = self._nodes
         assert nodes is not None
         assert nodes.stdin is not None
-        assert nodes.stdout is not None
         nodes.stdin.write(f"{what}\n")
         nodes.stdin.flush()
-        assert nodes.stdout.readline().strip() == "added"
+        assert self._heard() == "added"
+
+    def _heard(self) -> str:
+        """What the cluster's process says next."""
+        assert self._nodes is not None
+        assert self._nodes.stdout is not None
+        others = []
+        for line in self._nodes.stdout:
+            if line.startswith(SAYS):
+                return line.removeprefix(SAYS).strip()
+            others.append(line)
+        log = (self._root / "cluster.log").read_text(errors="replace")
+        raise AssertionError(f"the cluster has ended: {''.join(others)[-1000:]} {log[-2000:]}")
 
     def _start_driver(self, command: list[str], address: str | None) -> None:
         self._drivers += 1
-        self._driver = subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.driver", *command],
-            cwd=ROOT,
-            env=self._environment() | ({} if address is None else {"RAY_ADDRESS": address}),
-            stdin=subprocess.DEVNULL,
-            stdout=self._file(self._log_path.name),
-            stderr=subprocess.STDOUT,
-        )
+        with self._file(self._log_path.name) as log:
+            self._driver = subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.driver", *command],
+                cwd=ROOT,
+                env=self._environment() | ({} if address is None else {"RAY_ADDRESS": address}),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def _environment(self) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
@@ -247,6 +259,10 @@ class Bed:
         for child in (self._nodes, self._driver):
             if child is not None:
                 child.wait(timeout=60)
+        for pipe in (self._nodes.stdin, self._nodes.stdout) if self._nodes is not None else ():
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
     def processes(self) -> list[Process]:
         """Those of this bed that are alive."""

@@ -15,6 +15,8 @@ from ray.cluster_utils import Cluster
 
 from tests.builders.paths import ROOT
 
+# What lines begin with that are ours: libraries may write lines of their own.
+SAYS = "nodes: "
 # So that a lost node is noticed within seconds, where Ray takes half a minute by default.
 SYSTEM = {
     "health_check_initial_delay_ms": 1000,
@@ -50,11 +52,11 @@ class Nodes:
 
 def main() -> None:
     nodes = Nodes(Path(sys.argv[1]))
-    print(nodes.cluster.address, flush=True)
+    print(SAYS + nodes.cluster.address, flush=True)
     for line in sys.stdin:
         if line.strip() == "add":
             nodes.add()
-            print("added", flush=True)
+            print(f"{SAYS}added", flush=True)
     nodes.cluster.shutdown()
 
 
