@@ -136,9 +136,15 @@ def _lines(path: str, start: int, first_line: int) -> Iterator[tuple[int, int, b
         raise _unreadable(path, error) from error
 
 
-def _open(path: str) -> IO[bytes]:
-    file = open_url(path) if is_url(path) else open_regular(Path(path))
-    return gzip.open(file, "rb") if path.endswith(".gz") else file  # type: ignore[return-value]
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[IO[bytes]]:
+    """Open a file for reading, unpacked; `gzip` itself would leave the packed one open."""
+    with open_url(path) if is_url(path) else open_regular(Path(path)) as file:
+        if path.endswith(".gz"):
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield unpacked  # type: ignore[misc]
+        else:
+            yield file
 
 
 def _parse(path: str, number: int, line: bytes) -> dict[str, Any]:
