@@ -24,6 +24,7 @@ from arm_ray.checkpoints.weight_file import (
     write_json,
     write_weight_file,
 )
+from arm_ray.errors import RunDirectoryError
 from arm_ray.storage.atomic import copy_file, copy_tree
 from arm_ray.storage.regular import json_in
 
@@ -115,6 +116,9 @@ def publish_state(
         config: Content of `config.json`.
         companions: Directory that the tokenizer and generation settings are copied from.
         carried: The base's tensors that are not merged.
+
+    Raises:
+        RunDirectoryError: Not all weight files are there.
     """
     weight_map = {
         name: group_file(directory, index).name
@@ -131,6 +135,15 @@ def publish_state(
         directory / INDEX_NAME,
         {"metadata": {"total_size": num_bytes}, "weight_map": weight_map},
     )
+    for name in dict.fromkeys(weight_map.values()):
+        # Somebody may have removed the directory meanwhile, which was made again for the rest.
+        if not (directory / name).is_file():
+            raise RunDirectoryError(
+                "a file of a state was removed while it was made",
+                where=directory / name,
+                expected="a run directory that nobody else changes",
+                hint="run the same command again to go on after the last complete iteration",
+            )
     write_json(directory / MANIFEST_NAME, asdict(manifest))
 
 
