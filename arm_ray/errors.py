@@ -21,7 +21,8 @@
     ├── EvaluationError      a benchmark, its data or an engine cannot be used
     │   └── SandboxError           model-written code cannot be isolated here
     └── WorkerError          an actor was lost, or failed in a way that is not the input's fault
-        └── ShardLostError         a layer shard or its node was lost, and can be replaced
+        ├── ShardLostError         a layer shard or its node was lost, and can be replaced
+        └── EvaluatorLostError     an engine or a grader was lost, and can be replaced
 
 Every error says what went wrong, where, what was found, what was expected and what to do.
 They survive pickling, because Ray carries them from actors to the driver.
