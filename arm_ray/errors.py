@@ -83,6 +83,12 @@ class ArmRayError(Exception):
             subject=subject or label,
         )
 
+    def at(self, where: object) -> ArmRayError:
+        """The same error, saying where, unless it does."""
+        place = str(where) if self.where is None else self.where
+        fields = (self.what, place, self.got, self.expected, self.hint, self.subject)
+        return _rebuild(type(self), fields)
+
     def _text(self) -> str:
         lines = [self.what]
         rows = (("where", self.where), ("got", self.got), ("expected", self.expected))

@@ -10,10 +10,12 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
+from tests.builders import figures
 from tests.builders.merge_case import MergeCase
 from tests.builders.paths import ROOT
 from tests.doubles import in_process, stores
@@ -36,6 +38,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         rank = (*marked, True).index(True)
         ranks[item.path] = min(rank, ranks.get(item.path, rank))
     items.sort(key=lambda item: ranks[item.path])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand what was counted to the process that prints."""
+    sent_home = getattr(session.config, "workeroutput", None)
+    if sent_home is not None:
+        sent_home["guarantees"] = figures.LINES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what another process has counted."""
+    figures.LINES.extend(getattr(node, "workeroutput", {}).get("guarantees", ()))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say what was counted."""
+    for line in figures.LINES:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

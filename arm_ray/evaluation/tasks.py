@@ -306,8 +306,7 @@ def _benchmark_task(
                 user = _filled(template, _question(name, row, where, gold))
                 prompt = dataclasses.replace(few_shot, user=user)
         except ArmRayError as error:
-            error.where = error.where or where
-            raise type(error)(**_parts(error)) from None
+            raise error.at(where) from None
         except _NOT_AS_KNOWN as error:
             raise EvaluationError(
                 f"a row of {name!r} is not as the benchmark has it",
@@ -321,11 +320,6 @@ def _benchmark_task(
         problems.append(Problem(problem_key(row, index), prompt, gold, row))
     chat = known.chat if given.chat_template == "auto" else given.chat_template
     return Task(name, known.kind, tuple(problems), sampling, chat, name, None, tuple(given.pass_at))
-
-
-def _parts(error: ArmRayError) -> dict[str, Any]:
-    names = ("what", "where", "got", "expected", "hint", "subject")
-    return {name: getattr(error, name) for name in names}
 
 
 def _questions_task(given: TaskSettings, sampling: SamplingSettings) -> Task:

@@ -49,13 +49,12 @@ def atomic_file(
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8, whole or not at all."""
-    with atomic_file(path) as file:
+def write_text(path: Path, text: str, *, may_race: bool = False) -> None:
+    """Write a text in UTF-8, whole or not at all; `may_race` as for `atomic_file`."""
+    with atomic_file(path, may_race=may_race) as file:
         file.write(text.encode())
 
 

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -40,21 +40,23 @@ _NAMES = re.compile(r"(token|secret|password|passwd|api_?key|credential)s?$", re
 
 def environment_hidden(text: str) -> str:
     """A text without the values of environment variables that are secrets."""
-    for name, value in os.environ.items():
-        if _is_secret(name) and len(value) >= _SHORTEST and not value.startswith("/"):
-            for form in _forms(value):
-                if form in text:
-                    text = text.replace(form, HIDDEN)
+    for _, forms in _secrets():
+        for form in forms:
+            if form in text:
+                text = text.replace(form, HIDDEN)
     return text
 
 
 def secret_in(text: str) -> str | None:
     """The environment variable whose secret a text holds; None: of none."""
+    return next((name for name, forms in _secrets() if any(form in text for form in forms)), None)
+
+
+def _secrets() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Environment variables that hold secrets, and the forms of each value; paths are none."""
     for name, value in os.environ.items():
-        is_one = _is_secret(name) and len(value) >= _SHORTEST and not value.startswith("/")
-        if is_one and any(form in text for form in _forms(value)):
-            return name
-    return None
+        if _is_secret(name) and len(value) >= _SHORTEST and not value.startswith("/"):
+            yield name, _forms(value)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import arm_ray.errors
-from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.errors import ArmRayError, WorkerError
 from arm_ray.events import Event
+from arm_ray.storage.atomic import write_text
 from arm_ray.storage.regular import json_in
 
 LOG_NAME = "train_log.jsonl"
@@ -119,8 +119,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def truncate_log(path: Path, step: int) -> float:
     """Remove entries after a step; returns the seconds that the run took up to there."""
     kept = [entry for entry in read_log(path) if entry["step"] <= step]
-    with atomic_file(path) as file:
-        file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
     return float(kept[-1].get("seconds", 0.0)) if kept else 0.0
 
 
@@ -129,8 +128,7 @@ def write_error(path: Path, error: ArmRayError) -> None:
     if path.is_file():
         return
     fields = {key: getattr(error, key) for key in ("what", "where", "got", "expected", "hint")}
-    with atomic_file(path) as file:
-        file.write(json.dumps({"type": type(error).__name__, **fields}).encode())
+    write_text(path, json.dumps({"type": type(error).__name__, **fields}))
 
 
 def read_error(path: Path) -> ArmRayError | None:

@@ -20,9 +20,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.errors import NumericalError, RunDirectoryError
 from arm_ray.noise import is_verbose
+from arm_ray.storage.atomic import write_text
 from arm_ray.storage.regular import json_in
 from arm_ray.training import label_loss, memory
 from arm_ray.training.config import TrainingConfig, learning_rate_factor
@@ -462,8 +462,7 @@ class CheckpointMixin:
             values = json_in(settings)
             values["dtype"] = self.job.config.save_dtype
             values.pop("torch_dtype", None)
-            with atomic_file(settings) as file:
-                file.write((json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+            write_text(settings, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

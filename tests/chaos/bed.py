@@ -9,24 +9,25 @@ import subprocess
 import sys
 import time
 import uuid
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from arm_ray.runtime.scoring.evaluator import ATTEMPTS
 from tests.builders.paths import ROOT
+from tests.builders.processes import Process
 from tests.chaos.jobs import Job
 from tests.chaos.nodes import SAYS
-from tests.chaos.victims import KINDS, MARK, Process, processes_of
+from tests.chaos.victims import KINDS, MARK, kill, processes_of
 
 # Longest time in which a job has to tell something, or to end once its cluster is gone. Ray's own
 # waits for a lost node or control store are a minute and more.
 SILENT_S = 240.0
 _POLL_S = 0.05
 # After these a driver cannot go on: it has to end, and the next one goes on.
-_FATAL = {"control store", "whole cluster", "driver", "attach"}
+_FATAL = {"control store", "whole cluster", "driver"}
 _WORKERS = 2
 
 
@@ -55,7 +56,7 @@ class Disturbed:
         faults: What must not happen, in words.
     """
 
-    kills: dict[str, int] = field(default_factory=dict)
+    kills: Counter[str] = field(default_factory=Counter)
     runs: int = 0
     restarts: int = 0
     gave_up: int = 0
@@ -71,7 +72,7 @@ class Bed:
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
-        self._root, self._mark = root, uuid.uuid4().hex
+        self._root, self._mark, self._random = root, uuid.uuid4().hex, random.Random(0)
         self._nodes: subprocess.Popen[str] | None = None
         self._driver: subprocess.Popen[bytes] | None = None
         self._address, self._clusters, self._drivers = "", 0, 0
@@ -126,32 +127,30 @@ class Bed:
             quiet = time.monotonic() - max(since, _changed(job.events(output), self._log_path))
             assert quiet < SILENT_S, f"{output} hangs: {self.log}"
             if left and time.monotonic() - since >= left[0].after_s:
-                kill = left[0]
-                if self._kill(kill.victim):
+                victim = left[0].victim
+                if self._kill(victim):
                     left.popleft()
-                    done.kills[kill.victim] = done.kills.get(kill.victim, 0) + 1
-                    self.say(f"{output}: killed {kill.victim}; {len(left)} left")
-                    may_fail |= kill.victim in _FATAL
-                    evaluators += kill.victim in ("evaluator", "grader")
-                    self._repair(kill.victim)
+                    done.kills[victim] += 1
+                    self.say(f"{output}: killed {victim}; {len(left)} left")
+                    may_fail |= victim in _FATAL
+                    evaluators += victim in ("evaluator", "grader")
+                    self._repair(victim)
                     since = time.monotonic()
             time.sleep(_POLL_S)
 
     def _kill(self, victim: str) -> bool:
         """Kill a process of a kind; whether there was one."""
-        if victim in ("driver", "attach"):
+        if victim == "driver":
             assert self._driver is not None
             self._driver.kill()
             return True
         if victim == "whole cluster":
             self._kill_all()
             return True
-        is_one = KINDS[victim.removesuffix(" of attach")]
-        found = [process for process in processes_of(self._mark) if is_one(process.command)]
-        if not found:
-            return False
-        min(found, key=lambda process: (process.pid * 7919) % 104729).kill()
-        return True
+        found = [p for p in processes_of(self._mark) if KINDS[victim](p.command)]
+        if found:
+            kill(self._random.choice(found))
+        return bool(found)
 
     def _repair(self, victim: str) -> None:
         """Bring back what nobody brings back by itself: nodes, and clusters."""
@@ -250,9 +249,9 @@ class Bed:
         """Kill everything that this bed has started, and what that has."""
         for _ in range(5):
             # What was being started meanwhile is there the next time.
-            found = list(processes_of(self._mark))
+            found = processes_of(self._mark)
             for process in found:
-                process.kill()
+                kill(process)
             if not found:
                 break
             time.sleep(0.2)
@@ -266,7 +265,7 @@ class Bed:
 
     def processes(self) -> list[Process]:
         """Those of this bed that are alive."""
-        return list(processes_of(self._mark))
+        return processes_of(self._mark)
 
     def say(self, text: str) -> None:
         """Tell whoever watches; pytest keeps it for failures."""
@@ -287,10 +286,3 @@ def _changed(*paths: Path) -> float:
         with contextlib.suppress(OSError):
             latest = max(latest, path.stat().st_mtime)
     return latest - time.time() + time.monotonic()
-
-
-def beds(root: Path) -> Iterator[Bed]:
-    """A fixture's: one bed, of which nothing is left."""
-    with Bed(root) as bed:
-        yield bed
-    assert bed.processes() == []

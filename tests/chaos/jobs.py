@@ -176,7 +176,7 @@ def attach_job(root: Path) -> Job:
     }
     (root / "job.yaml").write_text(yaml.safe_dump(content))
     variants = [(), ("merge.runtime.transport=object_store",)]
-    return Job("attach", root, variants, ("attach", "layer shard of attach"))
+    return Job("attach", root, variants, ("driver", "layer shard"))
 
 
 def _attach_results(published: Path) -> Iterator[tuple[str, str]]:

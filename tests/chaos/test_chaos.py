@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 
 from arm_ray.runtime.scoring.evaluator import ATTEMPTS
-from tests.chaos.bed import Bed, Kill, beds, plan_of
+from tests.builders.figures import guarantee
+from tests.chaos.bed import Bed, Kill, plan_of
 from tests.chaos.jobs import Job, attach_job, merge_job, sft_job, smollm2_job
 
 
 @pytest.fixture
 def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
     """A cluster of three raylets; its paths are short, for Ray's sockets."""
-    yield from beds(tmp_path_factory.mktemp("bed"))
+    with Bed(tmp_path_factory.mktemp("bed")) as found:
+        yield found
+    assert found.processes() == []
 
 
 def disturb(bed: Bed, job: Job, plan: Sequence[Kill]) -> int:
@@ -33,8 +36,8 @@ def disturb(bed: Bed, job: Job, plan: Sequence[Kill]) -> int:
     assert done.kills == Counter(kill.victim for kill in plan)
     assert done.kills.keys() >= set(job.victims)
     made = sum(done.kills.values())
-    bed.say(
-        f"guarantee: kills survived ({job.name}): {made} of {len(plan)} "
+    guarantee(
+        f"kills survived ({job.name}): {made} of {len(plan)} "
         f"({dict(sorted(done.kills.items()))}); {done.runs} runs with the bits of an undisturbed "
         f"one, {done.restarts} drivers started again, of which {done.gave_up} had lost the same "
         f"evaluator {ATTEMPTS} times"

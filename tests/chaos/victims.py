@@ -5,45 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+
+from tests.builders.processes import Process, started_with
 
 # Marks all processes of one bed, in their environment.
 MARK = "ARM_RAY_CHAOS"
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process of this machine.
-
-    Attributes:
-        pid: Its number.
-        command: Its command line, which Ray's workers replace by what they do.
-    """
-
-    pid: int
-    command: str
-
-    def kill(self) -> None:
-        """SIGKILL; one that is gone already is none the worse for it."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+def processes_of(mark: str) -> list[Process]:
+    """The live processes with this mark; what has ended has no command line any more."""
+    return [process for process in started_with(f"{MARK}={mark}") if process.command]
 
 
-def processes_of(mark: str) -> Iterator[Process]:
-    """The live processes with this mark, but for this one."""
-    wanted = f"{MARK}={mark}".encode()
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted not in (directory / "environ").read_bytes().split(b"\0"):
-                continue
-            command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-        except OSError:
-            continue
-        # A zombie has no command line.
-        if command and int(directory.name) != os.getpid():
-            yield Process(int(directory.name), command)
+def kill(process: Process) -> None:
+    """SIGKILL; one that is gone already is none the worse for it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
 
 
 def _titled(*names: str) -> Callable[[str], bool]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.builders.paths import ROOT
+from tests.builders.processes import processes
 
 LOCAL = ROOT / "cluster" / "local.sh"
 BIN = Path(sys.executable).parent
@@ -76,12 +77,8 @@ def submit(
 
 def processes_with(text: str) -> list[str]:
     """Command lines of this machine's processes with a text in them, or in their environment."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            line, environ = [(directory / name).read_bytes() for name in ("cmdline", "environ")]
-        except OSError:
-            continue
-        if text.encode() in line or text.encode() in environ:
-            found.append(line.replace(b"\0", b" ").decode())
-    return found
+    return [
+        process.command
+        for process in processes()
+        if text in process.command or any(text.encode() in entry for entry in process.environment)
+    ]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from tests.builders.paths import ROOT
+from tests.builders.processes import started_with
 from tests.cluster.common import clean_environment, processes_with
 
 COUNT = 3
@@ -195,12 +196,7 @@ class Hosts:
         assert processes_with(self._mark) == []
 
     def _processes(self) -> list[str]:
-        found = []
-        for directory in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if self._mark.encode() in (directory / "environ").read_bytes().split(b"\0"):
-                    found.append(directory.name)
-        return found
+        return [str(process.pid) for process in started_with(self._mark)]
 
 
 @contextlib.contextmanager

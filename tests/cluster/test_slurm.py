@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.builders.paths import ROOT
+from tests.builders.processes import started_with
 
 SCRIPT = ROOT / "cluster" / "slurm.sh"
 
@@ -151,14 +152,7 @@ class Allocation:
 
     def all_gone(self) -> bool:
         """Nothing runs any more that had the stand-ins' directory in its environment."""
-        mark = f"SEEN={self.seen}".encode()
-        left = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (process / "environ").read_bytes().split(b"\0"):
-                    left.append(process.name)
-            except OSError:
-                continue
+        left = started_with(f"SEEN={self.seen}")
         return left == [] and list(self.submitted.iterdir()) == []
 
 

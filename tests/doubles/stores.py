@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import logging
 import socket
 from collections.abc import Iterator
@@ -40,6 +41,18 @@ def s3_server() -> Iterator[None]:
         yield
     finally:
         server.stop()
+
+
+def deny(handler: http.server.BaseHTTPRequestHandler, message: str) -> None:
+    """Answer a request as S3 does one that is not allowed, with a message in XML's own writing."""
+    error = f"<Error><Code>AccessDenied</Code><Message>{message}</Message></Error>"
+    body = f'<?xml version="1.0"?>{error}'.encode()
+    handler.send_response(403)
+    handler.send_header("Content-Type", "application/xml")
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(body)
 
 
 def make_bucket(name: str) -> None:

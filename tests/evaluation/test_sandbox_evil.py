@@ -14,6 +14,7 @@ import pytest
 from arm_ray.evaluation.code.limits import MIB
 from arm_ray.evaluation.code.programs import Program
 from arm_ray.evaluation.code.sandbox import Sandbox
+from tests.builders.figures import guarantee
 from tests.builders.sandboxes import QUICK, processes_left, sandbox
 
 __all__ = ["sandbox"]
@@ -389,7 +390,7 @@ def held() -> Iterator[list[str]]:
     names: list[str] = []
     yield names
     attempts = {*SCRIPTS, *CHEATS}
-    print(f"\nguarantee: sandbox escapes: {len(attempts - {*names})} of {len(attempts)} attempts")
+    guarantee(f"sandbox escapes: {len(attempts - {*names})} of {len(attempts)} attempts")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

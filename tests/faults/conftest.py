@@ -14,7 +14,7 @@ from typing import IO, Any
 import pytest
 
 from tests.builders.paths import ROOT
-from tests.faults import figures, shim
+from tests.faults import shim
 from tests.faults.shim import Fault
 
 
@@ -76,9 +76,3 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     found = Faulty(library, place / "log.txt")
     yield found
     found.end()
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say what was counted."""
-    for line in figures.lines():
-        terminalreporter.write_line(line)

@@ -23,8 +23,8 @@ from arm_ray.runtime.merge import run as merging
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.session import telemetry
 from tests.builders.checkpoints import assert_same_bits, load_all
+from tests.builders.figures import guarantee
 from tests.builders.merge_case import MergeCase
-from tests.faults import figures
 from tests.faults.conftest import Faulty
 from tests.faults.scenarios import SCENARIOS
 from tests.faults.shim import Fault
@@ -85,7 +85,7 @@ def test_some_calls_fail_one_after_another(faulty: Faulty, scenario: str) -> Non
     chosen = random.Random(SEED)
     faults = [at(fault, chosen.randint(1, calls)) for fault in FAULTS]
     held, problems = check(faulty, scenario, faults)
-    figures.guarantee(f"files, a sample, {scenario}", held, len(faults))
+    guarantee(f"files, a sample, {scenario}: {held} of {len(faults)}")
     assert not problems, "\n".join(problems)
 
 
@@ -100,7 +100,7 @@ def test_every_call_fails_once(faulty: Faulty, scenario: str, fault: Fault) -> N
     faults = [at(fault, call) for call in range(first, calls + 1, 1 if is_each else 5)]
     held, problems = check(faulty, scenario, faults)
     how = "at each call" if is_each else "at every fifth call"
-    figures.guarantee(f"{fault.name} {how}, {scenario}", held, len(faults))
+    guarantee(f"{fault.name} {how}, {scenario}: {held} of {len(faults)}")
     assert not problems, "\n".join(problems[:20])
 
 

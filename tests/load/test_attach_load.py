@@ -16,6 +16,7 @@ from arm_ray.following import publish
 from arm_ray.following.config import AttachConfig, parse_attach_config
 from arm_ray.following.journal import open_journal
 from arm_ray.runtime.attach.run import attach
+from tests.builders.figures import guarantee
 from tests.builders.models import fine_tuned, save, save_tokenizer, tiny_model
 from tests.load.footprint import footprint
 
@@ -71,8 +72,8 @@ def test_a_run_of_many_checkpoints(tmp_path: Path, last: int) -> None:
     ]
     assert max(publish.published(config.published)) == last
     events = sum(1 for _ in read_events(config.work / "events.jsonl"))
-    print(
-        f"\nguarantee: checkpoints of a run that is followed: {last} of {last}, {events} events, "
+    guarantee(
+        f"checkpoints of a run that is followed: {last} of {last}, {events} events, "
         f"{seconds / last:.2f} s each; {before} -> {after}"
     )
     assert events >= EVENTS

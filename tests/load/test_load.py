@@ -7,25 +7,36 @@ import resource
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.builders.checkpoints import assert_same_bits, load_all
+from tests.builders.figures import guarantee
 from tests.builders.merge_case import MergeCase
 from tests.builders.merges import run
 from tests.builders.models import WORDS
 from tests.load.footprint import Footprint, footprint, growth
 
-LINEAR = "method.operator=task_arithmetic"
+LINEAR, TWO = "method.operator=task_arithmetic", "runtime.layer_shards=2"
 # Memory may grow by so much between the first merges and the last ones; the rest not at all.
 FLAT = 0.02
 
 
+def merged(case: MergeCase, overrides: Sequence[str]) -> list[Footprint]:
+    """What is held after each of some merges, one after another, whose runs are removed."""
+    case.make()
+    held = []
+    for override in overrides:
+        shutil.rmtree(run(case.config(override)).run)
+        held.append(footprint())
+    return held
+
+
 def assert_flat(held: list[Footprint], what: str) -> None:
     grown = growth(held)
-    print(f"\nguarantee: {what}: {len(held)} of {len(held)}; {held[0]} -> {held[-1]}; {grown}")
+    guarantee(f"{what}: {len(held)} of {len(held)}; {held[0]} -> {held[-1]}; {grown}")
     memory = grown.pop("memory_mb")
     assert memory <= FLAT, (memory, held)
     assert {name: part for name, part in grown.items() if part > 0.0} == {}, held
@@ -34,24 +45,14 @@ def assert_flat(held: list[Footprint], what: str) -> None:
 @pytest.mark.usefixtures("shards_in_process")
 def test_merges_one_after_another_in_one_process(case: MergeCase) -> None:
     """A seeded part of the next one, without the time that actors take to start."""
-    case.make()
-    held = []
-    for number in range(30):
-        kind = (LINEAR,) if number % 3 == 0 else ("runtime.layer_shards=2",)
-        shutil.rmtree(run(case.config(*kind)).run)
-        held.append(footprint())
-    assert_flat(held, "merges one after another in one process")
+    kinds = [LINEAR if number % 3 == 0 else TWO for number in range(30)]
+    assert_flat(merged(case, kinds), "merges one after another in one process")
 
 
 @pytest.mark.minutes
 @pytest.mark.usefixtures("local_ray")
 def test_fifty_merges_one_after_another_in_one_cluster(case: MergeCase) -> None:
-    case.make()
-    held = []
-    for _ in range(50):
-        shutil.rmtree(run(case.config("runtime.layer_shards=2")).run)
-        held.append(footprint())
-    assert_flat(held, "merges one after another in one cluster")
+    assert_flat(merged(case, [TWO] * 50), "merges one after another in one cluster")
 
 
 @pytest.mark.minutes
@@ -73,7 +74,7 @@ def test_eight_merges_at_once(case: MergeCase) -> None:
     for config in configs:
         assert_same_bits(alone, load_all(Path(config.output) / "model"))
     seconds = time.monotonic() - started
-    print(f"\nguarantee: merges at once: {len(configs)} of {len(configs)} in {seconds:.0f} s")
+    guarantee(f"merges at once: {len(configs)} of {len(configs)} in {seconds:.0f} s")
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_checkpoints_of_many_weight_files(
         config = case.config(*method, *once, schedule, output=method[0][-5:])
         written = list((run(config).run / "model").glob("*.safetensors"))
         assert len(written) > most_open
-    print(f"\nguarantee: weight files of a checkpoint: {count}, of a process: {most_open} open")
+    guarantee(f"weight files of a checkpoint: {count}, of a process: {most_open} open")
 
 
 @pytest.mark.minutes
@@ -122,8 +123,8 @@ def test_a_calibration_file_of_a_gigabyte(case: MergeCase) -> None:
     before, started = footprint().memory_mb, time.monotonic()
     run(case.config())
     grown = footprint().memory_mb - before
-    print(
-        f"\nguarantee: calibration of 1 GB: {number} rows, {time.monotonic() - started:.1f} s, "
+    guarantee(
+        f"calibration of 1 GB: {number} rows, {time.monotonic() - started:.1f} s, "
         f"{grown:.0f} MB more"
     )
     assert grown < 650

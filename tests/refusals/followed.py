@@ -21,22 +21,21 @@ def published(make: Callable[[Path], object]) -> Malformed:
     return Malformed(all_of)
 
 
-def journal(content: str | bytes) -> Malformed:
-    def make(directory: Path) -> None:
-        (directory / "work").mkdir()
-        data = content.encode() if isinstance(content, str) else content
-        (directory / "work" / "attach.json").write_bytes(data)
+def _of_work(name: str) -> Callable[[str | bytes], Malformed]:
+    """Following, where a file in the directory of its work holds what is given."""
 
-    return published(make)
+    def holding(content: str | bytes) -> Malformed:
+        def make(directory: Path) -> None:
+            (directory / "work").mkdir()
+            data = content.encode() if isinstance(content, str) else content
+            (directory / "work" / name).write_bytes(data)
+
+        return published(make)
+
+    return holding
 
 
-def config(content: str | bytes) -> Malformed:
-    def make(directory: Path) -> None:
-        (directory / "work").mkdir()
-        data = content.encode() if isinstance(content, str) else content
-        (directory / "work" / "config.yaml").write_bytes(data)
-
-    return published(make)
+journal, config = _of_work("attach.json"), _of_work("config.yaml")
 
 
 def _file(place: Place, name: str) -> list[str]:

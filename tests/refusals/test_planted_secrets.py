@@ -20,8 +20,10 @@ from arm_ray.events import EventLog, RunFailed, Warned
 from arm_ray.exports import hub as hub_module
 from arm_ray.exports.hub import push
 from arm_ray.following.hooks import HookSettings, run_hook
+from tests.builders.figures import guarantee
 from tests.builders.forked import CommandServer, Ended
 from tests.builders.hub import TOKEN, fake_hub
+from tests.doubles import stores
 from tests.refusals.place import Place, make_good
 
 pytestmark = pytest.mark.processes
@@ -56,13 +58,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         said = " ".join([self.path, str(self.headers), *SECRETS.values()])
         said = said.replace("&", "&amp;").replace("<", "&lt;")
-        body = f"<Error><Code>AccessDenied</Code><Message>{said}</Message></Error>".encode()
-        self.send_response(403)
-        self.send_header("Content-Type", "application/xml")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        stores.deny(self, said)
 
     do_GET = do_HEAD = do_POST = do_PUT = _answer  # noqa: N815
 
@@ -179,7 +175,4 @@ def test_no_secret_gets_out(
         Path(name).name for name in files
     }
     total = sum(map(len, looked_at.values()))
-    print(
-        f"\nguarantee: secrets found: {len(found)} in {len(looked_at)} files and outputs, "
-        f"{total} bytes"
-    )
+    guarantee(f"secrets found: {len(found)} in {len(looked_at)} files and outputs, {total} bytes")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.builders.figures import guarantee
 from tests.builders.forked import CommandServer
 from tests.refusals import (
     adapters,
@@ -83,7 +84,7 @@ def tally(good: Path) -> Iterator[Tally]:
     before, counted = tree_of(good), Tally()
     yield counted
     assert tree_of(good) == before
-    print(f"\nguarantee: inputs refused well: {counted.refused} of {counted.tried}")
+    guarantee(f"inputs refused well: {counted.refused} of {counted.tried}")
 
 
 def _part(name: str) -> Any:

@@ -99,17 +99,7 @@ class _Denying(http.server.BaseHTTPRequestHandler):
     """Denies everything, in S3's words, as to one who does not sign."""
 
     def do_GET(self) -> None:
-        body = (
-            b'<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>Access Denied: '
-            + stores.SECRET.encode()
-            + b"</Message></Error>"
-        )
-        self.send_response(403)
-        self.send_header("Content-Type", "application/xml")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        stores.deny(self, f"Access Denied: {stores.SECRET}")
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
 

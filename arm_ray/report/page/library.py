@@ -7,7 +7,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-from arm_ray.storage.atomic import atomic_file
+from arm_ray.storage.atomic import write_text
 
 _PACKAGE = "vl-convert-python"
 _known: str | None = None
@@ -31,8 +31,7 @@ def plotting_library() -> str | None:
             _known = _bundle()
             with contextlib.suppress(OSError):
                 cached.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(cached, may_race=True) as file:
-                    file.write(_known.encode())
+                write_text(cached, _known, may_race=True)
     return _known
 
 

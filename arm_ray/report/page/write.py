@@ -9,7 +9,7 @@ from arm_ray.errors import RunDirectoryError
 from arm_ray.report.page.render import render
 from arm_ray.report.page.view import view_of
 from arm_ray.report.run_record import open_record
-from arm_ray.storage.atomic import atomic_file
+from arm_ray.storage.atomic import write_text
 
 REPORT_NAME = "report.html"
 
@@ -47,8 +47,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     file = file.expanduser().absolute()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file, may_race=True) as opened:
-            opened.write(text.encode())
+        write_text(file, text, may_race=True)
     except OSError as error:
         raise RunDirectoryError(
             "the report cannot be written",

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from arm_ray.checkpoints.weight_file import atomic_file
 from arm_ray.errors import RunDirectoryError
 from arm_ray.storage import lease, room
+from arm_ray.storage.atomic import write_text
 from arm_ray.storage.disk import files_told
 from arm_ray.storage.store import Store
 
@@ -140,8 +140,7 @@ def write_config(path: Path, text: str) -> None:
     Raises:
         OSError: The directory cannot be written.
     """
-    with atomic_file(path / CONFIG_NAME) as file:
-        file.write(text.encode())
+    write_text(path / CONFIG_NAME, text)
 
 
 def _something_else(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arm_ray.checkpoints import states
-from arm_ray.checkpoints.weight_file import atomic_file, write_json
+from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.config import MergeConfig, config_difference, parse_merge_config, read_yaml
 from arm_ray.errors import ArmRayError, DiskSpaceError, RunDirectoryError
 from arm_ray.events import EventLog
@@ -34,6 +34,7 @@ from arm_ray.runtime.output.claim import (
     write_config,
 )
 from arm_ray.runtime.output.precision import recorded
+from arm_ray.storage.atomic import write_text
 from arm_ray.storage.regular import json_in
 from arm_ray.storage.room import size_text
 
@@ -232,8 +233,7 @@ def open_run(config: MergeConfig, path: Path | None = None) -> Iterator[RunDirec
             with contextlib.suppress(OSError, ValueError):
                 run.inputs = json_in(path / INPUTS_NAME)
         if not (path / _ID_NAME).is_file():
-            with atomic_file(path / _ID_NAME) as file:
-                file.write(uuid.uuid4().hex.encode())
+            write_text(path / _ID_NAME, uuid.uuid4().hex)
         run.id = (path / _ID_NAME).read_text(encoding="utf-8")
         write_config(path, config.to_yaml())
         yield run
