@@ -35,6 +35,8 @@ import errno
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from arm_ray.secrets import shortened
+
 # Of a row of a message: a name or value that is longer is cut.
 _LONGEST_ROW = 4000
 
@@ -92,7 +94,11 @@ class ArmRayError(Exception):
     def _text(self) -> str:
         lines = [self.what]
         rows = (("where", self.where), ("got", self.got), ("expected", self.expected))
-        lines += [f"  {label + ':':<10}{_cut(text)}" for label, text in rows if text is not None]
+        lines += [
+            f"  {label + ':':<10}{shortened(text, _LONGEST_ROW)}"
+            for label, text in rows
+            if text is not None
+        ]
         hint = self.advice if self.hint is None and self.expected is None else self.hint
         if hint is not None:
             lines.append(f"  {'to do:':<10}{hint}")
@@ -101,13 +107,6 @@ class ArmRayError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         fields = (self.what, self.where, self.got, self.expected, self.hint, self.subject)
         return _rebuild, (type(self), fields)
-
-
-def _cut(text: str) -> str:
-    """A row of a message without its middle, where it is long."""
-    if len(text) <= _LONGEST_ROW:
-        return text
-    return f"{text[: _LONGEST_ROW // 2]} … {text[-_LONGEST_ROW // 2 :]}"
 
 
 def _rebuild(cls: type[ArmRayError], fields: tuple[Any, ...]) -> ArmRayError:

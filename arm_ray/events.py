@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from arm_ray.secrets import all_hidden, hidden
 from arm_ray.storage.regular import open_regular, parse_json
-from arm_ray.storage.secrets import all_hidden, hidden
 
 
 @dataclass(frozen=True)

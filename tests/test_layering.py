@@ -14,18 +14,20 @@ from tests.builders.paths import ROOT
 
 # Room -> the rooms of arm_ray that it may import. A room is a package or a module of arm_ray.
 CORE = {
-    "errors", "hardware", "identity", "config", "events", "noise", "presets", "schedule", "storage",
+    "errors", "hardware", "identity", "config", "events", "noise", "presets", "schedule", "secrets",
+    "storage",
 }  # fmt: skip
 PURE = CORE | {"steps", "merging", "checkpoints", "model", "calibration", "evaluation", "report"}
 ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
+    "secrets": set(),
+    "errors": {"secrets"},
     "hardware": set(),
     "identity": set(),
     "noise": set(),
-    "storage": {"errors"},
-    "events": {"errors", "storage"},
+    "storage": {"errors", "secrets"},
+    "events": {"errors", "secrets", "storage"},
     "presets": set(),
-    "config": {"errors", "evaluation", "identity", "merging", "presets", "storage"},
+    "config": {"errors", "evaluation", "identity", "merging", "presets", "secrets", "storage"},
     "schedule": {"errors", "config"},
     "steps": {"errors", "config", "evaluation", "schedule"},
     "lazy": set(),
@@ -46,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "api": PURE | {"following", "planning", "runtime", "study", "training"},
     "public_api": set(),
     "integrations": {"api", "cli", "errors", "lazy", "storage"},
-    "jobs": {"cli", "errors", "noise", "runtime", "training"},
+    "jobs": {"cli", "errors", "noise", "runtime", "secrets", "training"},
     "cli": PURE
     | {
         "config_keys",
@@ -271,7 +273,7 @@ def test_merging_knows_no_files_no_ray_and_no_configuration() -> None:
         foreign = {"ray", "vllm", "transformers", "safetensors", "pydantic", "yaml"}
         assert not loaded & foreign, name
         assert all(
-            module in ("arm_ray", "arm_ray.errors", "arm_ray.lazy")
+            module in ("arm_ray", "arm_ray.errors", "arm_ray.lazy", "arm_ray.secrets")
             or module.startswith("arm_ray.merging")
             for module in loaded
             if module.startswith("arm_ray")

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -398,9 +398,12 @@ def narrowed(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if torch.finfo(dtype).max >= torch.finfo(rows.dtype).max:
         return cast
     most = float(rows.abs().max()) if rows.numel() else 0.0
-    # What is not finite in the first place is as it was read; a little above is rounded down.
-    is_beyond = torch.finfo(dtype).max < most < torch.inf
-    if is_beyond and not bool(torch.isfinite(cast.float()).all()):
+    if not isfinite(most):
+        # What is not finite in the first place is as it was read.
+        most = float(torch.where(rows.isfinite(), rows, 0.0).abs().max())
+    # A little above is rounded down.
+    is_beyond = most > torch.finfo(dtype).max
+    if is_beyond and not bool(torch.isfinite(cast.float()[rows.isfinite()]).all()):
         raise NumericalError(
             f"{name} does not fit into {str(dtype).removeprefix('torch.')}",
             where="the weights that are written",

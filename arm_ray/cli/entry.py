@@ -16,8 +16,8 @@ from arm_ray.cli.parser import make_parser
 from arm_ray.errors import ArmRayError
 from arm_ray.model.imports import OWN_PROCESS
 from arm_ray.noise import VERBOSE, silence
+from arm_ray.secrets import hidden
 from arm_ray.storage.disk import file_error
-from arm_ray.storage.secrets import hidden
 from arm_ray.storage.urls import plain_path
 
 # 128 and the number of SIGPIPE, as shells report a program that it has ended.

@@ -80,7 +80,7 @@ def _status(options: argparse.Namespace) -> int:
 def _run_directory(given: str) -> Path:
     """The directory of a run that is looked at."""
     if is_url(given):
-        from arm_ray.storage.secrets import hidden
+        from arm_ray.secrets import hidden
 
         raise ConfigError(
             "a run at a URL is not looked at from here",

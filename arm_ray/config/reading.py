@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 from arm_ray.config.other_tools import translated
 from arm_ray.errors import ConfigError, StorageError
 from arm_ray.identity import is_mapping, section_in
+from arm_ray.secrets import hidden
 from arm_ray.storage.regular import read_text
-from arm_ray.storage.secrets import hidden
 from arm_ray.storage.urls import checked
 from arm_ray.storage.yaml_text import LARGEST_YAML, load_yaml
 

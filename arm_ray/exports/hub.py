@@ -11,7 +11,7 @@ import yaml
 from arm_ray.checkpoints.inspect import inspect_checkpoint
 from arm_ray.checkpoints.naming import is_hub_id
 from arm_ray.errors import ConfigError, NotACheckpointError, StorageAccessError, StorageError
-from arm_ray.storage.secrets import hidden
+from arm_ray.secrets import hidden
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

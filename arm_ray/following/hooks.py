@@ -21,11 +21,11 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt
 
 from arm_ray.following.posting import post, refusal, with_variables
-from arm_ray.storage.secrets import hidden, patterns_hidden
+from arm_ray.secrets import named, patterns_hidden, shortened
 
 VARIABLE = "ARM_RAY_PUBLISHED"
 _STRICT: Mapping[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
-_TAIL = 400
+_LONGEST = 400
 _FIRST_PAUSE_S = 1.0
 
 
@@ -36,7 +36,8 @@ class HookSettings:
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
     command: tuple[str, ...] | None = None
     """A program and its arguments, run with your rights, without a shell. `${NAME}` stands for the
-    value of an environment variable when it is run, so that a secret is not written down."""
+    value of an environment variable when it is run, so that a secret is not written down; `$${`
+    stands for `${`."""
     url: str | None = None
     """Address that the JSON is posted to: http or https, and `${NAME}` as in the command. It may be
     on this machine; link-local addresses, where clouds have their credentials, are refused.
@@ -110,11 +111,13 @@ def run_hook(
 
 def _run(settings: HookSettings, text: str) -> str | None:
     name, *_ = settings.command or ("",)
+    used: dict[str, str] = {}
     try:
-        command = [with_variables(part) for part in settings.command or ()]
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             file.write(text)
             file.flush()
+            others = {VARIABLE: file.name}
+            command = [with_variables(part, others, used) for part in settings.command or ()]
             process = subprocess.Popen(  # noqa: S603 -- the command is the user's own
                 command,
                 stdin=subprocess.PIPE,
@@ -122,7 +125,7 @@ def _run(settings: HookSettings, text: str) -> str | None:
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                env={**os.environ, VARIABLE: file.name},
+                env={**os.environ, **others},
                 start_new_session=True,
             )
             with process:
@@ -133,11 +136,15 @@ def _run(settings: HookSettings, text: str) -> str | None:
                 finally:
                     _end(process)
     except (OSError, ValueError) as error:
-        return f"hook {name}: {hidden(str(error))}"
+        return f"hook {name}: {named(str(error), used)}"
     if process.returncode:
-        said = " ".join((err or out).split())[-_TAIL:]
-        return f"hook {name}: exit code {process.returncode}: {hidden(said)}"
+        return f"hook {name}: exit code {process.returncode}: {_line(err or out, used)}"
     return None
+
+
+def _line(said: str, used: Mapping[str, str]) -> str:
+    """What others have said, in a line of some length, without what they were given."""
+    return shortened(" ".join(named(said, used).split()), _LONGEST)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -151,14 +158,15 @@ def _end(process: subprocess.Popen[str]) -> None:
 def _post(settings: HookSettings, text: str) -> str | None:
     # As it is written down: without the values of variables.
     shown = str(settings.url)
+    used: dict[str, str] = {}
     try:
-        url = with_variables(shown)
+        url = with_variables(shown, {}, used)
         problem = refusal(url)
         if problem is not None:
-            return f"hook {shown}: {problem}"
+            return f"hook {shown}: {named(problem, used)}"
         status, reason, said = post(url, text, settings.timeout_s)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return f"hook {shown}: {hidden(str(error))}"
+        return f"hook {shown}: {named(str(error), used)}"
     if status < 300:
         return None
-    return hidden(f"hook {shown}: HTTP {status} {reason}: {said}")
+    return f"hook {shown}: HTTP {status} {_line(f'{reason}: {said}', used)}"

@@ -16,26 +16,47 @@ import socket
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
-# Where clouds answer beside 169.254.0.0/16 and fe80::/10: AWS by IPv6, Alibaba, Google by name.
-_METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.200")))
-_METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "instance-data"})
-_TAIL = 400
+_VARIABLE = re.compile(r"\$\$\{|\$\{(\w+)\}")
+# Where clouds answer beside 169.254.0.0/16 and fe80::/10: AWS and Google by IPv6, Alibaba, Azure,
+# Oracle, and Google by name.
+_METADATA = frozenset(
+    map(
+        ipaddress.ip_address,
+        (
+            *("fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254", "100.100.100.200"),
+            *("168.63.129.16", "192.0.0.192"),
+        ),
+    )
+)
+_METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "metadata.goog"})
+# IPv6 addresses whose last 32 bits are one of IPv4: translated, and of old tunnels.
+_WITH_IPV4 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/96", "::/96")))
+_MOST_READ = 4096
 
 
-def with_variables(text: str) -> str:
-    """A text with the values of environment variables in place of `${NAME}`.
+def with_variables(text: str, others: Mapping[str, str], used: dict[str, str]) -> str:
+    """A text with the values of environment variables in place of `${NAME}`; `$${` stands for `${`.
+
+    Args:
+        text: The text.
+        others: Further variables, which take precedence.
+        used: Is given the name and value of each that was put in.
 
     Raises:
         ValueError: There is no such variable.
     """
 
     def value(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1])
+        name = match[1]
+        if name is None:
+            return "${"
+        found = others.get(name, os.environ.get(name))
         if found is None:
-            raise ValueError(f"the environment has no {match[1]}")
+            raise ValueError(f"the environment has no {name}; `$${{` stands for `${{`")
+        used[name] = found
         return found
 
     return _VARIABLE.sub(value, text)
@@ -77,30 +98,35 @@ def _literal(host: str) -> str | None:
 def _is_refused(address: str | None) -> bool:
     if address is None:
         return False
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
-        found = found.ipv4_mapped
+    found = _meant(ipaddress.ip_address(address.partition("%")[0]))
     return found.is_link_local or found in _METADATA
 
 
-class _Checked:
+def _meant(
+    found: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address of IPv4 that one of IPv6 stands for, where it stands for one."""
+    if isinstance(found, ipaddress.IPv4Address):
+        return found
+    if any(found in network for network in _WITH_IPV4) and int(found) >> 32:
+        return ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+    if found in _WITH_IPV4[-1] and int(found) > 0xFFFF:
+        return ipaddress.IPv4Address(int(found))
+    return found.ipv4_mapped or found.sixtofour or found
+
+
+class _Http(http.client.HTTPConnection):
     """A connection that ends before anything is sent where it has led to a refused address."""
 
-    sock: Any
-
     def connect(self) -> None:
-        super().connect()  # type: ignore[misc]
+        super().connect()
         if _is_refused(self.sock.getpeername()[0]):
             self.sock.close()
             raise OSError("the name leads to a link-local address, to which nothing is sent")
 
 
-class _Http(_Checked, http.client.HTTPConnection):
-    pass
-
-
-class _Https(_Checked, http.client.HTTPSConnection):
-    pass
+class _Https(http.client.HTTPSConnection, _Http):
+    """The same: what is above it connects, and then it begins to speak TLS."""
 
 
 class _HttpHandler(urllib.request.HTTPHandler):
@@ -147,7 +173,7 @@ def post(url: str, text: str, timeout_s: float) -> tuple[int, str, str]:
             said = f"a redirect to {error.headers.get('Location')}, which is not followed"
         else:
             try:
-                said = " ".join(error.read(_TAIL).decode(errors="replace").split())
+                said = error.read(_MOST_READ).decode(errors="replace")
             except (OSError, http.client.HTTPException):
                 said = ""
         error.close()

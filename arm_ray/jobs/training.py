@@ -9,6 +9,7 @@ from typing import Any
 
 from arm_ray.errors import ArmRayError
 from arm_ray.noise import silence
+from arm_ray.secrets import hidden
 
 
 def run_job(
@@ -38,7 +39,7 @@ def run_job(
     try:
         run(Path(given[0]), given[1:])
     except ArmRayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {hidden(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

@@ -12,8 +12,8 @@ from arm_ray.checkpoints.states import StateManifest
 from arm_ray.config import MergeConfig
 from arm_ray.report.scores import Scores, scores_as_markdown
 from arm_ray.schedule import state_name
+from arm_ray.secrets import hidden
 from arm_ray.storage.atomic import write_text
-from arm_ray.storage.secrets import hidden
 
 _TEMPLATE = """---
 {front_matter}---

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import yaml
 
 from arm_ray.errors import RunDirectoryError
+from arm_ray.secrets import all_hidden, environment_hidden, hidden, patterns_hidden
 from arm_ray.storage.regular import json_in, open_regular, parse_json, read_text
-from arm_ray.storage.secrets import all_hidden, environment_hidden, hidden, patterns_hidden
 from arm_ray.storage.yaml_text import LARGEST_YAML, load_yaml
 
 Kind = Literal["merge", "evaluation", "pipeline", "study", "attach", "training", "unknown"]

@@ -30,13 +30,13 @@ from arm_ray.errors import (
     CorruptCheckpointError,
     RunDirectoryError,
 )
+from arm_ray.evaluation.settings import GradingSettings
 from arm_ray.events import read_events
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge.run import merge
-from arm_ray.runtime.output.claim import CONFIG_NAME, claimed, write_config
+from arm_ray.runtime.output.claim import CONFIG_NAME, claimed
 from arm_ray.runtime.output.provenance import environment
 from arm_ray.schedule import BASE, INITIAL, candidate_name
-from arm_ray.storage.disk import files_told
 from arm_ray.storage.urls import is_url
 
 
@@ -183,7 +183,6 @@ def repair(
             expected="a run directory, which says what the model was made of",
             hint=f"make the model again: arm-ray reproduce {path} --output DIR",
         )
-    text = (path / CONFIG_NAME).read_text(encoding="utf-8")
     config = load_merge_config(path / CONFIG_NAME)
     if is_url(config.output):
         raise RunDirectoryError(
@@ -193,7 +192,7 @@ def repair(
             expected="a run in a directory",
             hint="remove its model from the URL, and run the same merge again",
         )
-    # The run may have been moved, and is not pushed a second time.
+    # The run may have been moved, and is not pushed a second time. What it says of itself stays.
     config = config.model_copy(update={"output": str(path), "push_to_hub": None})
     # What cannot be made again is not touched.
     open_inputs(config)
@@ -203,17 +202,13 @@ def repair(
             return before, None
         was, aside = _set_aside(path, before.damage)
     try:
-        merge(config, address=address, console=console)
+        merge(config, address=address, console=console, keeps_config=True)
     except BaseException:
         # As it was, as far as the disk lets it be; what went wrong first is what is told.
         with contextlib.suppress(OSError):
             if aside is not None and not (path / "model").exists():
                 aside.rename(path / "model")
-        with contextlib.suppress(OSError):
-            write_config(path, text)
         raise
-    with files_told(path):
-        write_config(path, text)
     after = verify(path)
     return after, (same_tensors(was, digests_of(path / "model")) if was else None)
 
@@ -344,26 +339,50 @@ def config_of(
             expected="config, inputs and environment, as arm_ray writes them",
             hint="copy the model again from where it came",
         ) from error
-    trusted = given.pop("trust_remote_code", None)
+    taken = {key: _take(given, key) for key in _CODE}
     config = parse_merge_config(given, overrides, source=str(where))
-    if trusted and not any(text.startswith("trust_remote_code=") for text in overrides):
-        raise _code(where, f"trust_remote_code {trusted}", "trust_remote_code=[FAMILY]")
     if config.evaluation is not None and not config.selects_by_task:
         config = config.model_copy(update={"evaluation": None})
-    scorers = [] if config.evaluation is None else config.evaluation.task_settings
-    scorer = next((task.scorer for task in scorers if task.scorer is not None), None)
-    if scorer is not None and not any(text.startswith("evaluation") for text in overrides):
-        raise _code(where, f"scorer {scorer}", "evaluation.tasks=[…]")
+    evaluation = config.evaluation
+    asked = [text.partition("=")[0] for text in overrides]
+    for key, found in taken.items():
+        is_used = evaluation is not None or not key.startswith("evaluation.")
+        is_asked = any(f"{key}.".startswith(f"{a}.") or a.startswith(f"{key}.") for a in asked)
+        if is_used and not is_asked and found not in _CODE[key]:
+            raise _code(where, key, found)
+    for task in () if evaluation is None else evaluation.task_settings:
+        if task.scorer is not None and not {"evaluation", "evaluation.tasks"} & {*asked}:
+            raise _code(where, "evaluation.tasks", f"scorer: {task.scorer}")
     return config
 
 
-def _code(where: Path, got: str, override: str) -> ConfigError:
+# Keys that name code, or say how it is run, and what they are where they do neither.
+_CODE: dict[str, tuple[Any, ...]] = {
+    "trust_remote_code": (None, [], ()),
+    "evaluation.engine.options": (None, {}),
+    "evaluation.grading.sandbox": (None, GradingSettings.sandbox),
+    "evaluation.grading.interpreter": (None, GradingSettings.interpreter),
+}
+
+
+def _take(content: dict[str, Any], key: str) -> Any:
+    """Take a key out of the content of a configuration; None: it is not there."""
+    name, _, rest = key.partition(".")
+    if not rest:
+        return content.pop(name, None)
+    if not isinstance(content.get(name), Mapping):
+        return None
+    content[name] = dict(content[name])
+    return _take(content[name], rest)
+
+
+def _code(where: Path, key: str, got: object) -> ConfigError:
     return ConfigError(
-        "the model was made with code, which is not run because a file says so",
-        where=where,
+        "the model was made with code or options that are not used because a file says so",
+        where=f"{where}, {key}",
         got=got,
         expected="nothing of the kind, or your own word for it",
-        hint=f"where you trust it, say so: {override}",
+        hint=f"where you trust it, say so: {key}=VALUE",
     )
 
 

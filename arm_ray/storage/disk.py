@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 from arm_ray.errors import ArmRayError, DiskSpaceError, RunDirectoryError, is_disk_full
 
-# Of pipes, sockets and processes: not about files, though Python has them below OSError.
-_OTHERS = (BrokenPipeError, ConnectionError, TimeoutError, ChildProcessError, ProcessLookupError)
+# What is said of files, their disks and their mounts. Sockets and processes have errors of the same
+# class in Python, with other numbers.
+_OF_FILES = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EBADF", "EBUSY", "EDQUOT", "EEXIST", "EFBIG", "EINVAL", "EIO", "EISDIR"),
+        *("ELOOP", "EMLINK", "ENAMETOOLONG", "ENODEV", "ENOENT", "ENOLCK", "ENOSPC", "ENOTDIR"),
+        *("ENOTEMPTY", "ENOTSUP", "ENXIO", "EOVERFLOW", "EPERM", "EROFS", "ESTALE", "ETXTBSY"),
+        *("EXDEV", "EREMOTEIO", "EUCLEAN", "ESHUTDOWN"),
+    )
+    if hasattr(errno, name)
+)
+# Their numbers mean something else.
+_OTHER_MODULES = ("socket", "ssl")
 _AGAIN = "the same command again goes on from what is complete"
 
 
@@ -22,9 +35,18 @@ def file_error(error: OSError, where: object = None) -> ArmRayError | None:
     Returns:
         None where it is not about a file, or already one of ours.
     """
-    if isinstance(error, _OTHERS) or error.errno is None:
+    if type(error).__module__ in _OTHER_MODULES:
         return None
     place = error.filename or where
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return RunDirectoryError(
+            "too many files are open at once",
+            where=place,
+            got=error,
+            hint=f"allow more (ulimit -n 65536); {_AGAIN}",
+        )
+    if error.errno not in _OF_FILES:
+        return None
     if is_disk_full(error):
         return DiskSpaceError(
             f"the disk is full: {error.strerror}",

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 
 from arm_ray.errors import NoSuchObjectError, StorageAccessError, StorageError
+from arm_ray.secrets import environment_hidden
 from arm_ray.storage.filesystem import has_credentials, open_filesystem
-from arm_ray.storage.secrets import environment_hidden
 from arm_ray.storage.urls import Url
 
 _DENIED = re.compile(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from arm_ray.errors import StorageError
-from arm_ray.storage.secrets import hidden, patterns_hidden, secret_in
+from arm_ray.secrets import hidden, patterns_hidden, secret_in
 
 SCHEMES = ("s3", "gs", "hf")
 _URL = re.compile(r"(?P<format>[a-z]+:)?(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.S)

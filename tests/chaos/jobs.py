@@ -151,14 +151,14 @@ def smollm2_job(root: Path) -> Job:
     return Job("merge", root, variants, victims)
 
 
-def attach_job(root: Path) -> Job:
-    """A run of six checkpoints, all of them there at the start, that is followed to its end."""
+def attach_job(root: Path, count: int = 6) -> Job:
+    """A run of checkpoints, all of them there at the start, that is followed to its end."""
     root.mkdir(parents=True, exist_ok=True)
-    case = MergeCase(root / "inputs").make(count=6, num_layers=4, sizes=SERVED)
+    case = MergeCase(root / "inputs").make(count=count, num_layers=4, sizes=SERVED)
     run = root / "train"
     run.mkdir()
     for number, path in enumerate(case.candidates, start=1):
-        state = {"global_step": 10 * number, "max_steps": 60}
+        state = {"global_step": 10 * number, "max_steps": 10 * count}
         (path / "trainer_state.json").write_text(json.dumps(state))
         path.rename(run / path.name)
     content = {

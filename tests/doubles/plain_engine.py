@@ -7,6 +7,7 @@ each completion by itself, so that its numbers depend on the weights and the req
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,3 +128,18 @@ class PlainEngineActor(EngineActor):
     """An engine actor whose engine is a plain one."""
 
     engine_class: ClassVar[type[Engine]] = PlainEngine
+
+
+class _TellingEngine(PlainEngine):
+    def _run(self, requests: Sequence[Request]) -> list[Completion]:
+        names = os.environ["TELLING_ENGINE"].split(",")
+        raise RuntimeError(" ".join(f"{name}={os.environ[name]}" for name in names))
+
+
+class TellingEngineActor(EngineActor):
+    """An engine actor whose engine tells in an error, once asked for text, what variables hold.
+
+    Their names are in `TELLING_ENGINE`, with commas between.
+    """
+
+    engine_class: ClassVar[type[Engine]] = _TellingEngine

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 
 from arm_ray.checkpoints.huggingface import SINGLE_NAME
@@ -229,8 +230,10 @@ def _repaired(out: Path) -> str:
 
 
 def _look_at_repair(out: Path) -> None:
-    """The run can be looked at, and its configuration is whole."""
+    """The run can be looked at, says of itself what it said, and has nothing else that is torn."""
     assert verify(out).path == out
+    assert yaml.safe_load((out / "config.yaml").read_text())["output"] != str(out)
+    assert_nothing_torn(out, is_damaged=True)
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -245,6 +248,7 @@ SCENARIOS: dict[str, Scenario] = {
         _repair,
         _repaired,
         _look_at_repair,
+        # Where it lies now is not where its configuration says.
         lambda root, out: shutil.copytree(root / "made", out, dirs_exist_ok=True),
     ),
 }

@@ -26,13 +26,14 @@ class Receiver(http.server.BaseHTTPRequestHandler):
     received: list[dict[str, Any]]
     paths: list[str]
     location = ""
+    said = "no room here"
 
     def do_POST(self) -> None:
         self.paths.append(self.path)
         length = int(self.headers["Content-Length"])
         self.received.append(json.loads(self.rfile.read(length)))
         status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
-        body = b"no room here"
+        body = self.said.encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         if self.location:
@@ -169,8 +170,16 @@ METADATA = [
     "http://[fe80::1]/",
     "http://[fe80::1%25eth0]/",
     "http://[fd00:ec2::254]/",
+    "http://[fd00:ec2::23]/",
+    "http://[fd20:ce::254]/",
+    "http://[64:ff9b::169.254.169.254]/",
+    "http://[2002:a9fe:a9fe::]/",
+    "http://[::169.254.169.254]/",
     "http://100.100.100.200/",
+    "http://168.63.129.16/",
+    "http://192.0.0.192/",
     "http://metadata.google.internal/",
+    "http://metadata.goog/",
     "http://METADATA.google.internal./",
 ]
 
@@ -236,6 +245,46 @@ def test_variables_are_filled_in_when_it_runs(
     assert "s3cret" not in result.problems[0]
     result = run_hook(HookSettings(url="http://localhost/${NOT_THERE}", retries=0), PAYLOAD)
     assert "the environment has no NOT_THERE" in result.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (404, "Cannot POST /services/T0000/XyZsecretXyZ here"),
+        # Half of it would be left where this is cut.
+        (404, "x" * 170 + "XyZsecretXyZ" + "y" * 180 + "XyZsecretXyZ"),
+        (302, "/login?next=%2FT0000%2FXyZsecretXyZ"),
+    ],
+)
+def test_no_value_of_a_variable_is_told_again(
+    receiver: tuple[type[Receiver], str], status: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the variable is called: a path may be all that an address needs to be secret."""
+    handler, url = receiver
+    monkeypatch.setenv("SLACK_PATH", "T0000/XyZsecretXyZ")
+    monkeypatch.setenv("SLACK_END", "XyZsecretXyZ")
+    handler.statuses, handler.said = [status], said
+    handler.location = said if status == 302 else ""
+    settings = HookSettings(url=f"{url}/${{SLACK_PATH}}?a=${{SLACK_END}}", retries=0)
+    [problem] = run_hook(settings, PAYLOAD).problems
+    assert "XyZ" not in problem
+    assert "${SLACK" in problem.replace(str(settings.url), "")
+
+
+def test_no_value_of_a_variable_is_told_by_the_check_of_an_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WHERE", "s3cretport")
+    [problem] = run_hook(HookSettings(url="http://host:${WHERE}/", retries=0), PAYLOAD).problems
+    assert "not an http address" in problem
+    assert "s3cret" not in problem
+
+
+def test_a_shell_asked_for_has_variables_of_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = f"for f in a b; do echo $${{f}}; done > {out}; cat ${{ARM_RAY_PUBLISHED}} >> {out}"
+    assert run_hook(HookSettings(command=("sh", "-c", script), retries=0), PAYLOAD).problems == ()
+    assert out.read_text() == "a\nb\n" + json.dumps(PAYLOAD)
 
 
 @pytest.mark.parametrize(

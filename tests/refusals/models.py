@@ -25,7 +25,11 @@ _MADE = {
 
 
 def model(
-    command: str, change: Callable[[Path], object], codes: tuple[int, ...] = (1,), **told: Any
+    command: str,
+    change: Callable[[Path], object],
+    *overrides: str,
+    codes: tuple[int, ...] = (1,),
+    **told: Any,
 ) -> Malformed:
     """A model with its digests, which is changed, and a command for it."""
 
@@ -39,7 +43,7 @@ def model(
             "push": ["owner/name"],
             "gguf": ["--converter", str(place.root / "none.py")],
         }
-        return [command, str(path), *more.get(command, [])]
+        return [command, str(path), *more.get(command, []), *overrides]
 
     return Malformed(make, codes=codes, **told)
 
@@ -67,6 +71,18 @@ def file(name: str) -> Callable[[Path], object]:
     """A manifest that names another file."""
     row = {"num_bytes": 3, "digest": "0" * 64, "tensors": {}}
     return changed(files={name: row})
+
+
+_QUESTIONS = {"name": "x", "type": "questions", "path": "y"}
+
+
+def _scored(key: str, value: object) -> Callable[[Path], object]:
+    """The manifest of a model that scores have chosen, with a key of the evaluation."""
+    *sections, name = key.removeprefix("evaluation.").split(".")
+    content: dict[str, Any] = {name: value}
+    for section in reversed(sections):
+        content = {section: content}
+    return _settings(evaluation={"tasks": [_QUESTIONS], "select": {"by": "x"}, **content})
 
 
 def damaged(change: Callable[[Path], object], says: str = "DAMAGED") -> Malformed:
@@ -132,12 +148,21 @@ CASES: dict[str, Malformed] = {
     ),
     "reproduce: a grader of its own": model(
         "reproduce",
-        _settings(
-            evaluation={
-                "tasks": [{"name": "x", "type": "questions", "path": "y", "scorer": "evil.py:f"}],
-                "select": {"by": "x"},
-            }
-        ),
+        _scored("evaluation.tasks", [{**_QUESTIONS, "scorer": "evil.py:f"}]),
+        says="your own word for it",
+    ),
+    **{
+        f"reproduce: {key} {value}": model("reproduce", _scored(key, value), where=key)
+        for key, value in (
+            ("evaluation.engine.options", {"trust_remote_code": True, "tokenizer": "evil/repo"}),
+            ("evaluation.grading.sandbox", "unsafe_subprocess"),
+            ("evaluation.grading.interpreter", "/tmp/evil"),
+        )
+    },
+    "reproduce: a grader of its own, and an override of something else": model(
+        "reproduce",
+        _scored("evaluation.tasks", [{**_QUESTIONS, "scorer": "evil.py:f"}]),
+        "evaluation.engine.kv_cache_gb=2",
         says="your own word for it",
     ),
     "reproduce: code of a family": model(

@@ -6,6 +6,9 @@ import base64
 import contextlib
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +23,14 @@ from arm_ray.events import EventLog, RunFailed, Warned
 from arm_ray.exports import hub as hub_module
 from arm_ray.exports.hub import push
 from arm_ray.following.hooks import HookSettings, run_hook
+from tests.builders import studies
 from tests.builders.figures import guarantee
 from tests.builders.forked import CommandServer, Ended
 from tests.builders.hub import TOKEN, fake_hub
+from tests.builders.merge_case import MergeCase
+from tests.builders.models import SERVED
+from tests.builders.paths import ROOT
+from tests.chaos.jobs import attach_job
 from tests.doubles import stores
 from tests.refusals.place import Place, make_good
 
@@ -49,6 +57,31 @@ def forms(secret: str) -> list[bytes]:
     encoded = base64.b64encode(plain).rstrip(b"=")
     told = [plain, json.dumps(secret)[1:-1].encode(), quote(secret, safe="").encode(), encoded]
     return [*dict.fromkeys(told)]
+
+
+def look_through(root: Path, said: dict[str, str], what: str) -> set[str]:
+    """Assert that no secret is in any file below a directory, or in texts; returns files' names.
+
+    Args:
+        root: The directory.
+        said: What it is called -> a text.
+        what: Who has written it.
+    """
+    files = {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    looked_at = {**files, **{name: text.encode() for name, text in said.items()}}
+    found = [
+        f"{variable} in {name}"
+        for variable, secret in {**SECRETS, "by hand": IN_URLS}.items()
+        for form in forms(secret)
+        for name, content in looked_at.items()
+        if form in content
+    ]
+    total = sum(map(len, looked_at.values()))
+    guarantee(
+        f"secrets found ({what}): {len(found)} in {len(looked_at)} files and outputs, {total} bytes"
+    )
+    assert found == []
+    return {Path(name).name for name in files}
 
 
 class Echo(http.server.BaseHTTPRequestHandler):
@@ -160,19 +193,65 @@ def test_no_secret_gets_out(
     log.write(RunFailed("OSError", f"https://me:{IN_URLS}@host/?sig={IN_URLS}"))
     said["observers"] = str(told)
     said["hub"] = _push(root / "run" / "model", monkeypatch)
-    files = {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    looked_at = {**files, **{name: text.encode() for name, text in said.items()}}
-    found = [
-        f"{variable} in {name}"
-        for variable, secret in {**SECRETS, "by hand": IN_URLS}.items()
-        for form in forms(secret)
-        for name, content in looked_at.items()
-        if form in content
-    ]
-    assert found == []
+    names = look_through(root, said, "commands")
     # What was looked through is what commands write.
-    assert {"config.yaml", "events.jsonl", "report.html", "README.md", "arm_ray.json"} <= {
-        Path(name).name for name in files
-    }
-    total = sum(map(len, looked_at.values()))
-    guarantee(f"secrets found: {len(found)} in {len(looked_at)} files and outputs, {total} bytes")
+    assert {"config.yaml", "events.jsonl", "report.html", "README.md", "arm_ray.json"} <= names
+
+
+def _serving(root: Path, url: str) -> Iterator[tuple[list[str], dict[str, str], int]]:
+    """Command lines that start engines or Ray, what their environment has, and their exit codes."""
+    case = MergeCase(root / "inputs").make("smollm2", sizes=SERVED)
+
+    def written(command: str, content: object) -> list[str]:
+        path = root / f"{command}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return [command, str(path)]
+
+    rows = [{"question": f"{i} red apples and", "answer": str(i)} for i in range(8)]
+    asked = root / "inputs" / "asked.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "asked", "type": "questions", "path": str(asked), "max_tokens": 4}
+    engine = {"max_model_len": 128, "dtype": "float32"}
+    scoring = {"tasks": [{**task, "repeats": 1}], "engine": engine, "resamples": 100}
+    models = {"base": str(root / "inputs" / "base")}
+    told = {"models": models, "output": str(root / "told"), "evaluation": scoring}
+    yield written("evaluate", told), {"TELLING_ENGINE": ",".join(SECRETS)}, 1
+    axes = {"candidates": [[10, 20]], "operator": {"arm": {"method.operator": "arm"}}}
+    study = studies.content(case, output=str(root / "study"), axes=axes, evaluation=scoring)
+    yield written("study", study), {}, 0
+    job = attach_job(root / "followed", count=2)
+    followed = yaml.safe_load((job.root / "job.yaml").read_text())
+    followed["merge"]["runtime"]["layer_shards"] = 1
+    followed["publish"]["dir"] = str(root / "followed" / "out")
+    followed["publish"]["hook"] = {"url": f"{url}/hook?token=${{MY_API_TOKEN}}", "retries": 0}
+    yield written("attach", followed), {}, 0
+
+
+def test_no_secret_gets_out_of_engines_studies_and_attach(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of commands that start Ray, whose own logs are looked through as well."""
+    said: dict[str, str] = {}
+    ray_files = tmp_path_factory.mktemp("ray")
+    with echo() as url:
+        for number, (arguments, others, code) in enumerate(_serving(tmp_path, url)):
+            # What an engine has said of its own accord is in Ray's logs by Ray's own doing.
+            place = tmp_path_factory.mktemp("told") if others else ray_files
+            ended = subprocess.run(
+                [sys.executable, "-m", "tests.chaos.driver", *arguments],
+                cwd=ROOT,
+                env={**os.environ, **SECRETS, **others, "RAY_TMPDIR": str(place)},
+                capture_output=True,
+                text=True,
+            )
+            said[f"{number} {arguments[0]}"] = ended.stdout + ended.stderr
+            assert ended.returncode == code, ended.stderr[-3000:]
+    # The engine's words were repeated, without what was secret in them.
+    assert "MY_API_TOKEN=…" in said["0 evaluate"]
+    # The hook was answered with everything that can be known.
+    assert "HTTP 403" in said["2 attach"]
+    logs = {str(path): path.read_bytes() for path in ray_files.rglob("*") if path.is_file()}
+    assert any(name.endswith("raylet.out") for name in logs)
+    texts = {name: content.decode("latin-1") for name, content in logs.items()}
+    names = look_through(tmp_path, {**said, **texts}, "engines, a study, attach")
+    assert {"asked.parquet", "results.parquet", "arm_ray.json", "report.html"} <= names

@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import signal
+import socket
+import ssl
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,17 @@ def test_what_is_about_no_file_stays_what_it_is(name: str) -> None:
         raise os_error(name, None)
     assert caught.value.errno == getattr(errno, name)
     assert file_error(OSError("a library's own words")) is None
+
+
+def test_the_network_and_the_process_are_no_files() -> None:
+    """Their numbers may be those of files."""
+    assert file_error(socket.gaierror(-2, "Name or service not known"), "/run") is None
+    assert file_error(ssl.SSLError(1, "certificate verify failed"), "/run") is None
+    for name in ("ENETUNREACH", "ENOMEM", "EAGAIN"):
+        assert file_error(os_error(name, None), "/run") is None
+    many = file_error(os_error("EMFILE"))
+    assert many is not None
+    assert "ulimit -n" in str(many.hint)
 
 
 def test_every_job_in_a_directory_tells_so(tmp_path: Path) -> None:

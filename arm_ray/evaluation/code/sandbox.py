@@ -27,6 +27,7 @@ from arm_ray.evaluation.code.process import run_watched
 from arm_ray.evaluation.code.programs import Program
 from arm_ray.evaluation.code.self_test import check_isolation, check_plain
 from arm_ray.evaluation.code.users import Users
+from arm_ray.secrets import shortened
 
 __all__ = ["Limits", "Outcome", "Sandbox", "Status"]
 
@@ -172,7 +173,7 @@ class Sandbox:
             raise SandboxError(
                 "The sandbox did not start a program.",
                 where=self._backend.name,
-                got=ended.stderr.decode("utf-8", "replace").strip()[-1000:]
+                got=shortened(ended.stderr.decode("utf-8", "replace").strip(), 1000)
                 or f"exit code {ended.exit_code}",
                 hint=_START_HINT,
             )

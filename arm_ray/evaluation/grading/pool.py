@@ -28,6 +28,7 @@ from typing import IO, Any
 
 from arm_ray.errors import ConfigError, EvaluationError
 from arm_ray.evaluation.grading.extraction import Mode
+from arm_ray.secrets import shortened
 
 _MODES: tuple[Mode, ...] = ("strict", "qwen_compat")
 _WORKER = "arm_ray.evaluation.grading.worker"
@@ -133,7 +134,7 @@ class _Worker:
 
     def _failed_to_start(self, ended: bool) -> EvaluationError:
         self._errors.seek(0)
-        said = self._errors.read()[-2000:].decode(errors="replace").strip()
+        said = shortened(self._errors.read().decode(errors="replace").strip(), 2000)
         return EvaluationError(
             "A grader process did not start.",
             where=f"{sys.executable} -m {_WORKER}",

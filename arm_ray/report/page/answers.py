@@ -12,7 +12,7 @@ from arm_ray.evaluation.records import Record, per_problem, read_records
 from arm_ray.evaluation.tasks import problem_key, question_text
 from arm_ray.report.run_facts import SELECTION, Score, scored_record
 from arm_ray.report.run_record import RunRecord, json_lines
-from arm_ray.storage.secrets import hidden
+from arm_ray.secrets import hidden
 from arm_ray.storage.urls import is_url
 
 Change = Literal["gained", "lost"]
@@ -159,7 +159,7 @@ def _answer(record: Record | None, value: float | None, is_loss: bool) -> Answer
     told = "right" if value == 1.0 else "wrong" if value == 0.0 else f"{100 * value:.0f} % right"
     short = record.answer or ""
     taken = "" if "\n" in short or len(short) > 60 else hidden(short)
-    return Answer(hidden(_cut(record.completion)), told, value >= 0.5, taken)
+    return Answer(_cut(hidden(record.completion)), told, value >= 0.5, taken)
 
 
 def _cut(text: str) -> str:

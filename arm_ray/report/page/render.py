@@ -21,7 +21,7 @@ from arm_ray.report.page.compared import compared_sections
 from arm_ray.report.page.library import plotting_library
 from arm_ray.report.page.palette import DARK, LIGHT, Theme
 from arm_ray.report.page.view import RunView
-from arm_ray.storage.secrets import environment_hidden
+from arm_ray.secrets import environment_hidden
 
 
 def render(views: Sequence[RunView], *, is_live: bool = False) -> str:

@@ -22,6 +22,7 @@ from arm_ray.errors import (
     is_disk_full,
 )
 from arm_ray.runtime.cluster.actors import LocalResult
+from arm_ray.secrets import hidden, shortened
 
 
 def _kinds(*names: str) -> tuple[type[Exception], ...]:
@@ -327,5 +328,4 @@ def _not_delivered(error: BaseException) -> TransportError:
 
 def _short(error: BaseException) -> str:
     """An error's text in a line, without the middle of a long one: a traceback's end says most."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 500 else f"{text[:250]} … {text[-250:]}"
+    return shortened(" ".join(hidden(str(error)).split()), 500)

@@ -80,6 +80,7 @@ def merge(
     part_of: str | None = None,
     place: Place | None = None,
     writes_report: bool = True,
+    keeps_config: bool = False,
 ) -> MergeOutcome:
     """Merge checkpoints as configured, or go on with the run in `config.output`.
 
@@ -93,6 +94,7 @@ def merge(
         part_of: Name of the run whose trackers tell of this merge; None: it has its own.
         place: Places the layer shards; None: each merge starts its own.
         writes_report: Whether `report.html` is written at the end.
+        keeps_config: Whether the run's `config.yaml` stays as it is, as when a run is repaired.
 
     Raises:
         ArmRayError: Any of its kinds. What is complete on disk stays and can be gone on with.
@@ -112,7 +114,7 @@ def merge(
     with heartbeat(reporter.console), activity("checking the checkpoints"):
         inputs = open_inputs(config)
         tasks = open_evaluation(config, inputs)
-    with open_output(config, reporter) as run:
+    with open_output(config, reporter, keeps_config=keeps_config) as run:
         run.record_inputs(inputs.fingerprints)
         if run.is_complete:
             reporter.say(f"This run is complete: {run.model_name}")

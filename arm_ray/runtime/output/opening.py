@@ -42,7 +42,9 @@ def local_directory(url: Url, scratch: Path) -> Path:
 
 
 @contextlib.contextmanager
-def open_output(config: MergeConfig, reporter: Reporter) -> Iterator[RunDirectory]:
+def open_output(
+    config: MergeConfig, reporter: Reporter, *, keeps_config: bool = False
+) -> Iterator[RunDirectory]:
     """Open a run directory as `open_run`, wherever the output is.
 
     For a URL, what the run needs to go on is copied here first, and what it finishes is uploaded
@@ -51,13 +53,14 @@ def open_output(config: MergeConfig, reporter: Reporter) -> Iterator[RunDirector
     Args:
         config: The configuration.
         reporter: Told what people should know.
+        keeps_config: As `open_run`, of a run in a directory.
 
     Raises:
         RunDirectoryError: As `open_run`, or another machine works on the run.
         StorageError: The URL cannot be written, or not all could be uploaded.
     """
     if not is_url(config.output):
-        with open_run(config) as run:
+        with open_run(config, keeps_config=keeps_config) as run:
             yield run
         return
     url = parse_url(config.output)

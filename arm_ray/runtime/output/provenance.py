@@ -19,7 +19,7 @@ from arm_ray.config import MergeConfig
 from arm_ray.events import read_events
 from arm_ray.hardware import cpu_model
 from arm_ray.runtime.output.run_directory import RunDirectory
-from arm_ray.storage.secrets import all_hidden
+from arm_ray.secrets import all_hidden
 
 # Whose versions decide bits.
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "ray")

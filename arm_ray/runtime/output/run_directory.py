@@ -206,12 +206,15 @@ def _bytes_on_disk(directory: Path) -> int:
 
 
 @contextlib.contextmanager
-def open_run(config: MergeConfig, path: Path | None = None) -> Iterator[RunDirectory]:
+def open_run(
+    config: MergeConfig, path: Path | None = None, *, keeps_config: bool = False
+) -> Iterator[RunDirectory]:
     """Create the run directory, or open it to go on, and hold its lock meanwhile.
 
     Args:
         config: The configuration.
         path: The directory; None: the output.
+        keeps_config: Whether the configuration that is there stays as it is.
 
     Raises:
         RunDirectoryError: It holds something else, a run with another configuration, or a run
@@ -235,7 +238,8 @@ def open_run(config: MergeConfig, path: Path | None = None) -> Iterator[RunDirec
         if not (path / _ID_NAME).is_file():
             write_text(path / _ID_NAME, uuid.uuid4().hex)
         run.id = (path / _ID_NAME).read_text(encoding="utf-8")
-        write_config(path, config.to_yaml())
+        if not keeps_config:
+            write_config(path, config.to_yaml())
         yield run
 
 

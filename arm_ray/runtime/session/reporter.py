@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 
 from arm_ray.events import Event, EventLog, Warned
+from arm_ray.secrets import hidden
 
 
 @dataclass(frozen=True)
@@ -56,5 +57,5 @@ class Reporter:
 
 
 def print_line(console: Console, line: str, style: str | None = None) -> None:
-    """Print a line as it is: neither cut, nor wrapped, nor coloured by what is in it."""
-    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+    """Print a line as it is, but for secrets: not cut, wrapped or coloured by what is in it."""
+    console.print(hidden(line), style=style, highlight=False, markup=False, soft_wrap=True)

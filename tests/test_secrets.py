@@ -8,7 +8,8 @@ from urllib.parse import quote
 
 import pytest
 
-from arm_ray.storage.secrets import all_hidden, hidden, secret_in
+from arm_ray.errors import ArmRayError
+from arm_ray.secrets import all_hidden, hidden, secret_in, shortened
 
 TOKEN = "hf_" + "a1B2c3D4" * 4
 
@@ -77,6 +78,36 @@ def test_variables_that_are_none(name: str, value: str, monkeypatch: pytest.Monk
     monkeypatch.setenv(name, value)
     assert hidden(f"with {value} here") == f"with {value} here"
     assert secret_in(value) is None
+
+
+def test_a_key_that_begins_with_a_slash_is_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/wJalrX/Xk2bPx+RfiCYEXAMPLEKEY\n")
+    for form in ("/wJalrX/Xk2bPx+RfiCYEXAMPLEKEY", "/wJalrX/Xk2bPx%2BRfiCYEXAMPLEKEY"):
+        assert hidden(f"key {form}, about") == "key …, about"
+
+
+def test_a_plain_word_refuses_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "postgres")
+    assert secret_in("/data/postgres-run/x") is None
+    assert hidden("signed in with postgres") == "signed in with …"
+
+
+def test_what_is_shortened_keeps_no_half_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "0123456789abcdef" * 4
+    monkeypatch.setenv("MY_TOKEN", secret)
+    for place in range(0, 200, 7):
+        text = "x" * place + secret + "y" * (600 - place)
+        told = shortened(text, 100)
+        assert len(told) <= 104
+        assert secret[:6] not in told
+        assert secret[-6:] not in told
+    assert shortened("a word", 100) == "a word"
+
+
+def test_an_error_keeps_no_half_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "0123456789abcdef")
+    text = "x" * 1992 + "0123456789abcdef" + "y" * 5000
+    assert "01234" not in str(ArmRayError("failed", got=text))
 
 
 def test_values_of_keys_that_are_named_like_secrets() -> None:

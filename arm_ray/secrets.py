@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 HIDDEN = "…"
 # Environment variables that hold secrets, by their names: HF_TOKEN, WANDB_API_KEY,
@@ -20,7 +20,8 @@ _VARIABLE = re.compile(
     re.I,
 )
 # Shorter values are parts of many words.
-_SHORTEST = 6
+_SHORTEST, _SHORTEST_NAMED = 6, 4
+_LONGEST_WORD = 12
 # `user:password@` and `token@` before a host, and values of a query that grant access.
 _AUTHORITY = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"]+@")
 _QUERY = re.compile(
@@ -48,15 +49,60 @@ def environment_hidden(text: str) -> str:
 
 
 def secret_in(text: str) -> str | None:
-    """The environment variable whose secret a text holds; None: of none."""
-    return next((name for name, forms in _secrets() if any(form in text for form in forms)), None)
+    """The environment variable whose secret a text holds; None: of none.
+
+    A password that is a plain word (`postgres`) is found in many a path: it does not count.
+    """
+    for name, forms in _secrets():
+        value = os.environ[name]
+        is_word = value.isalpha() and len(value) < _LONGEST_WORD
+        if not is_word and any(form in text for form in forms):
+            return name
+    return None
+
+
+def shortened(text: str, longest: int) -> str:
+    """A text without its middle, where it is long.
+
+    It has no secrets then: of one that was cut in two, nobody could know the halves for it.
+
+    Args:
+        text: The text.
+        longest: Most characters of it that are left.
+    """
+    if len(text) > longest:
+        text = hidden(text)
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest // 2]} … {text[-longest // 2 :]}"
+
+
+def named(text: str, used: Mapping[str, str]) -> str:
+    """A text with `${NAME}` in place of the values of variables, and without secrets.
+
+    Args:
+        text: The text.
+        used: Name -> value, of all that were put into something that the text may repeat.
+    """
+    for name, value in used.items():
+        # Shorter ones are parts of many words.
+        if len(value) >= _SHORTEST_NAMED:
+            for form in _forms(value):
+                text = text.replace(form, f"${{{name}}}")
+    return hidden(text)
 
 
 def _secrets() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Environment variables that hold secrets, and the forms of each value; paths are none."""
     for name, value in os.environ.items():
-        if _is_secret(name) and len(value) >= _SHORTEST and not value.startswith("/"):
+        if _is_secret(name) and len(value.strip()) >= _SHORTEST and not _is_path(name, value):
             yield name, _forms(value)
+
+
+def _is_path(name: str, value: str) -> bool:
+    """Whether a value says where something is; keys of AWS may begin with a slash as well."""
+    is_file = name.upper().endswith(("CREDENTIAL", "CREDENTIALS"))
+    return value.startswith("/") and (is_file or os.path.exists(value))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -66,10 +112,16 @@ def _is_secret(name: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _forms(value: str) -> tuple[str, ...]:
-    """How a value may stand in a text: as it is, in JSON, in a URL, in base64."""
-    encoded = base64.b64encode(value.encode(errors="surrogateescape")).decode().rstrip("=")
-    forms = (value, json.dumps(value)[1:-1], quote(value, safe="", errors="replace"), encoded)
-    return tuple(dict.fromkeys(sorted(forms, key=len, reverse=True)))
+    """How a value may stand in a text: as it is, in JSON, in a URL, in base64; longest first.
+
+    A line's end that came with a file is no part of it.
+    """
+    value = value.strip()
+    forms = {value, json.dumps(value)[1:-1]}
+    forms |= {base64.b64encode(value.encode(errors="surrogateescape")).decode().rstrip("=")}
+    for quoted in (quote, quote_plus):
+        forms |= {quoted(value, safe=safe, errors="replace") for safe in ("", "/")}
+    return tuple(sorted(forms, key=len, reverse=True))
 
 
 def hidden(text: str) -> str:
