@@ -14,7 +14,7 @@ from typing import Any
 
 from arm_ray.cli.parser import make_parser
 from arm_ray.errors import ArmRayError
-from arm_ray.model.imports import OWN_PROCESS
+from arm_ray.model import imports
 from arm_ray.noise import VERBOSE, silence
 from arm_ray.secrets import hidden
 from arm_ray.storage.disk import file_error
@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def _run(arguments: Sequence[str] | None, is_own_process: bool) -> int:
     options = parse(arguments)
     if is_own_process:
-        os.environ.update(OWN_PROCESS)
+        imports.set_own_process()
         if getattr(options, "verbose", False):
             os.environ[VERBOSE] = "1"
         silence()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from arm_ray.errors import NotACheckpointError
-from arm_ray.model.imports import import_model_classes
+from arm_ray.model.imports import import_model_classes, without_compiler
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -274,7 +274,7 @@ def architecture_of(
     named = getattr(transformers, class_name or "", None)
     if named is None or not hasattr(named, "get_output_embeddings"):
         named = None
-    with _BUILDING, torch.device("meta"):
+    with _BUILDING, without_compiler(), torch.device("meta"):
         model = _on_meta(config, named, dtype)
     if named is not None and model.get_output_embeddings() is None:
         return architecture_of(config, None, dtype)
