@@ -397,13 +397,14 @@ def narrowed(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         return cast
     if torch.finfo(dtype).max >= torch.finfo(rows.dtype).max:
         return cast
-    most = float(rows.abs().max()) if rows.numel() else 0.0
-    if not isfinite(most):
-        # What is not finite in the first place is as it was read.
-        most = float(torch.where(rows.isfinite(), rows, 0.0).abs().max())
-    # A little above is rounded down.
+    if torch.finfo(dtype).bits > 8 and isfinite(float(cast.sum(dtype=torch.float32))):
+        # A sum that is finite has nothing in it that is not.
+        return cast
+    # What is not finite in the first place is as it was read; a little above is rounded down.
+    numbers = rows[rows.isfinite()]
+    most = float(numbers.abs().max()) if numbers.numel() else 0.0
     is_beyond = most > torch.finfo(dtype).max
-    if is_beyond and not bool(torch.isfinite(cast.float()[rows.isfinite()]).all()):
+    if is_beyond and not bool(torch.isfinite(numbers.to(dtype).float()).all()):
         raise NumericalError(
             f"{name} does not fit into {str(dtype).removeprefix('torch.')}",
             where="the weights that are written",

@@ -225,6 +225,15 @@ def test_no_finite_number_becomes_infinite_in_a_file(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_what_was_not_finite_when_it_was_read_hides_no_number(tmp_path: Path, odd: float) -> None:
+    file, specs = tmp_path / "one.safetensors", [TensorSpec("w", torch.float16, (1, 2))]
+    with pytest.raises(NumericalError, match="w does not fit into float16"):
+        write_weight_file(file, specs, [torch.tensor([[odd, 1e6]])])
+    write_weight_file(file, specs, [torch.tensor([[odd, 1.0]])])
+    assert torch.equal(load_file(file)["w"].isfinite(), torch.tensor([[False, True]]))
+
+
 def test_the_last_good_state_stays_and_is_gone_on_from(
     case: MergeCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
