@@ -30,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +135,9 @@ def _walk(directory: Path, prefix: str, depth: int) -> Iterator[tuple[str, Ident
                     yield from _walk(Path(entry.path), f"{name}/", depth - 1)
             else:
                 status = os.stat(entry.path)
-                yield name, (status.st_ino, status.st_size, status.st_mtime_ns)
+                # What has no end, a pipe say, is no file of a checkpoint.
+                if stat.S_ISREG(status.st_mode):
+                    yield name, (status.st_ino, status.st_size, status.st_mtime_ns)
         except OSError:
             continue
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.following.layouts import Found, Identity, RunWatcher
 from arm_ray.storage.atomic import put_directory
-from arm_ray.storage.regular import json_in
+from arm_ray.storage.regular import json_in, open_regular
 
 RECORD = "snapshot.json"
 _PREFIX = "step-"
@@ -194,7 +194,8 @@ def _age(path: Path) -> int:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open_regular(path) as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def _identity(path: Path) -> Identity:
@@ -222,7 +223,7 @@ def _link(source: Path, target: Path) -> bool:
 
 def _copy(source: Path, target: Path, bytes_per_s: float | None, pause: Callable[[], None]) -> None:
     started, copied = time.monotonic(), 0
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with open_regular(source) as reader, target.open("wb") as writer:
         while chunk := reader.read(_CHUNK):
             pause()
             writer.write(chunk)

@@ -7,6 +7,7 @@ end of the process nor that of the machine leaves something that looks whole and
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from arm_ray.storage.regular import open_regular
 
 _COPY_BYTES = 1 << 24
 
@@ -65,8 +68,11 @@ def copy_file(source: Path, target: Path, *, keeps_times: bool = False) -> None:
         source: The file.
         target: Its copy; an older one is replaced.
         keeps_times: Whether the copy has the source's times and permissions, too.
+
+    Raises:
+        OSError: The source is no regular file, which may have no end, or something cannot be done.
     """
-    with source.open("rb") as reader, atomic_file(target) as writer:
+    with open_regular(source) as reader, atomic_file(target) as writer:
         shutil.copyfileobj(reader, writer, _COPY_BYTES)
         if keeps_times:
             writer.flush()
@@ -82,11 +88,24 @@ def copy_tree(source: Path, target: Path, copy: Callable[[Path, Path], object] =
         source: The directory.
         target: Its copy; what is there already stays.
         copy: Copies one file.
+
+    Raises:
+        OSError: A link leads back to a directory that it is in, or as by `copy`.
     """
+    _copy_tree(source, target, copy, frozenset())
+
+
+def _copy_tree(
+    source: Path, target: Path, copy: Callable[[Path, Path], object], above: frozenset[str]
+) -> None:
+    # Two links of this kind in a directory would make 2^40 copies before names get too long.
+    real = os.path.realpath(source)
+    if real in above:
+        raise OSError(errno.ELOOP, "it leads back to a directory that it is in", str(source))
     target.mkdir(parents=True, exist_ok=True)
     for entry in sorted(source.iterdir()):
         if entry.is_dir():
-            copy_tree(entry, target / entry.name, copy)
+            _copy_tree(entry, target / entry.name, copy, above | {real})
         else:
             copy(entry, target / entry.name)
 

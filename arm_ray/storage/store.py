@@ -19,6 +19,7 @@ from typing import IO, Any
 from arm_ray.errors import NoSuchObjectError, StorageError
 from arm_ray.storage.failures import translated
 from arm_ray.storage.filesystem import open_filesystem
+from arm_ray.storage.regular import open_regular
 from arm_ray.storage.room import check_room
 from arm_ray.storage.urls import Url, parse_url
 
@@ -151,7 +152,7 @@ class Store:
         size = 0
         place = self.url / name
         with (
-            local.open("rb") as source,
+            open_regular(local) as source,
             translated(place, "written"),
             self._output(place) as target,
         ):

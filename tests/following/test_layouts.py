@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from arm_ray.errors import ConfigError
-from arm_ray.following.layouts import RunWatcher, is_needed
+from arm_ray.following.layouts import RunWatcher, is_needed, needed
 from arm_ray.following.places import find_layout
 from tests.builders.files import write
 
@@ -84,6 +85,13 @@ def test_what_a_merge_needs() -> None:
     assert [name for name in shards if is_needed(name, shards)] == shards
     fsdp = ["pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp"]
     assert [n for n in [*fsdp, "optimizer_0/__0_0.distcp"] if is_needed(n, fsdp)] == fsdp
+
+
+def test_what_has_no_end_is_no_file_of_a_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path / "config.json")
+    os.mkfifo(tmp_path / "tokenizer.json")
+    (tmp_path / "model.safetensors").symlink_to("/dev/zero")
+    assert list(needed(tmp_path)) == ["config.json"]
 
 
 def test_weights_of_openrlhf_are_never_mixed(tmp_path: Path) -> None:

@@ -167,3 +167,30 @@ def test_what_gets_a_name_is_synced_before(tmp_path: Path, monkeypatch: pytest.M
         "sync model.partial", "name model", f"sync {tmp_path.name}", "sync b.partial", "name b",
     ]  # fmt: skip
     shutil.rmtree(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+def test_what_has_no_end_is_not_copied(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a").mkdir()
+    endless = tmp_path / "a" / "file"
+    if kind == "a pipe":
+        os.mkfifo(endless)
+    else:
+        endless.symlink_to("/dev/zero")
+    with pytest.raises(OSError, match=f"no file, but {kind}"):
+        atomic.copy_file(endless, tmp_path / "b")
+    with pytest.raises(OSError, match=f"no file, but {kind}"):
+        atomic.copy_tree(tmp_path / "a", tmp_path / "c")
+    assert {path.name for path in tmp_path.rglob("*")} == {"a", "c", "file"}
+
+
+def test_a_tree_within_itself_is_not_copied(tmp_path: Path) -> None:
+    (tmp_path / "a" / "below").mkdir(parents=True)
+    (tmp_path / "a" / "other").mkdir()
+    (tmp_path / "a" / "twice").symlink_to("other")
+    atomic.copy_tree(tmp_path / "a", tmp_path / "b")
+    for name in ("first", "second"):
+        (tmp_path / "a" / "below" / name).symlink_to("..")
+    with pytest.raises(OSError, match="leads back") as caught:
+        atomic.copy_tree(tmp_path / "a", tmp_path / "c")
+    assert caught.value.filename == str(tmp_path / "a" / "below" / "first")

@@ -28,6 +28,7 @@ from arm_ray.errors import ArmRayError
 from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.calls import NODE_FILES, get_results
 from arm_ray.storage.atomic import put_file
+from arm_ray.storage.regular import open_regular
 from arm_ray.storage.store import StoredFile
 
 _P = ParamSpec("_P")
@@ -78,7 +79,7 @@ class NodeFiles:
 
     def read(self, file: Path, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes of a file, from one position to before another."""
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             opened.seek(begin)
             return np.frombuffer(opened.read(end - begin), dtype=np.uint8)
 
@@ -222,7 +223,7 @@ def send_file(source: Path, files: Handle[NodeFiles], target: Path) -> int:
     partial = target.with_name(f".{target.name}.sent.partial")
     position = 0
     pending: list[ObjectRef[None]] = []
-    with source.open("rb") as opened:
+    with open_regular(source) as opened:
         while data := opened.read(CHUNK_BYTES):
             array = np.frombuffer(data, dtype=np.uint8)
             pending.append(files.call(NodeFiles.write, partial, position, array))
