@@ -136,10 +136,15 @@ def _lines(path: str, start: int, first_line: int) -> Iterator[tuple[int, int, b
         raise _unreadable(path, error) from error
 
 
+def _packed(path: str) -> IO[bytes]:
+    """Open a file for reading, as its bytes are."""
+    return open_url(path) if is_url(path) else open_regular(Path(path))
+
+
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[IO[bytes]]:
     """Open a file for reading, unpacked; `gzip` itself would leave the packed one open."""
-    with open_url(path) if is_url(path) else open_regular(Path(path)) as file:
+    with _packed(path) as file:
         if path.endswith(".gz"):
             with gzip.GzipFile(fileobj=file) as unpacked:
                 yield unpacked  # type: ignore[misc]
@@ -206,7 +211,7 @@ def _index_parquet(path: str) -> FileIndex:
 
     index = FileIndex()
     try:
-        with _parquet_source(path) as source, pq.ParquetFile(source) as file:
+        with _packed(path) as source, pq.ParquetFile(source) as file:
             metadata = file.metadata
             index.columns = {
                 column.name: not pa.types.is_null(column.type) for column in file.schema_arrow
@@ -220,10 +225,6 @@ def _index_parquet(path: str) -> FileIndex:
     except (pa.ArrowException, OSError, StorageError) as error:
         raise _unreadable(path, error) from error
     return index
-
-
-def _parquet_source(path: str) -> contextlib.AbstractContextManager[Any]:
-    return open_url(path) if is_url(path) else contextlib.nullcontext(path)
 
 
 def _all_null(metadata: Any) -> list[str]:
@@ -248,7 +249,7 @@ def _read_parquet(
     import pyarrow.parquet as pq
 
     try:
-        with _parquet_source(path) as source, pq.ParquetFile(source) as file:
+        with _packed(path) as source, pq.ParquetFile(source) as file:
             # In batches, so that a large row group is never in memory at once.
             present = [name for name in columns if name in file.schema_arrow.names]
             others = {} if set(present) >= set(columns) else dict.fromkeys(file.schema_arrow.names)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arm_ray.drafting.findings import RunFindings
+from arm_ray.storage.regular import lines_of, open_regular
 
 # Checkpoints that are merged where nobody says how many.
 USUAL_CANDIDATES = 3
@@ -181,8 +182,11 @@ def _rows(data: str) -> int | None:
     path = Path(data).expanduser()
     if path.suffix != ".jsonl" or not path.is_file():
         return None
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+    try:
+        with open_regular(path) as file:
+            return sum(1 for line in lines_of(file) if line.strip())
+    except OSError:
+        return None
 
 
 def _batch(rows: int) -> int:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from arm_ray.checkpoints.formats import missing
 from arm_ray.errors import ConfigError, NotACheckpointError
 from arm_ray.following.layouts import TRAINER_STATE, Found, RunWatcher
 from arm_ray.following.places import ADAPTER
-from arm_ray.storage.regular import json_in
+from arm_ray.storage.regular import json_in, read_text
+from arm_ray.storage.yaml_text import LARGEST_YAML, front_matter, load_yaml
 
 _CARD = "README.md"
 _MODEL_CONFIG = "config.json"
@@ -250,25 +249,15 @@ def _json(file: Path) -> dict[str, Any]:
 def _card(file: Path) -> dict[str, Any]:
     """What stands before the text of a model card; empty where there is none."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return front_matter(read_text(file))[0]
+    except (OSError, ValueError):
         return {}
-    if not text.startswith("---\n"):
-        return {}
-    return _yaml(text[4:].split("\n---", 1)[0])
 
 
 def _job(file: Path) -> dict[str, Any]:
     """The configuration of a training job of ours; empty where it is none."""
     try:
-        return _yaml(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return {}
-
-
-def _yaml(text: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        content = load_yaml(read_text(file, LARGEST_YAML))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

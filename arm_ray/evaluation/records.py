@@ -23,7 +23,7 @@ from arm_ray.evaluation.code.pass_at_k import pass_at_k
 from arm_ray.evaluation.settings import EvaluationSettings
 from arm_ray.evaluation.statistics import Estimate, estimate
 from arm_ray.storage.atomic import atomic_file, write_json
-from arm_ray.storage.regular import json_in
+from arm_ray.storage.regular import json_in, open_regular
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ def read_records(directory: Path, task: str) -> list[Record]:
     """The records of a task."""
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(directory / f"{task}.parquet").to_pylist()
+    with open_regular(directory / f"{task}.parquet") as file:
+        rows = pq.read_table(file).to_pylist()
     return [Record(**{**row, "scores": _numbers(json.loads(row["scores"]))}) for row in rows]
 
 

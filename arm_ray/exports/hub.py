@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -12,6 +12,8 @@ from arm_ray.checkpoints.inspect import inspect_checkpoint
 from arm_ray.checkpoints.naming import is_hub_id
 from arm_ray.errors import ConfigError, NotACheckpointError, StorageAccessError, StorageError
 from arm_ray.secrets import hidden
+from arm_ray.storage.regular import read_text
+from arm_ray.storage.yaml_text import front_matter
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -154,6 +156,8 @@ def push(
     )
     size = sum(file.stat().st_size for file in files)
     say(f"{directory}: {len(files)} files, {size / 1e9:.2f} GB, to {client.endpoint}/{repo}")
+    # Before there is a repository that would stay empty.
+    cards = {file: _card(file, named) for file in files if file.name == _CARD and named}
     made = False
     try:
         url = client.create_repo(repo, private=private, repo_type="model", exist_ok=update)
@@ -163,7 +167,7 @@ def push(
             [
                 CommitOperationAdd(
                     path_in_repo=file.relative_to(directory).as_posix(),
-                    path_or_fileobj=_card(file, named) if file.name == _CARD and named else file,
+                    path_or_fileobj=cards.get(file, file),
                 )
                 for file in files
             ],
@@ -183,11 +187,16 @@ def push(
 
 def _card(file: Path, base_models: Sequence[str]) -> bytes:
     """A model card with other base models in its front matter."""
-    text = file.read_text(encoding="utf-8")
-    front: dict[str, Any] = {}
-    if text.startswith("---\n"):
-        head, _, text = text.removeprefix("---\n").partition("---\n")
-        front = yaml.safe_load(head) or {}
+    try:
+        front, text = front_matter(read_text(file))
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            "a model card cannot be read",
+            where=file,
+            got=error,
+            expected="a text that begins with YAML between two lines of ---",
+            hint="correct the card; nothing was uploaded",
+        ) from None
     front = {
         "base_model": list(base_models),
         **{k: v for k, v in front.items() if k != "base_model"},

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,6 +63,22 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
     return content.decode("utf-8")
+
+
+def lines_of(file: IO[bytes], most: int = LARGEST_TEXT) -> Iterator[bytes]:
+    """The lines of a file, one in memory at a time, each with its end.
+
+    Args:
+        file: The file.
+        most: Bytes that a line may have.
+
+    Raises:
+        OSError: A line has more, or the file cannot be read.
+    """
+    while line := file.readline(most + 1):
+        if len(line) > most:
+            raise OSError(errno.EFBIG, f"a line of more than {most} bytes")
+        yield line
 
 
 def is_plain_name(name: str) -> bool:

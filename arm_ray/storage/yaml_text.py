@@ -44,6 +44,25 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] | None = None) -> Any:
         raise ValueError(_line(error)) from None
 
 
+def front_matter(text: str) -> tuple[dict[str, Any], str]:
+    """What a text of Markdown, such as a model card, says before it begins; and the text itself.
+
+    Raises:
+        ValueError: What stands there is no YAML, or not keys and values.
+    """
+    if not text.startswith("---\n"):
+        return {}, text
+    head, end, rest = text.removeprefix("---").partition("\n---")
+    if not end:
+        return {}, text
+    if len(head) > LARGEST_YAML:
+        raise ValueError(f"what stands before the text has more than {LARGEST_YAML} characters")
+    content = load_yaml(head)
+    if not isinstance(content, dict | None):
+        raise ValueError("what stands before the text is no keys and values")
+    return content or {}, rest.partition("\n")[2]
+
+
 def _check_depth(text: str) -> None:
     """Refuse what is nested deeply, which the library's parser in C would follow into a crash."""
     depth = 0

@@ -20,6 +20,7 @@ from arm_ray.evaluation.records import (
     read_records,
 )
 from arm_ray.evaluation.statistics import Comparison, compare
+from arm_ray.storage.regular import open_regular
 from arm_ray.study.columns import COLUMNS, REFERENCES, Kind
 from arm_ray.study.grid import CANDIDATES, SEED, SERIES, Cell
 from arm_ray.study.parts import Run
@@ -238,7 +239,8 @@ def read_results(directory: Path) -> list[Row]:
 
     path = directory / PARQUET_NAME
     try:
-        rows: list[Row] = pq.read_table(path).to_pylist()
+        with open_regular(path) as file:
+            rows: list[Row] = pq.read_table(file).to_pylist()
     except (OSError, ValueError) as error:
         raise RunDirectoryError(
             "the study has no results yet",

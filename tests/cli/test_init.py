@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,17 @@ def test_of_adapters(case: MergeCase, tmp_path: Path, written: Callable[..., Mer
     assert steps_of(config) == ["checkpoint-5", "checkpoint-10"]
     assert config.method.operator == "task_arithmetic"
     assert "# output_format: adapter" in Path("merge.yaml").read_text()
+
+
+def test_what_tells_nothing_is_passed_over(run: Path, written: Callable[..., MergeConfig]) -> None:
+    data = run.parent / "rows.jsonl"
+    data.unlink()
+    for pipe in (data, run / "README.md", run / "config.yaml"):
+        os.mkfifo(pipe)
+    written(str(run), "--no-data")
+    (run / "README.md").unlink()
+    (run / "README.md").write_text("---\na: &a [x, x]\nb: [*a\n---\n")
+    assert look_at_run(run).data is None
 
 
 def test_of_checkpoints_by_name(run: Path, written: Callable[..., MergeConfig]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import NoReturn
 
 import pyarrow.parquet as pq
+import pytest
 
 from arm_ray.evaluation.records import (
     Record,
@@ -46,6 +48,12 @@ def test_what_is_not_finite_is_null_in_the_files_and_nan_again_when_read(tmp_pat
     first, second = read_records(tmp_path, "dev")
     assert math.isnan(first.scores["loss"])
     assert second == rows[1]
+
+
+def test_records_that_are_a_pipe_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "quiz.parquet")
+    with pytest.raises(OSError, match="a pipe"):
+        read_records(tmp_path, "quiz")
 
 
 def test_a_sample_without_tokens_has_no_loss() -> None:

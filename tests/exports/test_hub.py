@@ -190,6 +190,24 @@ def test_a_merge_whose_push_fails_keeps_its_model(case: MergeCase, hub: FakeHub)
     assert f"arm-ray push {outcome.model} someone/merged" in told
 
 
+@pytest.mark.parametrize(
+    "card",
+    [
+        "---\n" + "[" * 1000 + "\n---\n",
+        "---\n- a list\n---\n",
+        "---\na: &a [x, x]\nb: [*a, *a]\nc: *c\n---\n",
+        b"\xff\xfe",
+    ],
+)
+def test_a_card_that_is_none_is_told_before_there_is_a_repository(
+    model: Path, hub: FakeHub, card: str | bytes
+) -> None:
+    (model / "README.md").write_bytes(card.encode() if isinstance(card, str) else card)
+    with pytest.raises(StorageError, match="a model card cannot be read"):
+        push(model, "someone/merged", base_models=["org/base"])
+    assert not hub.repos
+
+
 def test_the_card_names_models_of_the_hub_alone_and_how_to_make_it_again(model: Path) -> None:
     text = (model / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n")[1])

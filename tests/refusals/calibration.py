@@ -127,6 +127,15 @@ CASES: dict[str, Malformed] = {
     "a split of a file": data(_ROW, split="train"),
     "a pattern without files": Malformed(lambda place: place.calibrated(place.root / "*.jsonl")),
     "a pipe": made(lambda place: os.mkfifo(place.root / "data.jsonl")),
+    "Parquet that is a pipe": made(
+        lambda place: os.mkfifo(place.root / "data.parquet"), "data.parquet"
+    ),
+    "Parquet that is a device": made(
+        lambda place: (place.root / "data.parquet").symlink_to("/dev/zero"), "data.parquet"
+    ),
+    "Parquet that is a directory": made(
+        lambda place: (place.root / "data.parquet").mkdir(), "data.parquet"
+    ),
     "a device": made(lambda place: (place.root / "data.jsonl").symlink_to("/dev/zero")),
     "a link to itself": made(lambda place: (place.root / "data.jsonl").symlink_to("data.jsonl")),
     "a link to nothing": made(lambda place: (place.root / "data.jsonl").symlink_to("gone.jsonl")),

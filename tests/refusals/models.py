@@ -172,9 +172,7 @@ CASES: dict[str, Malformed] = {
     "push: a repository above": Malformed(
         lambda place: ["push", str(place.good / "base"), "../../x"], where=""
     ),
-    "push: a card of brackets": Malformed(
-        lambda place: ["push", str(place.root / "none"), "owner/name"]
-    ),
+    "push: not there": Malformed(lambda place: ["push", str(place.root / "none"), "owner/name"]),
     "push: no token": Malformed(
         lambda place: ["push", str(place.good / "base"), "owner/name"], where=""
     ),

@@ -28,9 +28,9 @@ def task(where: str, **keys: Any) -> Malformed:
     return Malformed(lambda place: place.evaluate([keys]), where=where)
 
 
-def _made(place: Place, make: Any) -> list[str]:
-    make(place.root / "quiz.jsonl")
-    path = str(place.root / "quiz.jsonl")
+def _made(place: Place, make: Any, name: str = "quiz.jsonl") -> list[str]:
+    make(place.root / name)
+    path = str(place.root / name)
     return place.evaluate([{"name": "quiz", "type": "questions", "path": path}])
 
 
@@ -52,6 +52,16 @@ def _benchmark(name: str, file: str, content: str | bytes, where: str | None = N
         return place.evaluate([name], evaluation=section)
 
     return Malformed(make, where=where)
+
+
+def _piped(file: str) -> Malformed:
+    def make(place: Place) -> list[str]:
+        path = place.root / "data" / file
+        path.parent.mkdir(parents=True)
+        os.mkfifo(path)
+        return place.evaluate([{"name": "livecodebench", "path": str(path)}])
+
+    return Malformed(make)
 
 
 CASES: dict[str, Malformed] = {
@@ -93,6 +103,10 @@ CASES: dict[str, Malformed] = {
     "a question that is null": quiz('{"question": null, "answer": "2"}\n'),
     "a column that is not there": quiz(_QUIZ, question_column="problem"),
     "a pipe": Malformed(lambda place: _made(place, os.mkfifo)),
+    "Parquet that is a pipe": Malformed(lambda place: _made(place, os.mkfifo, "quiz.parquet")),
+    "Parquet that is a device": Malformed(
+        lambda place: _made(place, lambda p: p.symlink_to("/dev/zero"), "quiz.parquet")
+    ),
     "a device": Malformed(lambda place: _made(place, lambda p: p.symlink_to("/dev/zero"))),
     "a directory": Malformed(lambda place: _made(place, lambda p: p.mkdir())),
     "a link to itself": Malformed(lambda place: _made(place, lambda p: p.symlink_to(p.name))),
@@ -137,6 +151,13 @@ CASES: dict[str, Malformed] = {
     ),
     "livecodebench: other columns": _benchmark(
         "livecodebench", "livecodebench/test.jsonl", '{"a": 1}\n'
+    ),
+    "livecodebench: a pipe": _piped("livecodebench/test.jsonl"),
+    "livecodebench: no UTF-8": _benchmark(
+        "livecodebench", "livecodebench/test.jsonl", b"\xff\xfe\n"
+    ),
+    "livecodebench: brackets": _benchmark(
+        "livecodebench", "livecodebench/test.jsonl", "[" * 100_000 + "\n"
     ),
     "livecodebench: a directory of other files": Malformed(
         lambda place: place.evaluate(

@@ -27,6 +27,7 @@ from arm_ray.evaluation.code.extraction import extract_code
 from arm_ray.evaluation.code.limits import Limits, Outcome
 from arm_ray.evaluation.code.programs import Program
 from arm_ray.evaluation.code.sandbox import Sandbox
+from arm_ray.storage.regular import lines_of, open_regular, parse_json
 
 Verdict = Literal["passed", "wrong", "error", "timeout", "memory", "output"]
 
@@ -341,11 +342,11 @@ def _lines_match(found: str, expected: str) -> bool:
 
 def _read(file: Path) -> Iterator[Problem]:
     try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
+        with open_regular(file) as opened:
+            for number, line in enumerate(lines_of(opened), start=1):
                 if line.strip():
                     where = f"{file}, line {number}"
-                    yield problem_of(_parsed(line, where), where)
+                    yield problem_of(_parsed(line.decode("utf-8"), where), where)
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(
             "A file of LiveCodeBench cannot be read.", where=file, got=error
@@ -354,7 +355,7 @@ def _read(file: Path) -> Iterator[Problem]:
 
 def _parsed(line: str, where: str) -> Mapping[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise EvaluationError("A line is not valid JSON.", where=where, got=error) from None
     if not isinstance(row, dict):
