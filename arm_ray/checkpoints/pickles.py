@@ -55,8 +55,10 @@ _HINT = (
     "tool (DeepSpeed: zero_to_fp32.py --safe_serialization; verl: verl.model_merger; "
     "Hugging Face: save_pretrained)"
 )
-# torch's list has this class, which makes as many zeros as a number says.
-_ARRAY, _ARRAY_CLASS = b"bytearray", "class builtins.bytearray"
+# torch's list has this class, which makes as many zeros as a number says. A pickle names it in a
+# line of its own, and torch's unpickler knows no other way to name one; a tensor's name may have
+# the word in it, and no ends of lines.
+_ARRAY, _ARRAY_CLASS = b"\nbytearray\n", "class builtins.bytearray"
 # Bytes of a plain pickle that are read by Python's own interpreter.
 _SLOWLY_READ = 1 << 25
 # Mapped files that are kept: more than a merge reads from.
@@ -110,6 +112,10 @@ def _check_unpacked(file: IO[bytes], where: object) -> None:
             parts = archive.infolist()
             packed = [part for part in parts if part.compress_type != zipfile.ZIP_STORED]
             tables = [] if packed else [p for p in parts if p.filename.endswith("data.pkl")]
+            for table in tables:
+                # What torch writes without checksums (`set_crc32_options`), and reads unchecked.
+                if table.CRC == 0:
+                    table.CRC = None  # type: ignore[assignment]
             has_arrays = any(_ARRAY in archive.read(table) for table in tables)
     except Exception as error:  # of damaged archives, of many types
         text = " ".join(str(error).split())[:300]

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +323,43 @@ def test_old_pickles_and_those_of_others(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CorruptCheckpointError, match="another pickle"):
         pickles.load(file)
     assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_tensor_may_have_any_name(tmp_path: Path, is_zip: bool) -> None:
+    file, name = tmp_path / "x.pt", "builtins.bytearray"
+    saved = {name: torch.arange(3.0)}
+    torch.save(saved, file, _use_new_zipfile_serialization=is_zip)
+    assert torch.equal(pickles.load(file)[name], saved[name])
+    assert torch.equal(pickles.load_bytes(file.read_bytes(), file)[name], saved[name])
+    torch.save({"a": bytearray(3)}, file, _use_new_zipfile_serialization=is_zip)
+    for load in (pickles.load, lambda path: pickles.load_bytes(path.read_bytes(), path)):
+        with pytest.raises(PickleRefusedError, match=r"builtins\.bytearray"):
+            load(file)
+
+
+@pytest.fixture
+def without_checksums() -> Iterator[None]:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    yield
+    torch.serialization.set_crc32_options(before)
+
+
+def test_files_without_checksums_are_read(tmp_path: Path, without_checksums: None) -> None:
+    torch.save({"a": torch.arange(3.0)}, tmp_path / "x.pt")
+    assert torch.equal(pickles.load(tmp_path / "x.pt")["a"], torch.arange(3.0))
+    torch.save({"a": bytearray(3)}, tmp_path / "x.pt")
+    with pytest.raises(PickleRefusedError, match=r"builtins\.bytearray"):
+        pickles.load(tmp_path / "x.pt")
+
+
+def test_a_checksum_that_is_there_is_looked_at(tmp_path: Path) -> None:
+    torch.save({"a_tensor": torch.arange(3.0)}, tmp_path / "x.pt")
+    content = (tmp_path / "x.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(content.replace(b"a_tensor", b"b_tensor"))
+    with pytest.raises(CorruptCheckpointError, match="Bad CRC-32"):
+        pickles.load(tmp_path / "x.pt")
 
 
 def is_mapped(tensor: Tensor, file: Path) -> bool:
