@@ -6,7 +6,7 @@ import gzip
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from arm_ray.calibration.sources import DatasetSource, find_source, load_dataset
 from arm_ray.errors import CalibrationError, EvaluationError
@@ -17,6 +17,10 @@ from arm_ray.storage.urls import is_url, parse_url, plain_path
 Row = dict[str, Any]
 # Bytes of a benchmark's file, unpacked: the largest that is known has 50 MB. All of it is held.
 LARGEST_DATA = 1 << 28
+# Rows of it: each is an object of some hundred bytes, however little the file says of it. The
+# largest benchmark that is known has 40,000.
+MOST_ROWS = 1 << 19
+_ROWS_AT_ONCE = 1024
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
@@ -62,13 +66,13 @@ def _from_file(file: str) -> list[Row]:
     try:
         with open_url(file) if is_url(file) else open_regular(Path(file)) as opened:
             if file.endswith(".parquet"):
-                import pyarrow.parquet as pq
-
-                return list(pq.read_table(opened).to_pylist())
+                return _parquet_rows(opened)
             source = gzip.GzipFile(fileobj=opened) if file.endswith(".gz") else opened
             content = source.read(LARGEST_DATA + 1)
         if len(content) > LARGEST_DATA:
-            raise ValueError(f"it has more than {LARGEST_DATA} bytes")
+            raise _too_many(LARGEST_DATA, "bytes")
+        if content.count(b"\n") > MOST_ROWS:
+            raise _too_many(MOST_ROWS, "rows")
         text = content.decode("utf-8")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise EvaluationError(
@@ -82,6 +86,43 @@ def _from_file(file: str) -> list[Row]:
     # Not splitlines: it also splits at separators that JSON allows within a text.
     numbered = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     return _objects([_parsed(line, f"{file}, line {n}") for n, line in numbered], file)
+
+
+def _parquet_rows(file: IO[bytes]) -> list[Row]:
+    """All rows of a Parquet file, of which a few bytes may stand for any number of them.
+
+    Raises:
+        ValueError: There are too many, or they are too large.
+        OSError: It cannot be read.
+    """
+    import pyarrow.parquet as pq
+
+    rows: list[Row] = []
+    with pq.ParquetFile(file) as opened:
+        table = opened.metadata
+        if table.num_rows > MOST_ROWS:
+            raise _too_many(MOST_ROWS, "rows")
+        sizes = [table.row_group(number).total_byte_size for number in range(table.num_row_groups)]
+        if sum(sizes) > LARGEST_DATA:
+            raise _too_many(LARGEST_DATA, "bytes")
+        # A value that is written once, as large as all that is written, may stand in every row.
+        at_once = LARGEST_DATA // 4 // max([1, *sizes])
+        num_bytes = 0
+        for batch in opened.iter_batches(max(1, min(_ROWS_AT_ONCE, at_once))):
+            found = batch.to_pylist()
+            rows += found
+            # Not as Arrow has them, which also writes once what is repeated. The table at the end
+            # may say less than there is.
+            num_bytes += sum(len(repr(row)) for row in found)
+            if num_bytes > LARGEST_DATA:
+                raise _too_many(LARGEST_DATA, "bytes")
+            if len(rows) > MOST_ROWS:
+                raise _too_many(MOST_ROWS, "rows")
+    return rows
+
+
+def _too_many(most: int, unit: str) -> ValueError:
+    return ValueError(f"it has more than {most} {unit}")
 
 
 def _parsed(text: str, where: object) -> Any:

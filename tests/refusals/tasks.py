@@ -54,6 +54,21 @@ def _benchmark(name: str, file: str, content: str | bytes, where: str | None = N
     return Malformed(make, where=where)
 
 
+def _parquet(question: str, count: int) -> Malformed:
+    """Rows that are alike, which take next to nothing."""
+
+    def make(place: Place) -> list[str]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        words = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), [question])
+        pq.write_table(pa.table({"question": words, "answer": words}), place.root / "quiz.parquet")
+        path = str(place.root / "quiz.parquet")
+        return place.evaluate([{"name": "quiz", "type": "questions", "path": path}])
+
+    return Malformed(make, says="it has more than")
+
+
 def _piped(file: str) -> Malformed:
     def make(place: Place) -> list[str]:
         path = place.root / "data" / file
@@ -95,6 +110,9 @@ CASES: dict[str, Malformed] = {
     "gzip cut off": quiz(gzip.compress(_QUIZ.encode() * 500)[:-20], "quiz.jsonl.gz"),
     "gzip damaged": quiz(gzip.compress(_QUIZ.encode() * 500)[:20] + b"\xff" * 30, "quiz.jsonl.gz"),
     "a packed bomb": quiz(gzip.compress(bytes(1 << 29), 9), "quiz.jsonl.gz"),
+    "blank lines without an end": quiz("\n" * (1 << 25)),
+    "Parquet of a million equal rows": _parquet("seven", 1_000_000),
+    "Parquet of a text that is repeated": _parquet("x" * (1 << 20), 20_000),
     "Parquet that is none": quiz(_QUIZ, "quiz.parquet"),
     "Parquet of zeros": quiz(b"PAR1" + bytes(500) + b"PAR1", "quiz.parquet"),
     "a file of an unknown kind": quiz(_QUIZ, "quiz.csv"),
