@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,6 +21,9 @@ from typing import IO, Any
 from arm_ray.storage.regular import open_regular
 
 _COPY_BYTES = 1 << 24
+# Random digits in the name of a file that others may be writing as well.
+_OWN = 12
+_ABANDONED = re.compile(rf"\.(.+)\.[0-9a-f]{{{_OWN}}}\.partial", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -31,12 +36,17 @@ def atomic_file(
         path: The file.
         is_read_again: Whether it stays in the page cache.
         may_race: Whether another process may be writing the same file: one on a node that was
-            given up, say, on storage that all nodes see.
+            given up, say, on storage that all nodes see. What killed ones have left of this
+            file is removed.
     """
-    own = f".{uuid.uuid4().hex[:12]}" if may_race else ""
-    partial = path.with_name(f".{path.name}{own}.partial")
+    if may_race:
+        remove_abandoned(path.parent, path.name)
+        partial, opened = _open_own(path)
+    else:
+        partial = path.with_name(f".{path.name}.partial")
+        opened = partial.open("wb")
     try:
-        with partial.open("wb") as file:
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -48,6 +58,40 @@ def atomic_file(
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def _open_own(path: Path) -> tuple[Path, IO[bytes]]:
+    """Open a file of a name that nobody else has, locked, so that it is not taken for abandoned."""
+    while True:
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:_OWN]}.partial")
+        file = partial.open("wb")
+        # Where there are no locks, nobody gets one to remove it either.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if partial.exists():
+            return partial, file
+        # Before it was locked, it was removed.
+        file.close()
+
+
+def remove_abandoned(directory: Path, name: str | None = None) -> None:
+    """Remove what processes that were killed have left of files that may be written at once.
+
+    What a living process is writing, it holds locked. Nothing is an error: what cannot be removed
+    takes room, and no more.
+
+    Args:
+        directory: Where the files are.
+        name: Of the file; None: of all.
+    """
+    with contextlib.suppress(OSError):
+        for partial in list(directory.iterdir()):
+            match = _ABANDONED.fullmatch(partial.name)
+            if match is None or name not in (None, match[1]) or not partial.is_file():
+                continue
+            with contextlib.suppress(OSError), open_regular(partial) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                partial.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:

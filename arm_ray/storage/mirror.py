@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from arm_ray.errors import StorageError
+from arm_ray.storage.atomic import remove_abandoned
 from arm_ray.storage.room import locked
 from arm_ray.storage.store import Store, StoredFile, require
 from arm_ray.storage.urls import SCHEMES, Url
@@ -79,6 +80,7 @@ def mirror(
 
 
 def _update(store: Store, target: Path, chosen: Mapping[str, StoredFile]) -> None:
+    remove_abandoned(target)
     for name, file in chosen.items():
         if not _is_current(target / name, file):
             store.download(name, target / name, file)

@@ -5,18 +5,17 @@ Failed requests are tried again by the libraries below, a few times and with pau
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
 import threading
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from arm_ray.errors import NoSuchObjectError, StorageError
+from arm_ray.storage.atomic import atomic_file
 from arm_ray.storage.failures import translated
 from arm_ray.storage.filesystem import open_filesystem
 from arm_ray.storage.regular import open_regular
@@ -171,30 +170,25 @@ class Store:
         local.parent.mkdir(parents=True, exist_ok=True)
         hint = "or set runtime.scratch to a larger disk"
         check_room(local.parent, file.num_bytes, "a copy", self.url / name, hint)
-        partial = local.with_name(f".{local.name}.{uuid.uuid4().hex[:12]}.partial")
-        try:
+        with atomic_file(local, may_race=True) as target:
+            size = 0
             with (
-                partial.open("wb") as target,
                 translated(self.url / name, "read"),
                 self._fs.open_input_file(self._path(name)) as source,
             ):
                 while piece := source.read(_PIECE_BYTES):
-                    target.write(piece)
-                target.flush()
-                os.fsync(target.fileno())
-            if partial.stat().st_size != file.num_bytes:
+                    size += target.write(piece)
+            if size != file.num_bytes:
                 raise StorageError(
                     "a file was replaced while it was copied",
                     where=self.url / name,
-                    got=f"{partial.stat().st_size} bytes",
+                    got=f"{size} bytes",
                     expected=f"{file.num_bytes} bytes",
                     hint="run again once nothing writes it any more",
                 )
-            os.utime(partial, ns=(file.time_ns, file.time_ns))
-            partial.replace(local)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+            # The last of its bytes, which would change the time again.
+            target.flush()
+            os.utime(target.name, ns=(file.time_ns, file.time_ns))
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, in this order; those that are not there are passed over."""

@@ -28,12 +28,11 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("checkpoints/pickles.py", "load", "mmap.mmap"): "PROT_READ",
     # Unfinished files with names that nothing reads, and what gives them their names.
     ("storage/atomic.py", "atomic_file", "open"): "the writer itself",
+    ("storage/atomic.py", "_open_own", "open"): "the writer itself",
     ("storage/atomic.py", "atomic_file", "replace"): "the writer itself",
     ("storage/atomic.py", "copy_file", "copyfileobj"): "into an atomic file",
     ("storage/atomic.py", "put_file", "replace"): "after a sync of the content",
     ("storage/atomic.py", "put_directory", "rename"): "after a sync of the names",
-    ("storage/store.py", "download", "open"): "a .partial file, which is synced",
-    ("storage/store.py", "download", "replace"): "after the sync",
     ("checkpoints/weight_file.py", "create", "open"): "in model.partial, renamed as a whole",
     ("checkpoints/weight_file.py", "open", "open"): "in model.partial, renamed as a whole",
     ("runtime/cluster/node_files.py", "write", "os.open"): "a .partial file; `finish` syncs it",

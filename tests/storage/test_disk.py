@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
 import socket
 import ssl
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -194,3 +196,63 @@ def test_a_tree_within_itself_is_not_copied(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="leads back") as caught:
         atomic.copy_tree(tmp_path / "a", tmp_path / "c")
     assert caught.value.filename == str(tmp_path / "a" / "below" / "first")
+
+
+def killed_while_writing(path: Path) -> None:
+    """Have a process write a file, and end before it is whole."""
+    child = os.fork()
+    if child == 0:
+        with atomic.atomic_file(path, may_race=True) as file:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_what_killed_writers_leave_is_removed_by_the_next(tmp_path: Path) -> None:
+    for name in ("page", "page", "other"):
+        killed_while_writing(tmp_path / name)
+    assert len(names_in(tmp_path)) == 2, "one of each file, as each removes those of its own"
+    atomic.write_text(tmp_path / "page", "whole", may_race=True)
+    left = names_in(tmp_path)
+    assert len(left) == 2
+    assert left[0].startswith(".other.")
+    assert left[1] == "page"
+    with claimed(tmp_path, "merge"):
+        assert names_in(tmp_path) == [".lock", "page"]
+
+
+def test_what_is_being_written_stays(tmp_path: Path) -> None:
+    with atomic.atomic_file(tmp_path / "a", may_race=True) as first:
+        first.write(b"first")
+        atomic.write_text(tmp_path / "a", "second", may_race=True)
+        with claimed(tmp_path, "merge"):
+            assert Path(first.name).exists()
+    assert (tmp_path / "a").read_text() == "first"
+    for name in (".a.partial", ".a.sent.partial", ".a.0123456789ab", "a.0123456789ab.partial"):
+        (tmp_path / name).touch()
+    (tmp_path / ".a.0123456789ab.partial").mkdir()
+    before = names_in(tmp_path)
+    atomic.remove_abandoned(tmp_path)
+    assert names_in(tmp_path) == before
+
+
+def test_one_that_is_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, removed = fcntl.flock, []
+
+    def locked(file: IO[bytes], how: int) -> None:
+        if not removed:
+            removed.append(Path(file.name))
+            removed[0].unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", locked)
+    atomic.write_text(tmp_path / "a", "whole", may_race=True)
+    assert names_in(tmp_path) == ["a"]
+    assert removed

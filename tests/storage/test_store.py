@@ -71,10 +71,14 @@ def test_a_local_copy_follows_what_it_is_of(bucket: str, tmp_path: Path) -> None
     found = {path.name for path in copy.iterdir() if not path.name.startswith(".")}
     assert found == {"config.json", "tokenizer.json"}
     before = (copy / "config.json").stat().st_ino
+    # Of a download whose process was killed, and of one of another file.
+    (copy / ".config.json.0123456789ab.partial").touch()
+    (copy / ".gone.json.0123456789ab.partial").touch()
     store.remove(["tokenizer.json"])
     assert mirror(store, tmp_path) == copy
     assert not (copy / "tokenizer.json").exists()
     assert (copy / "config.json").stat().st_ino == before
+    assert not list(copy.glob(".*.partial"))
     # A node that has none makes it from the path alone.
     elsewhere = Path(str(copy).replace(str(tmp_path), str(tmp_path / "other")))
     assert (present(elsewhere) / "config.json").read_bytes() == b"{}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from arm_ray.errors import RunDirectoryError
 from arm_ray.storage import lease, room
-from arm_ray.storage.atomic import write_text
+from arm_ray.storage.atomic import remove_abandoned, write_text
 from arm_ray.storage.disk import files_told
 from arm_ray.storage.store import Store
 
@@ -21,6 +21,8 @@ _PARTIAL = f".{CONFIG_NAME}.partial"
 @contextlib.contextmanager
 def claimed(path: Path, who: str) -> Iterator[None]:
     """Make a directory if it is not there, and be the only one that works in it meanwhile.
+
+    What killed ones have left in it of files that were not finished is removed.
 
     Args:
         path: The directory.
@@ -47,6 +49,7 @@ def claimed(path: Path, who: str) -> Iterator[None]:
                 got=error,
                 hint="look at its disk and its permissions, or choose another output",
             ) from None
+        remove_abandoned(path)
         with files_told(path):
             yield
 
