@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
-# The largest configuration that is known, of a study, has some 30 kB.
-LARGEST_YAML = 1 << 18
-# Entries that a text may come to; each needs a character at least where nothing is repeated.
-_MOST_ENTRIES = LARGEST_YAML
+# The configuration of a run has all that was given and all that was not: 150 bytes for each of
+# its candidates, of which there may be thousands.
+LARGEST_YAML = 1 << 22
+# Keys and values that a text may come to, some 60 us of time each.
+_MOST_ENTRIES = 1 << 16
 _DEEPEST = 100
-_FASTEST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# The library's own parser in C, with the same classes around it; most of its packages have that.
+FASTEST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load_yaml(text: str, loader: type[yaml.SafeLoader] | None = None) -> Any:
@@ -29,8 +31,8 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] | None = None) -> Any:
         ValueError: It is none; says where.
     """
     try:
-        _check_depth(text)
-        cls: Any = loader or _FASTEST
+        _check_events(text)
+        cls: Any = loader or FASTEST
         made = cls(text)
         try:
             node = made.get_single_node()
@@ -63,10 +65,13 @@ def front_matter(text: str) -> tuple[dict[str, Any], str]:
     return content or {}, rest.partition("\n")[2]
 
 
-def _check_depth(text: str) -> None:
-    """Refuse what is nested deeply, which the library's parser in C would follow into a crash."""
-    depth = 0
-    for event in yaml.parse(text, _FASTEST):
+def _check_events(text: str) -> None:
+    """Refuse what is long, or nested deeply, which the parser in C would follow into a crash."""
+    depth = entries = 0
+    for event in yaml.parse(text, FASTEST):
+        entries += isinstance(event, yaml.NodeEvent)
+        if entries > _MOST_ENTRIES:
+            raise ValueError(f"it has more than {_MOST_ENTRIES} entries")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > _DEEPEST:
@@ -81,12 +86,13 @@ def _line(error: yaml.YAMLError) -> str:
 
 
 def _measure(root: yaml.Node) -> None:
-    """Count the entries of a document with all references followed; refuse what is too large.
+    """Count what a document holds with all references followed; refuse what is too large.
 
     Raises:
         ValueError: There are too many, they are nested too deeply, or one is a part of itself.
     """
     sizes: dict[int, int] = {}
+    lengths: dict[int, int] = {}
     open_ids: set[int] = set()
     # Each node twice: before its children, and after them.
     stack: list[tuple[yaml.Node, bool]] = [(root, False)]
@@ -98,6 +104,10 @@ def _measure(root: yaml.Node) -> None:
             sizes[id(node)] = 1 + sum(sizes[id(child)] for child in children)
             if sizes[id(node)] > _MOST_ENTRIES:
                 raise ValueError(f"its references come to more than {_MOST_ENTRIES} entries")
+            own = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+            lengths[id(node)] = own + sum(lengths[id(child)] for child in children)
+            if lengths[id(node)] > LARGEST_YAML:
+                raise ValueError(f"its references come to more than {LARGEST_YAML} characters")
             continue
         if id(node) in sizes:
             continue

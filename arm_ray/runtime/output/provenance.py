@@ -11,7 +11,6 @@ from importlib import metadata
 from typing import Any
 
 import torch
-import yaml
 
 import arm_ray
 from arm_ray.checkpoints.huggingface import Checkpoint
@@ -20,6 +19,7 @@ from arm_ray.events import read_events
 from arm_ray.hardware import cpu_model
 from arm_ray.runtime.output.run_directory import RunDirectory
 from arm_ray.secrets import all_hidden
+from arm_ray.storage.yaml_text import load_yaml
 
 # Whose versions decide bits.
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "ray")
@@ -77,7 +77,7 @@ def made_of(
             for name, given in checkpoints.items()
         },
         "calibration": run.inputs.get("calibration"),
-        "config": yaml.safe_load(config.to_yaml()),
+        "config": load_yaml(config.to_yaml()),
     }
     found: dict[str, Any] = all_hidden(content)
     return found

@@ -163,6 +163,18 @@ def test_a_run_goes_on_where_it_halted(configure: Configure) -> None:
         assert run.finished[3].reference == "state-0002"
 
 
+def test_a_run_of_thousands_of_candidates_goes_on(configure: Configure, output: Path) -> None:
+    root = output / ("long" * 40) / "training"
+    candidates = [str(root / f"checkpoint-{n}") for n in range(3000)]
+    config = configure(f"candidates={json.dumps(candidates)}")
+    with open_run(config):
+        pass
+    assert (output / "config.yaml").stat().st_size > 1 << 19
+    with open_run(config):
+        pass
+    assert load_merge_config(output / "config.yaml").candidates == config.candidates
+
+
 def test_two_at_once_are_refused(configure: Configure, output: Path) -> None:
     config = configure()
     with open_run(config):
