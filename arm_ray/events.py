@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from arm_ray.secrets import all_hidden, hidden
-from arm_ray.storage.regular import open_regular, parse_json
+from arm_ray.storage.regular import log_lines, parse_json
 
 
 @dataclass(frozen=True)
@@ -333,12 +333,10 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """Read all events of a run; lines that are none, as a crash leaves them, are left out.
 
     Raises:
-        OSError: The file cannot be read, or is no regular file.
+        OSError: The file cannot be read, is no regular file, or is too large for a text.
     """
     records = []
-    with open_regular(path) as file:
-        lines = file.read().split(b"\n")
-    for line in lines:
+    for line in log_lines(path):
         try:
             record = parse_json(line)
         except ValueError:

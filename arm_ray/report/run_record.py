@@ -6,6 +6,7 @@ an error: a page or a status is made of what there is. Imports nothing heavy.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 
 from arm_ray.errors import RunDirectoryError
 from arm_ray.secrets import all_hidden, environment_hidden, hidden, patterns_hidden
-from arm_ray.storage.regular import json_in, open_regular, parse_json, read_text
+from arm_ray.storage.regular import json_in, log_lines, parse_json, read_text
 from arm_ray.storage.yaml_text import LARGEST_YAML, load_yaml
 
 Kind = Literal["merge", "evaluation", "pipeline", "study", "attach", "training", "unknown"]
@@ -139,8 +140,7 @@ def open_record(path: Path) -> RunRecord:
 def _events(path: Path, missing: list[str]) -> list[Event]:
     file = path / EVENTS_NAME
     try:
-        with open_regular(file) as opened:
-            text = opened.read().decode("utf-8", errors="replace")
+        text = b"\n".join(log_lines(file)).decode("utf-8", errors="replace")
     except OSError:
         return []
     events: list[Event] = []
@@ -243,17 +243,13 @@ def _runs_below(path: Path) -> dict[str, Path]:
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; empty where it is not there, without what is torn."""
+    rows = []
     try:
-        with open_regular(path) as opened:
-            lines = opened.read().split(b"\n")
+        for line in log_lines(path):
+            with contextlib.suppress(ValueError):
+                row = parse_json(line)
+                if isinstance(row, dict):
+                    rows.append(row)
     except OSError:
         return []
-    rows = []
-    for line in lines:
-        try:
-            row = parse_json(line) if line.strip() else None
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
     return rows

@@ -61,7 +61,7 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+        raise _too_large(path, most)
     return content.decode("utf-8")
 
 
@@ -79,6 +79,30 @@ def lines_of(file: IO[bytes], most: int = LARGEST_TEXT) -> Iterator[bytes]:
         if len(line) > most:
             raise OSError(errno.EFBIG, f"a line of more than {most} bytes")
         yield line
+
+
+def log_lines(path: Path, most: int = LARGEST_TEXT) -> Iterator[bytes]:
+    """The lines of a log, one in memory at a time, without their ends and without empty ones.
+
+    Args:
+        path: The file.
+        most: Bytes that it may have.
+
+    Raises:
+        OSError: It cannot be read, is no regular file, or is larger.
+    """
+    with open_regular(path) as file:
+        left = most
+        for line in lines_of(file, most):
+            left -= len(line)
+            if left < 0:
+                raise _too_large(path, most)
+            if content := line.strip():
+                yield content
+
+
+def _too_large(path: Path, most: int) -> OSError:
+    return OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
 
 
 def is_plain_name(name: str) -> bool:

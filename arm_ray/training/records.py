@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ import arm_ray.errors
 from arm_ray.errors import ArmRayError, WorkerError
 from arm_ray.events import Event
 from arm_ray.storage.atomic import write_text
-from arm_ray.storage.regular import json_in
+from arm_ray.storage.regular import json_in, log_lines, parse_json
 
 LOG_NAME = "train_log.jsonl"
 STATE_NAME = "trainer_state.json"
@@ -103,16 +104,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Entries of a training log; a line that was cut off by a crash is left out."""
     entries = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        for line in log_lines(path):
+            with contextlib.suppress(ValueError):
+                entry = parse_json(line)
+                if isinstance(entry, dict) and "step" in entry:
+                    entries.append(entry)
     except OSError:
         return []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "step" in entry:
-            entries.append(entry)
     return entries
 
 

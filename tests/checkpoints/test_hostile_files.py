@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from arm_ray.checkpoints.formats import open_given
 from arm_ray.checkpoints.weight_file import parse_header, read_tensors
 from arm_ray.errors import ArmRayError, CorruptCheckpointError
+from arm_ray.events import read_events
 from arm_ray.model.checks import layout_of
-from arm_ray.storage.regular import open_regular, read_text
+from arm_ray.report.run_record import json_lines
+from arm_ray.storage.regular import log_lines, open_regular, read_text
+from arm_ray.training.records import read_log
 from tests.builders.hostile import CASES
 from tests.builders.models import save, tiny_model
 from tests.waiting import no_hang
@@ -118,6 +121,20 @@ def test_a_text_without_end_is_not_read(tmp_path: Path) -> None:
     assert read_text(file, most=101) == "x" * 101
     with pytest.raises(OSError, match="more than 100 bytes"):
         read_text(file, most=100)
+
+
+def test_a_log_without_end_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_bytes(b'\n{"event": "a"}\r\n\n{"event": "b"}')
+    lines = [b'{"event": "a"}', b'{"event": "b"}']
+    assert list(log_lines(file, most=file.stat().st_size)) == lines
+    with pytest.raises(OSError, match="more than 20 bytes"):
+        list(log_lines(file, most=20))
+    # A line of a gigabyte, which is not read to its end.
+    os.truncate(file, 1 << 30)
+    assert read_log(file) == json_lines(file) == []
+    with pytest.raises(OSError, match="more than"):
+        read_events(file)
 
 
 def test_what_is_no_file_is_named(tmp_path: Path) -> None:
