@@ -16,10 +16,11 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import torch
 
+from arm_ray.checkpoints.pickle_scan import check_pickle
 from arm_ray.errors import CorruptCheckpointError, PickleRefusedError
 from arm_ray.storage.regular import open_regular
 
@@ -59,8 +60,6 @@ _HINT = (
 # line of its own, and torch's unpickler knows no other way to name one; a tensor's name may have
 # the word in it, and no ends of lines.
 _ARRAY, _ARRAY_CLASS = b"\nbytearray\n", "class builtins.bytearray"
-# Bytes of a plain pickle that are read by Python's own interpreter.
-_SLOWLY_READ = 1 << 25
 # Mapped files that are kept: more than a merge reads from.
 _MAX_KEPT = 4096
 
@@ -194,7 +193,7 @@ def unpickle(file: Path, known: Mapping[str, Any]) -> Any:
         OSError: It cannot be read.
     """
 
-    class Restricted(_unpickler(file)):  # type: ignore[misc]
+    class Restricted(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if f"{module}.{name}" in known:
                 return known[f"{module}.{name}"]
@@ -205,34 +204,14 @@ def unpickle(file: Path, known: Mapping[str, Any]) -> Any:
 
     with open_regular(file) as opened:
         try:
+            with mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as data:
+                check_pickle(data)
             return Restricted(opened).load()
         except (PickleRefusedError, OSError):
             raise
         except Exception as error:  # a damaged pickle raises nearly anything
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise _corrupt(file, text, "a whole pickle, as the trainer wrote it") from None
-
-
-def _unpickler(file: Path) -> Any:
-    """The class that reads a plain pickle.
-
-    The one that is written in C keeps what a pickle says to keep at place N in a table of 2 N
-    places, and a pickle of six bytes may say 2^32. Python's own has a dictionary. It is slower, so
-    that large tables, of thousands of ranks, are not read by it.
-    """
-    return _Frugal if file.stat().st_size <= _SLOWLY_READ else pickle.Unpickler
-
-
-class _Frugal(pickle._Unpickler):
-    """Python's own, without the instruction that takes as much memory as it names."""
-
-    def _refuse(self) -> None:
-        raise pickle.UnpicklingError("a bytearray, which no table has")
-
-    dispatch: ClassVar[Any] = {
-        **pickle._Unpickler.dispatch,
-        pickle.BYTEARRAY8[0]: _refuse,
-    }
 
 
 def _corrupt(where: object, got: str, expected: str) -> CorruptCheckpointError:

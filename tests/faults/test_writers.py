@@ -26,6 +26,7 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("evaluation/code/backends.py", "processes", "os.open"): "a directory of /proc",
     # Mapped for reading alone.
     ("checkpoints/pickles.py", "load", "mmap.mmap"): "PROT_READ",
+    ("checkpoints/pickles.py", "unpickle", "mmap.mmap"): "PROT_READ",
     # Unfinished files with names that nothing reads, and what gives them their names.
     ("storage/atomic.py", "atomic_file", "open"): "the writer itself",
     ("storage/atomic.py", "_open_own", "open"): "the writer itself",
