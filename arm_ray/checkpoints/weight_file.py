@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
@@ -24,7 +25,7 @@ from torch import Tensor
 from arm_ray.errors import CorruptCheckpointError, NumericalError
 from arm_ray.storage.atomic import atomic_file as atomic_file
 from arm_ray.storage.atomic import write_json as write_json
-from arm_ray.storage.regular import open_regular
+from arm_ray.storage.regular import check_values, open_regular
 
 # Name in the file -> torch dtype, for what a language model's weights are stored in.
 DTYPES: dict[str, torch.dtype] = {
@@ -114,16 +115,11 @@ def parse_header(
         raise _corrupt(path, f"a header of {length} bytes in a file of {size} bytes")
     raw = read(_LENGTH_BYTES, _LENGTH_BYTES + length)
     try:
+        check_values(raw)
         table = json.loads(raw, object_pairs_hook=_without_twins)
         table.pop("__metadata__", None)
         entries = {name: _entry(path, name, row, length) for name, row in table.items()}
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _corrupt(path, f"a header that cannot be parsed: {error}") from None
     except RecursionError:
         raise _corrupt(path, "a header that is nested too deeply") from None
@@ -144,8 +140,8 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of two members of one name, readers would take either."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is there twice")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name} is there twice")
     return found
 
 

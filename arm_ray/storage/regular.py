@@ -9,13 +9,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-# The largest index or tokenizer that is known has about 50 MB.
-LARGEST_TEXT = 1 << 28
+# The largest index or tokenizer that is known has about 50 MB. A single character beyond the first
+# 65,536 makes Python keep four bytes of each.
+LARGEST_TEXT = 1 << 26
+# Of logs, and of data that is read line by line.
+LARGEST_LOG = 1 << 28
+# An empty list takes 28 times the bytes that it has in JSON.
+MOST_VALUES = 1 << 22
+_AT_ONCE = 1 << 20
+_ESCAPED, _REST = re.compile(rb"\\.", re.S), re.compile(rb"\\*[^\\]?")
 # Bytes; file systems take 255, and names get endings.
 _LONGEST_NAME = 200
 _KINDS = (
@@ -65,7 +73,7 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
     return content.decode("utf-8")
 
 
-def lines_of(file: IO[bytes], most: int = LARGEST_TEXT) -> Iterator[bytes]:
+def lines_of(file: IO[bytes], most: int = LARGEST_LOG) -> Iterator[bytes]:
     """The lines of a file, one in memory at a time, each with its end.
 
     Args:
@@ -81,7 +89,7 @@ def lines_of(file: IO[bytes], most: int = LARGEST_TEXT) -> Iterator[bytes]:
         yield line
 
 
-def log_lines(path: Path, most: int = LARGEST_TEXT) -> Iterator[bytes]:
+def log_lines(path: Path, most: int = LARGEST_LOG) -> Iterator[bytes]:
     """The lines of a log, one in memory at a time, without their ends and without empty ones.
 
     Args:
@@ -116,12 +124,49 @@ def parse_json(text: str | bytes) -> Any:
     """What JSON says, of which everything that can be wrong is one kind of error.
 
     Raises:
-        ValueError: It is no JSON, no UTF-8, or nested too deeply.
+        ValueError: It is no JSON, no UTF-8, nested too deeply, or has more than `MOST_VALUES`
+            values and brackets.
     """
+    # Each takes a character at least.
+    if len(text) > MOST_VALUES:
+        check_values(text if isinstance(text, bytes) else text.encode(errors="surrogatepass"))
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def check_values(text: bytes, most: int = MOST_VALUES) -> None:
+    """Refuse JSON of which Python would make far more than it has bytes, before anything is made.
+
+    Args:
+        text: The JSON.
+        most: Commas, colons and brackets outside of strings that it may have.
+
+    Raises:
+        ValueError: It has more.
+    """
+    # Nearly always there are not so many even with those in strings.
+    if _marks(text) > most and _marks_outside_strings(text, most) > most:
+        raise ValueError(f"it has more than {most} values and brackets")
+
+
+def _marks_outside_strings(text: bytes, most: int) -> int:
+    """Their number, or one that is larger than `most`."""
+    total, place, is_in_string = 0, 0, 0
+    while place < len(text) and total <= most:
+        end = place + _AT_ONCE
+        if text[end - 1 : end] == b"\\":
+            # What follows a backslash belongs to it, or to one that belongs to it.
+            end = max(end, _REST.match(text, end).end())  # type: ignore[union-attr]
+        parts = _ESCAPED.sub(b"", text[place:end]).split(b'"')
+        total += _marks(b" ".join(parts[is_in_string::2]))
+        is_in_string, place = (is_in_string + len(parts) - 1) % 2, end
+    return total
+
+
+def _marks(text: bytes) -> int:
+    return sum(text.count(mark) for mark in (b",", b":", b"[", b"{"))
 
 
 def json_in(path: Path) -> Any:

@@ -73,6 +73,16 @@ def _bomb(path: Path) -> None:
         file.truncate(8 + len(raw) + 2**40)
 
 
+def _header(content: bytes) -> Callable[[Path], None]:
+    """A weight file with this header, and no data."""
+
+    def change(path: Path) -> None:
+        (path / WEIGHTS).unlink()
+        (path / WEIGHTS).write_bytes(struct.pack("<Q", len(content)) + content)
+
+    return change
+
+
 def _large_header(path: Path) -> None:
     (path / WEIGHTS).unlink()
     with (path / WEIGHTS).open("wb") as file:
@@ -117,6 +127,21 @@ CASES: dict[str, Malformed] = {
     "zeros at the end": candidate(_zeros_at_the_end),
     "a terabyte with holes": candidate(_bomb),
     "a large header of zeros": candidate(_large_header),
+    "a header of millions of empty tensors": candidate(
+        _header(b"{" + b'"x":{},' * (1 << 22) + b'"x":{}}')
+    ),
+    "a header whose last name was there before": candidate(
+        _header(json.dumps({f"t{i}": 0 for i in range(1 << 18)}).encode()[:-1] + b', "t0": 0}')
+    ),
+    "a configuration of millions of lists": candidate(
+        text("config.json", b"[" + b"[]," * 10_000_000 + b"[]]")
+    ),
+    "an index of more than any text": candidate(
+        lambda path: [
+            (path / WEIGHTS).unlink(),
+            (path / INDEX).write_bytes(b'{"weight_map": {"a": "' + b"x" * (1 << 26) + b'"}}'),
+        ]
+    ),
     "one of two files cut": candidate(_two_files),
     "a tensor that its file lacks": candidate(_lacking_in_file),
     "another width": candidate(config(hidden_size=96)),
