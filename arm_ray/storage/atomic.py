@@ -52,7 +52,8 @@ def atomic_file(
             os.fsync(file.fileno())
             if not is_read_again and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        partial.replace(path)
+            # While it is held, or somebody might take it for abandoned.
+            partial.replace(path)
     except BaseException:
         # A disk that takes no writes may let nothing be removed either; that is not what to tell.
         with contextlib.suppress(OSError):

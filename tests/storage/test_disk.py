@@ -256,3 +256,17 @@ def test_one_that_is_removed_before_it_is_locked_is_made_again(
     atomic.write_text(tmp_path / "a", "whole", may_race=True)
     assert names_in(tmp_path) == ["a"]
     assert removed
+
+
+def test_what_gets_its_name_is_held_until_it_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def after_others(partial: Path, target: Path) -> Path:
+        atomic.remove_abandoned(tmp_path)
+        return replace(partial, target)
+
+    monkeypatch.setattr(Path, "replace", after_others)
+    atomic.write_text(tmp_path / "a", "whole", may_race=True)
+    assert (tmp_path / "a").read_text() == "whole"
