@@ -361,6 +361,8 @@ import sys, threading
 def flood(stream):
     while True:
         stream.write("x" * 10_000)
+# Whichever is faster, there is something of the other.
+print("xxxx", flush=True)
 threading.Thread(target=flood, args=(sys.stderr,), daemon=True).start()
 flood(sys.stdout)
 """,

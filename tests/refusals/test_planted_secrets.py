@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,16 +228,20 @@ def _serving(root: Path, url: str) -> Iterator[tuple[list[str], dict[str, str], 
     yield written("attach", followed), {}, 0
 
 
-def test_no_secret_gets_out_of_engines_studies_and_attach(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+@pytest.fixture
+def ray_files() -> Iterator[Path]:
+    """A place for Ray's files; its path is short, for Ray's sockets."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        yield Path(place)
+
+
+def test_no_secret_gets_out_of_engines_studies_and_attach(tmp_path: Path, ray_files: Path) -> None:
     """Of commands that start Ray, whose own logs are looked through as well."""
     said: dict[str, str] = {}
-    ray_files = tmp_path_factory.mktemp("ray")
     with echo() as url:
         for number, (arguments, others, code) in enumerate(_serving(tmp_path, url)):
             # What an engine has said of its own accord is in Ray's logs by Ray's own doing.
-            place = tmp_path_factory.mktemp("told") if others else ray_files
+            place = ray_files / "told" if others else ray_files / "searched"
             ended = subprocess.run(
                 [sys.executable, "-m", "tests.chaos.driver", *arguments],
                 cwd=ROOT,
@@ -250,7 +255,8 @@ def test_no_secret_gets_out_of_engines_studies_and_attach(
     assert "MY_API_TOKEN=…" in said["0 evaluate"]
     # The hook was answered with everything that can be known.
     assert "HTTP 403" in said["2 attach"]
-    logs = {str(path): path.read_bytes() for path in ray_files.rglob("*") if path.is_file()}
+    searched = (ray_files / "searched").rglob("*")
+    logs = {str(path): path.read_bytes() for path in searched if path.is_file()}
     assert any(name.endswith("raylet.out") for name in logs)
     texts = {name: content.decode("latin-1") for name, content in logs.items()}
     names = look_through(tmp_path, {**said, **texts}, "engines, a study, attach")
