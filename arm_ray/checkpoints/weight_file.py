@@ -393,7 +393,7 @@ def narrowed(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         return cast
     if torch.finfo(dtype).max >= torch.finfo(rows.dtype).max:
         return cast
-    if torch.finfo(dtype).bits > 8 and isfinite(float(cast.sum(dtype=torch.float32))):
+    if torch.finfo(dtype).bits > 8 and isfinite(float(cast.sum())):
         # A sum that is finite has nothing in it that is not.
         return cast
     # What is not finite in the first place is as it was read; a little above is rounded down.
