@@ -86,6 +86,7 @@ def test_an_object_store_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> N
         for number in range(2)
     ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     gang = ShardGang([Handle(None), Handle(None)], "object_store", ["0", "1"])
     placement.check_object_store(gang, 500_000)
     with pytest.raises(PlacementError, match="object store is too small") as caught:
