@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from arm_ray.secrets import all_hidden, hidden
-from arm_ray.storage.regular import log_lines, parse_json
+from arm_ray.storage.regular import log_objects
 
 
 @dataclass(frozen=True)
@@ -335,12 +335,4 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     Raises:
         OSError: The file cannot be read, is no regular file, or is too large for a text.
     """
-    records = []
-    for line in log_lines(path):
-        try:
-            record = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("event"), str):
-            records.append(record)
-    return records
+    return [record for record in log_objects(path) if isinstance(record.get("event"), str)]

@@ -20,13 +20,10 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 from arm_ray.errors import CalibrationError, StorageError
-from arm_ray.storage.regular import open_regular
-from arm_ray.storage.store import open_url
-from arm_ray.storage.urls import is_url
+from arm_ray.storage.store import open_place
 
 FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
@@ -136,15 +133,10 @@ def _lines(path: str, start: int, first_line: int) -> Iterator[tuple[int, int, b
         raise _unreadable(path, error) from error
 
 
-def _packed(path: str) -> IO[bytes]:
-    """Open a file for reading, as its bytes are."""
-    return open_url(path) if is_url(path) else open_regular(Path(path))
-
-
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[IO[bytes]]:
     """Open a file for reading, unpacked; `gzip` itself would leave the packed one open."""
-    with _packed(path) as file:
+    with open_place(path) as file:
         if path.endswith(".gz"):
             with gzip.GzipFile(fileobj=file) as unpacked:
                 yield unpacked  # type: ignore[misc]
@@ -211,7 +203,7 @@ def _index_parquet(path: str) -> FileIndex:
 
     index = FileIndex()
     try:
-        with _packed(path) as source, pq.ParquetFile(source) as file:
+        with open_place(path) as source, pq.ParquetFile(source) as file:
             metadata = file.metadata
             index.columns = {
                 column.name: not pa.types.is_null(column.type) for column in file.schema_arrow
@@ -249,7 +241,7 @@ def _read_parquet(
     import pyarrow.parquet as pq
 
     try:
-        with _packed(path) as source, pq.ParquetFile(source) as file:
+        with open_place(path) as source, pq.ParquetFile(source) as file:
             # In batches, so that a large row group is never in memory at once.
             present = [name for name in columns if name in file.schema_arrow.names]
             others = {} if set(present) >= set(columns) else dict.fromkeys(file.schema_arrow.names)

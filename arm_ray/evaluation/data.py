@@ -10,8 +10,8 @@ from typing import IO, Any
 
 from arm_ray.calibration.sources import DatasetSource, find_source, load_dataset
 from arm_ray.errors import CalibrationError, EvaluationError
-from arm_ray.storage.regular import open_regular, parse_json
-from arm_ray.storage.store import find_url, open_url
+from arm_ray.storage.regular import parse_json
+from arm_ray.storage.store import find_url, open_place
 from arm_ray.storage.urls import is_url, parse_url, plain_path
 
 Row = dict[str, Any]
@@ -64,7 +64,7 @@ def _from_file(file: str) -> list[Row]:
             expected="a name ending in " + ", ".join(_SUFFIXES),
         )
     try:
-        with open_url(file) if is_url(file) else open_regular(Path(file)) as opened:
+        with open_place(file) as opened:
             if file.endswith(".parquet"):
                 return _parquet_rows(opened)
             source = gzip.GzipFile(fileobj=opened) if file.endswith(".gz") else opened

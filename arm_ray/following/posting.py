@@ -108,10 +108,10 @@ def _meant(
     """The address of IPv4 that one of IPv6 stands for, where it stands for one."""
     if isinstance(found, ipaddress.IPv4Address):
         return found
-    if any(found in network for network in _WITH_IPV4) and int(found) >> 32:
-        return ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-    if found in _WITH_IPV4[-1] and int(found) > 0xFFFF:
-        return ipaddress.IPv4Address(int(found))
+    last = int(found) & 0xFFFFFFFF
+    # `::1` and the like are themselves.
+    if last > 0xFFFF and any(found in network for network in _WITH_IPV4):
+        return ipaddress.IPv4Address(last)
     return found.ipv4_mapped or found.sixtofour or found
 
 

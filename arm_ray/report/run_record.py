@@ -6,7 +6,6 @@ an error: a page or a status is made of what there is. Imports nothing heavy.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ import yaml
 
 from arm_ray.errors import RunDirectoryError
 from arm_ray.secrets import all_hidden, environment_hidden, hidden, patterns_hidden
-from arm_ray.storage.regular import json_in, log_lines, parse_json, read_text
+from arm_ray.storage.regular import json_in, log_lines, log_objects, parse_json, read_text
 from arm_ray.storage.yaml_text import LARGEST_YAML, load_yaml
 
 Kind = Literal["merge", "evaluation", "pipeline", "study", "attach", "training", "unknown"]
@@ -243,13 +242,7 @@ def _runs_below(path: Path) -> dict[str, Path]:
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; empty where it is not there, without what is torn."""
-    rows = []
     try:
-        for line in log_lines(path):
-            with contextlib.suppress(ValueError):
-                row = parse_json(line)
-                if isinstance(row, dict):
-                    rows.append(row)
+        return list(log_objects(path))
     except OSError:
         return []
-    return rows

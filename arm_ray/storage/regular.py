@@ -109,6 +109,21 @@ def log_lines(path: Path, most: int = LARGEST_LOG) -> Iterator[bytes]:
                 yield content
 
 
+def log_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a log of JSON lines; what is none, as a crash leaves it, is left out.
+
+    Raises:
+        OSError: As `log_lines`.
+    """
+    for line in log_lines(path):
+        try:
+            found = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
 def _too_large(path: Path, most: int) -> OSError:
     return OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
 

@@ -20,7 +20,7 @@ from arm_ray.storage.failures import translated
 from arm_ray.storage.filesystem import open_filesystem
 from arm_ray.storage.regular import open_regular
 from arm_ray.storage.room import check_room
-from arm_ray.storage.urls import Url, parse_url
+from arm_ray.storage.urls import Url, is_url, parse_url
 
 _PIECE_BYTES = 8 << 20
 
@@ -288,6 +288,16 @@ def open_url(url: str) -> IO[bytes]:
     """
     parsed = parse_url(url)
     return Store(parsed.parent).open(parsed.name)
+
+
+def open_place(given: str) -> IO[bytes]:
+    """Open the file of a path or a URL for reading, as its bytes are.
+
+    Raises:
+        OSError: It is no regular file, or cannot be read.
+        StorageError: The URL cannot be.
+    """
+    return open_url(given) if is_url(given) else open_regular(Path(given))
 
 
 def find_url(url: str) -> StoredFile | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ import arm_ray.errors
 from arm_ray.errors import ArmRayError, WorkerError
 from arm_ray.events import Event
 from arm_ray.storage.atomic import write_text
-from arm_ray.storage.regular import json_in, log_lines, parse_json
+from arm_ray.storage.regular import json_in, log_objects
 
 LOG_NAME = "train_log.jsonl"
 STATE_NAME = "trainer_state.json"
@@ -102,16 +101,10 @@ def resume_point(output: Path, missing: Sequence[int]) -> tuple[int, Path] | Non
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Entries of a training log; a line that was cut off by a crash is left out."""
-    entries = []
     try:
-        for line in log_lines(path):
-            with contextlib.suppress(ValueError):
-                entry = parse_json(line)
-                if isinstance(entry, dict) and "step" in entry:
-                    entries.append(entry)
+        return [entry for entry in log_objects(path) if "step" in entry]
     except OSError:
         return []
-    return entries
 
 
 def truncate_log(path: Path, step: int) -> float:
