@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from arm_ray.errors import NotACheckpointError
 from arm_ray.model.imports import import_model_classes, without_compiler
+from arm_ray.model.meta import on_meta
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -274,8 +275,8 @@ def architecture_of(
     named = getattr(transformers, class_name or "", None)
     if named is None or not hasattr(named, "get_output_embeddings"):
         named = None
-    with _BUILDING, without_compiler(), torch.device("meta"):
-        model = _on_meta(config, named, dtype)
+    with _BUILDING, without_compiler():
+        model = on_meta(lambda: _built(config, named, dtype))
     if named is not None and model.get_output_embeddings() is None:
         return architecture_of(config, None, dtype)
     return _parts_of(model.eval(), config)
@@ -290,7 +291,7 @@ def has_other_head(class_name: str | None) -> bool:
     return named is not None and not re.search(r"ForCausalLM|LMHead|Generation", named.__name__)
 
 
-def _on_meta(config: Any, kind: Any, dtype: torch.dtype) -> Any:
+def _built(config: Any, kind: Any, dtype: torch.dtype) -> Any:
     """A model whose attention and experts are computed as transformers itself would by default."""
     import transformers
 

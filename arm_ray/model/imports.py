@@ -20,7 +20,7 @@ from typing import Any
 
 # In the environment of a process that runs nothing but arm_ray, and starts no other.
 OWN_PROCESS = {"ARM_RAY_OWN_PROCESS": "1"}
-_UNUSED = ("sklearn", "scipy")
+_UNUSED = ("sklearn", "scipy", "deepspeed", "accelerate")
 _COMPILER, _MASKS = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
 _LOCK = threading.Lock()
 _own = {"process": OWN_PROCESS.items() <= os.environ.items()}
