@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are used, so that the package itself is light."""
+"""What is imported when it is used: names of a package that is light itself, and whole modules."""
 
 from __future__ import annotations
 
@@ -28,3 +28,17 @@ def lazily(
         return sorted({*vars(sys.modules[package]), *places})
 
     return get, names
+
+
+class LaterModule:
+    """Stands for a module, which is imported when something of it is first used.
+
+    Args:
+        name: Its full name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(importlib.import_module(self._name), name)

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "following": CORE | {"checkpoints", "evaluation"},
     "drafting": CORE | {"checkpoints", "following"},
     "study": CORE | {"checkpoints", "evaluation", "merging", "planning", "training"},
-    "runtime": PURE | {"exports", "following", "planning", "study", "training"},
+    "runtime": PURE | {"exports", "following", "lazy", "planning", "study", "training"},
     "config_keys": CORE | {"following", "merging", "study", "training"},
     "api": PURE | {"following", "planning", "runtime", "study", "training"},
     "public_api": set(),
@@ -289,6 +289,12 @@ def test_checkpoints_models_and_reports_do_not_import_ray() -> None:
     for name, loaded in loaded_by(
         modules_of("checkpoints", "report", "model", "planning", "following", "study")
     ).items():
+        assert not loaded & {"ray", "vllm"}, name
+
+
+def test_the_runtime_imports_ray_where_it_uses_it() -> None:
+    """A merge of one shard without a cluster does without Ray, and does not wait for its import."""
+    for name, loaded in loaded_by(modules_of("runtime")).items():
         assert not loaded & {"ray", "vllm"}, name
 
 

@@ -9,9 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.huggingface import open_checkpoint
 from arm_ray.config import MergeConfig
@@ -40,6 +37,7 @@ from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.output.precision import record, recorded
 from arm_ray.runtime.scoring.state_scoring import checkpoint_subject
 from arm_ray.runtime.scoring.subject import Subject
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.schedule import BASE, candidate_name
 
@@ -88,7 +86,12 @@ class ArrivalProcessor:
                     attempt = 0
                 elif attempt == _ATTEMPTS:
                     raise
-            except (WorkerError, TransportError, RunDirectoryError, RayError) as error:
+            except (
+                WorkerError,
+                TransportError,
+                RunDirectoryError,
+                ray.exceptions.RayError,
+            ) as error:
                 # The run directory stays: the next attempt goes on in it.
                 if attempt == _ATTEMPTS:
                     raise
@@ -199,7 +202,7 @@ class ArrivalProcessor:
         try:
             if not self.scoring.start(base):
                 return False
-        except (EvaluationError, WorkerError, RayError) as error:
+        except (EvaluationError, WorkerError, ray.exceptions.RayError) as error:
             # Engines that never ran will not run by themselves; others may again, later.
             if not self._was_scored:
                 raise

@@ -6,14 +6,13 @@ import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
-
-import ray
-from ray import ObjectRef
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 from arm_ray.runtime.cluster.nodes import this_node
+from arm_ray.runtime.session.lazy_ray import ray
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -57,7 +56,7 @@ class Handle(Generic[A]):
 
     def end(self) -> None:
         """Kill the actor; one that is gone is none the worse for it."""
-        with contextlib.suppress(RayError):
+        with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(self.actor)
 
 
@@ -143,7 +142,7 @@ def start_actor(
 
 def run_on(node: str, function: Callable[[], R]) -> ObjectRef[R]:
     """Run a function on a node, or on another one if that is gone; returns at once."""
-    where = NodeAffinitySchedulingStrategy(node, soft=True)
+    where = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=True)
     options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": where}
     remote: Any = ray.remote(**options)(function)
     return cast("ObjectRef[R]", remote.remote())

@@ -7,10 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import ray
-from ray import ObjectRef, exceptions
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from arm_ray.errors import (
     ArmRayError,
@@ -22,17 +19,16 @@ from arm_ray.errors import (
     is_disk_full,
 )
 from arm_ray.runtime.cluster.actors import LocalResult
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.secrets import hidden, shortened
 
-
-def _kinds(*names: str) -> tuple[type[Exception], ...]:
-    """Ray's exceptions of these names; older releases lack some."""
-    return tuple(getattr(exceptions, name) for name in names if hasattr(exceptions, name))
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 
-# What Ray raises for a call to a process or a node that is gone, or for an object that went with
-# it. Its memory monitor's (OutOfMemoryError) is no RayActorError.
-LOST = _kinds(
+# Names of what Ray raises for a call to a process or a node that is gone, or for an object that
+# went with it. Its memory monitor's (OutOfMemoryError) is no RayActorError.
+LOST = (
     "RayActorError",
     "OutOfMemoryError",
     "NodeDiedError",
@@ -45,13 +41,19 @@ LOST = _kinds(
     "TaskPlacementGroupRemoved",
 )
 # What it raises for a tensor that did not arrive.
-_NOT_DELIVERED = _kinds("RayDirectTransportError", "RayChannelError")
+_NOT_DELIVERED = ("RayDirectTransportError", "RayChannelError")
 # What it raises where neither the object store nor the disk below it has room.
-_FULL = _kinds("ObjectStoreFullError", "OutOfDiskError")
+_FULL = ("ObjectStoreFullError", "OutOfDiskError")
 _R = TypeVar("_R")
 _POLL_S = 0.5
 _FRAME = re.compile(r'File "([^"]+)", (line \d+, in \S+)')
 _NODE = re.compile(r"\(pid=\d+, ip=([^,)]+)")
+
+
+def exceptions(names: Sequence[str]) -> tuple[type[Exception], ...]:
+    """Ray's exceptions of these names; older releases lack some."""
+    known = ray.exceptions
+    return tuple(getattr(known, name) for name in names if hasattr(known, name))
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,16 @@ def get_results(
         return [_local(ref, callee) for ref in refs]
     try:
         return list(ray.get(list(refs), timeout=timeout_s))
-    except exceptions.RayTaskError as error:
+    except ray.exceptions.RayTaskError as error:
         # First: it is raised in the class of its cause too, which says something of another call.
         raise _of_task(error, callee) from error
-    except exceptions.GetTimeoutError as error:
+    except ray.exceptions.GetTimeoutError as error:
         raise WorkerError(
             f"{callee.name} gave no answer in time",
             got=None if timeout_s is None else f"nothing within {timeout_s:g} s",
             hint="raise the key timeout_s of its section, or look at Ray's logs of the actor",
         ) from error
-    except exceptions.RayError as error:
+    except ray.exceptions.RayError as error:
         raise _of_ray(error, callee) from error
 
 
@@ -143,7 +145,7 @@ def put(value: _R) -> ObjectRef[_R]:
     """
     try:
         return ray.put(value)
-    except exceptions.RayError as error:
+    except ray.exceptions.RayError as error:
         raise _of_ray(error, DRIVER) from error
 
 
@@ -229,15 +231,15 @@ def silent(who: str, limit_s: float, key: str) -> WorkerError:
     )
 
 
-def _of_task(error: exceptions.RayTaskError, callee: Callee) -> Exception:
+def _of_task(error: ray.exceptions.RayTaskError, callee: Callee) -> Exception:
     """What to raise for an exception within a call."""
     cause: Any = error.cause
-    while isinstance(cause, exceptions.RayTaskError):
+    while isinstance(cause, ray.exceptions.RayTaskError):
         # What the call was given is what another one raised.
         cause = cause.cause
     if callee.sends_tensors and isinstance(cause, TimeoutError):
         return _not_delivered(cause)
-    if isinstance(cause, exceptions.RayError):
+    if isinstance(cause, ray.exceptions.RayError):
         # What the call was given was on another actor, or its node.
         return _of_ray(cause, callee, _place(error))
     return _of_cause(cause or error, callee, _place(error))
@@ -274,10 +276,10 @@ def _of_cause(cause: BaseException, callee: Callee, place: str | None) -> Except
 def _of_ray(error: Exception, callee: Callee, place: str | None = None) -> Exception:
     """What to raise for an exception of Ray's own."""
     # Nobody else kills actors: Ray ends both sides of a transfer that failed.
-    is_killed = isinstance(error, exceptions.RayActorError) and "ray.kill" in str(error)
-    if callee.sends_tensors and (is_killed or isinstance(error, _NOT_DELIVERED)):
+    is_killed = isinstance(error, ray.exceptions.RayActorError) and "ray.kill" in str(error)
+    if callee.sends_tensors and (is_killed or isinstance(error, exceptions(_NOT_DELIVERED))):
         return _not_delivered(error)
-    if isinstance(error, _FULL):
+    if isinstance(error, exceptions(_FULL)):
         return DiskSpaceError(
             f"Ray's object store is full, and the disk that it spills to: {callee.name} cannot "
             "pass anything on",
@@ -288,8 +290,8 @@ def _of_ray(error: Exception, callee: Callee, place: str | None = None) -> Excep
             "same command again to go on",
         )
     # One that cannot be made would fail in another place as well.
-    is_unmade = isinstance(error, exceptions.RayActorError) and error.actor_init_failed
-    if isinstance(error, LOST) and not is_unmade:
+    is_unmade = isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed
+    if isinstance(error, exceptions(LOST)) and not is_unmade:
         return callee.lost(
             f"{callee.name} was lost",
             got=_short(error),
@@ -307,7 +309,7 @@ def _unexpected(error: BaseException, callee: Callee, place: str | None) -> Work
     )
 
 
-def _place(error: exceptions.RayTaskError) -> str | None:
+def _place(error: ray.exceptions.RayTaskError) -> str | None:
     """The line of code that failed, and its node's address; None where Ray does not tell."""
     # Of an error in the class of its cause Ray keeps the text alone.
     text = str(error)

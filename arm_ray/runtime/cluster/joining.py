@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.job_config import JobConfig
-
 import arm_ray
 from arm_ray.errors import ConfigError, WorkerError
 from arm_ray.noise import is_verbose
 from arm_ray.runtime.session.heartbeat import activity
+from arm_ray.runtime.session.lazy_ray import is_joined, ray
 
 NAMESPACE = "arm_ray"
 
@@ -66,7 +64,7 @@ def outliving(path: str | Path, key: str = "output") -> Path:
 def is_up_or_named(address: str | None) -> bool:
     """Whether Ray runs already, or a cluster is named that is to be joined."""
     is_named = bool(address or os.environ.get("RAY_ADDRESS")) or in_submitted_job()
-    return is_named or _kept is not None or bool(ray.is_initialized())
+    return is_named or _kept is not None or is_joined()
 
 
 @contextlib.contextmanager
@@ -83,7 +81,7 @@ def ray_session(
     Raises:
         WorkerError: The cluster cannot be joined.
     """
-    if ray.is_initialized():
+    if is_joined():
         yield
         return
     if _kept is not None:
@@ -124,7 +122,7 @@ def _joined_or_started(
     options: dict[str, Any] = {
         "namespace": NAMESPACE,
         "log_to_driver": is_verbose(),
-        "job_config": JobConfig(metadata=metadata),
+        "job_config": ray.job_config.JobConfig(metadata=metadata),
     }
     if address:
         # Inside a submitted job the workers have the job's working directory; elsewhere they are

@@ -14,22 +14,23 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
-from ray import ObjectRef
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arm_ray.checkpoints import states
 from arm_ray.config import scratch_path
 from arm_ray.errors import ArmRayError
 from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.calls import NODE_FILES, get_results
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.storage.atomic import put_file
 from arm_ray.storage.regular import open_regular
 from arm_ray.storage.store import StoredFile
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -189,7 +190,7 @@ def files_on_nodes(
     """
     handles = {}
     for node in dict.fromkeys([*needed, *others]):
-        where = NodeAffinitySchedulingStrategy(node, soft=False)
+        where = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
         options = {"num_cpus": 0, "max_concurrency": 4, "scheduling_strategy": where}
         handles[node] = start_actor(options, NodeFiles, scratch, name)
     return FilesOnNodes(handles, needed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import ray
+from arm_ray.runtime.session.lazy_ray import is_joined, ray
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def this_node() -> str:
 
 def node_names(ids: Sequence[str]) -> list[str]:
     """Addresses and host names of nodes, by Ray's ids."""
-    known = {node["NodeID"]: node for node in ray.nodes()} if ray.is_initialized() else {}
+    known = {node["NodeID"]: node for node in ray.nodes()} if is_joined() else {}
     return [
         f"{known[i]['NodeManagerHostname']} ({known[i]['NodeManagerAddress']})" if i in known else i
         for i in ids

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ray import ObjectRef
 
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.errors import ShardLostError
@@ -27,6 +26,9 @@ from arm_ray.runtime.shards.meter import ShardUsage
 from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.schedule import IterationPlan
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ follow an iteration's own states through the layers (`LayerShard.forward`), one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ray import ObjectRef
 
 from arm_ray.evaluation.losses import SampleLosses
 from arm_ray.runtime.cluster.actors import Handle, in_place_of
@@ -23,6 +22,9 @@ from arm_ray.runtime.shards.losses import ShardLosses, Trial
 from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.schedule import IterationPlan
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 
 class LossPasses:

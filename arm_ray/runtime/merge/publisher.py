@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from ray import ObjectRef
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.peft_file import WEIGHTS_NAME
@@ -33,6 +33,9 @@ from arm_ray.runtime.output.provenance import made_of
 from arm_ray.runtime.shards.made_states import Written
 from arm_ray.schedule import BASE, iterations_needed_after
 from arm_ray.storage.atomic import put_directory
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 
 @dataclass(frozen=True)

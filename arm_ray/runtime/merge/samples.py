@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
 from arm_ray.calibration.minibatch import MicroBatch, MiniBatch, micro_batches, unique_samples
@@ -18,6 +17,7 @@ from arm_ray.planning.workload import MAX_MICRO_BATCH_SAMPLES
 from arm_ray.runtime.cluster.nodes import alive_nodes
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.output.run_directory import RunDirectory
+from arm_ray.runtime.session.lazy_ray import is_joined
 from arm_ray.runtime.session.reporter import Reporter
 
 
@@ -176,6 +176,6 @@ def _first_rows(config: MergeConfig, inputs: MergeInputs, path: str, rows: int) 
 
 def _reads_here(config: MergeConfig) -> bool:
     # Whether nodes share storage is known for certain only once shards are placed.
-    if config.runtime.storage == "shared" or not ray.is_initialized():
+    if config.runtime.storage == "shared" or not is_joined():
         return False
     return len(alive_nodes()) > 1

@@ -18,9 +18,7 @@ import socket
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
-
-from ray import ObjectRef
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
@@ -36,6 +34,9 @@ from arm_ray.runtime.shards.layer_shard import BESIDE, CONTROL, LayerShard, call
 from arm_ray.runtime.shards.made_states import MadeStates, Written
 from arm_ray.runtime.shards.placement import ShardGang
 from arm_ray.runtime.shards.spec import ShardSpec
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

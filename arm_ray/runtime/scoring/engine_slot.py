@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
-
-from ray import ObjectRef
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from arm_ray.errors import EvaluationError, WorkerError
 from arm_ray.evaluation.engine import LoadReport
@@ -20,6 +18,9 @@ from arm_ray.runtime.scoring.evaluator import (
 )
 from arm_ray.runtime.scoring.subject import Subject, engine_kind
 from arm_ray.runtime.session.reporter import Reporter
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

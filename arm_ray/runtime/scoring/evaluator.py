@@ -7,17 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, TypeVar
-
-import ray
-from ray import ObjectRef
-from ray.exceptions import RayError
-from ray.util.placement_group import (
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from arm_ray.errors import EvaluatorLostError, PlacementError, WorkerError
 from arm_ray.evaluation.engine import (
@@ -36,7 +26,11 @@ from arm_ray.runtime.cluster.calls import EVALUATOR, get_results
 from arm_ray.runtime.cluster.nodes import format_resources, view_of_cluster
 from arm_ray.runtime.scoring.model_copies import CopiesOnNodes, ModelCopies
 from arm_ray.runtime.session.heartbeat import activity
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.storage.mirror import present
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 # How often an evaluator may be lost over the same work.
 ATTEMPTS = 3
@@ -173,7 +167,7 @@ class EvaluatorGang:
         self._check_open()
         self._end(self._engines[index])
         self._wait_for_places()
-        node = placement_group_table(self._group)["bundles_to_node_id"][index]
+        node = ray.util.placement_group_table(self._group)["bundles_to_node_id"][index]
         threads = str(self._settings.engine.cpus_per_engine)
         env = {
             **ENVIRONMENT,
@@ -226,7 +220,7 @@ class EvaluatorGang:
         """End all actors."""
         self._is_closed = True
         for grader in self.graders:
-            with contextlib.suppress(RayError):
+            with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(grader.call(Grader.close), timeout=10)
         for engine in self.engines:
             engine.end()
@@ -268,7 +262,7 @@ def placed_evaluators(
     """
     resources = evaluator_resources(settings, ray.cluster_resources().get("GPU", 0.0))
     bundles = [resources.engine] * resources.replicas + [resources.grader] * resources.graders
-    group = placement_group(bundles, strategy="PACK")
+    group = ray.util.placement_group(bundles, strategy="PACK")
     gang = EvaluatorGang(settings, resources, group, copies)
     try:
         if not group.wait(settings.engine.placement_timeout_s):
@@ -284,8 +278,8 @@ def placed_evaluators(
         yield gang
     finally:
         gang.close()
-        with contextlib.suppress(RayError):
-            remove_placement_group(group)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.util.remove_placement_group(group)
 
 
 def begin_engine(gang: EvaluatorGang, index: int, model: str, tokenizer: str) -> ObjectRef[float]:
@@ -331,7 +325,7 @@ def _options(resources: dict[str, float], group: Any, bundle: int) -> dict[str, 
         "num_cpus": resources.get("CPU", 0.0),
         "num_gpus": resources.get("GPU", 0.0),
         "resources": custom,
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+        "scheduling_strategy": ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
             group, placement_group_bundle_index=bundle
         ),
     }

@@ -22,10 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Concatenate, ParamSpec, TypeVar
 
-import ray
-from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from arm_ray.checkpoints.naming import split_source
 from arm_ray.config import RuntimeConfig, scratch_path
 from arm_ray.errors import ArmRayError, EvaluationError, WorkerError
@@ -33,6 +29,7 @@ from arm_ray.evaluation.engine import ModelSource
 from arm_ray.runtime.cluster.actors import Handle, start_actor
 from arm_ray.runtime.cluster.node_files import NodeFiles, read_chunks
 from arm_ray.runtime.cluster.nodes import this_node
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.runtime.shards.files import becomes_visible
 from arm_ray.storage.mirror import is_companion, origin, with_adapter
 from arm_ray.storage.room import check_room
@@ -197,7 +194,7 @@ class ModelCopies:
     ) -> _R:
         try:
             return ray.get(self._home.call(method, path, *args, **kwargs))
-        except RayError as error:
+        except ray.exceptions.RayError as error:
             raise _unreachable(path, error) from None
 
     def _check_unchanged(
@@ -249,7 +246,7 @@ class ModelCopies:
                     if self._is_removed:
                         raise WorkerError("the copy of a model was given up", where=source)
         # One that the driver's node has met as well, which Ray makes an OSError of this type too.
-        except RayError as error:
+        except ray.exceptions.RayError as error:
             raise _unreachable(source, error) from None
         except OSError as error:
             raise _unwritable(target, error) from None
@@ -333,9 +330,9 @@ def _changed(file: Path) -> EvaluationError:
     )
 
 
-def _unreachable(path: Path, error: RayError) -> ArmRayError:
+def _unreachable(path: Path, error: ray.exceptions.RayError) -> ArmRayError:
     where = f"{path}, on the driver's node"
-    if isinstance(error, RayTaskError):
+    if isinstance(error, ray.exceptions.RayTaskError):
         cause = getattr(error, "cause", None) or error
         return EvaluationError(
             "a model cannot be read, to copy it to an engine's node",
@@ -394,7 +391,7 @@ class CopiesOnNodes:
 
     def close(self) -> None:
         """Remove all copies and end the actors."""
-        with contextlib.suppress(RayError):
+        with contextlib.suppress(ray.exceptions.RayError):
             refs = [copies.call(ModelCopies.remove) for copies in self._actors.values()]
             if refs:
                 ray.wait(refs, num_returns=len(refs), timeout=_GONE_S)
@@ -425,6 +422,8 @@ def start_on(node: str, kind: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwa
         "max_concurrency": 32,
         "max_restarts": 3,
         "max_task_retries": 3,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+        "scheduling_strategy": ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            node, soft=False
+        ),
     }
     return start_actor(options, kind, *args, **kwargs)

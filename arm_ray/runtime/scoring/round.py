@@ -7,9 +7,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from ray import ObjectRef
+from typing import TYPE_CHECKING, Any
 
 from arm_ray.errors import EvaluationError, WorkerError
 from arm_ray.evaluation.engine import Completion, LoadReport
@@ -30,6 +28,9 @@ from arm_ray.runtime.scoring.requests import Chunk
 from arm_ray.runtime.scoring.subject import Subject
 from arm_ray.runtime.session.progress import LINE_INTERVAL_S
 from arm_ray.runtime.session.reporter import Reporter
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 
 @dataclass

@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from arm_ray.errors import ArmRayError, WorkerError
 from arm_ray.evaluation.engine import preferred_dtypes
 from arm_ray.evaluation.records import TaskScores
@@ -37,6 +35,7 @@ from arm_ray.runtime.scoring.results import ScoringWork, scored_event, scored_li
 from arm_ray.runtime.scoring.round import Evaluators, Round
 from arm_ray.runtime.scoring.subject import Subject
 from arm_ray.runtime.session.heartbeat import activity
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.runtime.session.reporter import Reporter
 
 _POLL_S = 0.5

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 
-import ray
 from rich.console import Console
 
 from arm_ray.checkpoints import states
@@ -37,6 +36,7 @@ from arm_ray.runtime.scoring.model_copies import copies_of
 from arm_ray.runtime.scoring.results import flat_means, write_table
 from arm_ray.runtime.scoring.service import ScoringService, as_error, scoring_service
 from arm_ray.runtime.scoring.subject import Subject, model_source
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.schedule import BASE, candidate_name, iteration_of, state_name
 

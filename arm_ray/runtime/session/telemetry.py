@@ -16,14 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.util.metrics import Counter, Gauge
-
 from arm_ray.config import TrackingConfig
 from arm_ray.events import IterationFinished, read_events
 from arm_ray.identity import flat
 from arm_ray.report.scalars import Metric, Record, points
 from arm_ray.report.trackers import Ending, TrackedRun, Tracker, make_trackers
+from arm_ray.runtime.session.lazy_ray import is_joined
 from arm_ray.runtime.session.reporter import Reporter
 
 # How long the end of a run waits for the trackers, together.
@@ -92,6 +90,8 @@ class RayMetrics:
 
     def _of(self, metric: Metric) -> Any:
         if metric.name not in self._made:
+            from ray.util.metrics import Counter, Gauge
+
             cls = Gauge if metric.kind == "gauge" else Counter
             keys = ("run", *metric.labels)
             self._made[metric.name] = cls(metric.ray_name, metric.description, keys)
@@ -218,7 +218,7 @@ def telemetry(
         tracked = TrackedRun(directory, run, digest.hexdigest()[:16], keys)
         trackers = make_trackers(settings, tracked)
 
-    metrics = RayMetrics(run, history) if ray.is_initialized() else None
+    metrics = RayMetrics(run, history) if is_joined() else None
     listening = Telemetry(metrics, trackers, history, reporter.warn)
     events.subscribe(listening.take)
     ending: Ending = "stopped"

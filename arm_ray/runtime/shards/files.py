@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ray
-
 from arm_ray.checkpoints import states
 from arm_ray.checkpoints.fp8 import Fp8Checkpoint
 from arm_ray.checkpoints.huggingface import BareCheckpoint, Checkpoint
@@ -31,6 +29,7 @@ from arm_ray.runtime.cluster.node_files import (
     read_chunks,
     send_file,
 )
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.runtime.shards.meter import Meter, RateLimit
 from arm_ray.runtime.shards.spec import ShardSpec
 

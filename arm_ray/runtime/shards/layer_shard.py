@@ -10,12 +10,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from ray import ObjectRef
 from torch import Tensor
 
 from arm_ray.calibration.minibatch import MicroBatch
@@ -36,6 +35,9 @@ from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.runtime.shards.transport import pack_tensor, prepare_transport, unpack_tensor
 from arm_ray.runtime.shards.weights import WeightStore, share_base
 from arm_ray.schedule import BASE, IterationPlan
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

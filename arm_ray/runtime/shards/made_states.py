@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import ray
 from torch import Tensor
 
 from arm_ray.checkpoints import states
@@ -28,6 +27,7 @@ from arm_ray.checkpoints.weight_file import (
 from arm_ray.planning.workload import PIECE
 from arm_ray.runtime.cluster.actors import Handle
 from arm_ray.runtime.cluster.node_files import CHUNK_BYTES, NodeFiles
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.runtime.shards.captures import forward_states
 from arm_ray.runtime.shards.meter import RateLimit
 from arm_ray.runtime.shards.pieces import (

@@ -9,14 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import ray
 import torch
-from ray import ObjectRef
-from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError
@@ -32,6 +27,7 @@ from arm_ray.runtime.cluster.nodes import (
     view_of_cluster,
 )
 from arm_ray.runtime.session.heartbeat import activity
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.spec import ShardSpec
@@ -41,6 +37,9 @@ from arm_ray.runtime.shards.transport import (
     join_transport,
     leave_transport,
 )
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 _PLACEMENT_POLL_S = 2.0
 _T = TypeVar("_T")
@@ -212,7 +211,7 @@ def placed_shards(
             what there is.
     """
     bundle = bundle_of(runtime, placement)
-    group = placement_group([bundle] * len(specs), strategy=runtime.placement_strategy)
+    group = ray.util.placement_group([bundle] * len(specs), strategy=runtime.placement_strategy)
     actors: list[Handle[LayerShard]] = []
     transport = choose_transport(runtime.transport, placement.device, len(specs))
     try:
@@ -242,8 +241,8 @@ def placed_shards(
     finally:
         leave_transport(actors, transport)
         _end(actors)
-        with contextlib.suppress(RayError):
-            remove_placement_group(group)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.util.remove_placement_group(group)
 
 
 # Has shards for as long as its context: `placed_shards`, or what stands for it.
@@ -310,8 +309,10 @@ def _start(
         options["enable_tensor_transport"] = True
     actors = []
     for index, spec in enumerate(specs):
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-            group, placement_group_bundle_index=index
+        options["scheduling_strategy"] = (
+            ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=index
+            )
         )
         actors.append(
             start_actor(options, LayerShard, dataclasses.replace(spec, transport=transport))

@@ -18,14 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import ray
-
 import arm_ray
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.events import read_events
 from arm_ray.runtime.cluster.joining import ray_session
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.runtime.session.progress import duration
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.study import cell

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
 import torch
 
 from arm_ray.checkpoints.formats import split_source
@@ -25,6 +24,7 @@ from arm_ray.runtime.scoring.service import as_error, scoring_service, with_reco
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
 from arm_ray.runtime.scoring.subject import Subject
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
+from arm_ray.runtime.session.lazy_ray import is_joined, ray
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.study.cell import error_text
 from arm_ray.storage.urls import is_url
@@ -189,7 +189,7 @@ class Scoring:
 
 def _gpu_model() -> str | None:
     """Of the cluster, as Ray names it; else of this machine."""
-    if ray.is_initialized():
+    if is_joined():
         prefix = "accelerator_type:"
         names = [n.removeprefix(prefix) for n in ray.cluster_resources() if n.startswith(prefix)]
         if names:

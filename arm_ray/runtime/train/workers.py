@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from arm_ray.errors import ArmRayError, ConfigError, PlacementError, WorkerError
 from arm_ray.noise import quiet_environment, verbose_environment
 from arm_ray.report.scalars import Record
 from arm_ray.runtime.cluster.calls import put
 from arm_ray.runtime.cluster.nodes import view_of_cluster
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.train.log import LogFollower
 from arm_ray.runtime.train.prepare import Prepared

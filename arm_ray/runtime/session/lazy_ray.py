@@ -1,0 +1,18 @@
+"""Ray, which is imported when something of it is first used: a merge without it does not wait."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from arm_ray.lazy import LaterModule
+
+if TYPE_CHECKING:
+    import ray as ray
+else:
+    ray = LaterModule("ray")
+
+
+def is_joined() -> bool:
+    """Whether this process has joined Ray; to ask does not import it."""
+    return "ray" in sys.modules and bool(ray.is_initialized())
