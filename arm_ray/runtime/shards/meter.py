@@ -12,7 +12,7 @@ from typing import Literal
 
 from arm_ray.events import Span
 
-# Most spans of an iteration, and the pause in seconds that is left out at first.
+# Most spans of an iteration, and the pause in seconds that is left out.
 MOST_SPANS, _PAUSE_S = 48, 0.02
 
 
@@ -41,7 +41,6 @@ class Meter:
     def __init__(self) -> None:
         self._usage = ShardUsage()
         self._spans: list[Span] = []
-        self._pause_s = _PAUSE_S
         self._sent: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -57,10 +56,9 @@ class Meter:
         with self._lock:
             name = f"{kind}_seconds"
             self._usage = replace(self._usage, **{name: getattr(self._usage, name) + seconds})
-            self._spans = _joined([*self._spans, span], self._pause_s)
-            while len(self._spans) > MOST_SPANS:
-                self._pause_s *= 2.0
-                self._spans = _joined(self._spans, self._pause_s)
+            self._spans = _joined([*self._spans, span])
+            if len(self._spans) > MOST_SPANS:
+                self._spans = _joined(_without_shortest(self._spans))
 
     def count_fetched(self, num_bytes: int) -> None:
         """Count weights that came from elsewhere than the shard's node."""
@@ -75,22 +73,36 @@ class Meter:
         """What was done since the last call, and sent for an iteration that is finished."""
         with self._lock:
             usage, self._usage = self._usage, ShardUsage()
-            spans, self._spans, self._pause_s = self._spans, [], _PAUSE_S
+            spans, self._spans = self._spans, []
             rounded = tuple((kind, round(at, 3), round(s, 3)) for kind, at, s in spans)
             return replace(usage, sent_bytes=self._sent.pop(iteration, 0), spans=rounded)
 
 
-def _joined(spans: Sequence[Span], pause_s: float) -> list[Span]:
+def _joined(spans: Sequence[Span]) -> list[Span]:
     """Spans of the same kind as one where the pause between them is short."""
     joined: list[Span] = []
     for kind, start, seconds in spans:
         if joined and joined[-1][0] == kind:
             _, begun, lasted = joined[-1]
-            if start - (begun + lasted) <= pause_s:
+            if start - (begun + lasted) <= _PAUSE_S:
                 joined[-1] = (kind, begun, max(lasted, start + seconds - begun))
                 continue
         joined.append((kind, start, seconds))
     return joined
+
+
+def _without_shortest(spans: Sequence[Span]) -> list[Span]:
+    """One span fewer: the shortest counts as what was done next to it, with the pause between."""
+    at = min(range(len(spans)), key=lambda i: spans[i][2])
+    pauses = {
+        i: spans[i + 1][1] - sum(spans[i][1:]) for i in (at - 1, at) if 0 <= i < len(spans) - 1
+    }
+    left = min(pauses, key=pauses.__getitem__)
+    pair = spans[left], spans[left + 1]
+    start = pair[0][1]
+    end = max(sum(span[1:]) for span in pair)
+    kind = max(pair, key=lambda span: span[2])[0]
+    return [*spans[:left], (kind, start, end - start), *spans[left + 2 :]]
 
 
 def peak_bytes() -> int:

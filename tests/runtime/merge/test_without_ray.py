@@ -26,6 +26,7 @@ from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge import run as module
 from arm_ray.runtime.merge.publisher import Publisher
 from arm_ray.runtime.merge.run import MergeOutcome, merge, needs_no_ray
+from arm_ray.runtime.shards.meter import MOST_SPANS
 from tests.builders.checkpoints import assert_same_bits, load_all
 from tests.builders.merge_case import MergeCase
 from tests.builders.paths import ROOT
@@ -115,6 +116,24 @@ def test_the_bits_are_those_of_actors(
     assert sorted(names[0]) == sorted(names[1])
     others = [[name for name in each if name != "state_written"] for each in names]
     assert others[0] == others[1]
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_many_layers_are_merged_wherever_weights_live(case: MergeCase) -> None:
+    """More layer groups of a shard than an event has spans; each is run and merged in turn."""
+    case.make(num_layers=MOST_SPANS // 2 + 2)
+    settings = ("schedule.max_iterations=1", "schedule.anchor_iterations=1", "keep_states=none")
+    models = []
+    for residency in ("device", "host", "disk"):
+        done = run(case, *settings, f"runtime.residency={residency}", output=residency)
+        assert done.model is not None
+        models.append(load_all(done.model))
+        [finished] = [
+            e for e in read_events(done.run / "events.jsonl") if e["event"] == "iteration_finished"
+        ]
+        assert 1 <= len(finished["spans"][0]) <= MOST_SPANS
+    assert_same_bits(models[0], models[1])
+    assert_same_bits(models[0], models[2])
 
 
 @pytest.mark.usefixtures("no_ray")
