@@ -338,7 +338,8 @@ def plan(
         nodes: How many there are.
         device: `h100-80gb`, `a100-80gb`, `h200`, `cpu`, or `this-cpu` (measured); None: `h100-80gb`
             with GPUs, else `cpu`.
-        tokens_per_sample: None: `calibration.max_length`, the most there can be.
+        tokens_per_sample: None: the mean of a mini-batch where data and tokenizer are at hand, else
+            `calibration.max_length`, the most there can be.
         keys: Overrides by name, with `__` in place of dots.
 
     Raises:
@@ -346,11 +347,16 @@ def plan(
     """
     settled = load_config(config, "merge", overrides=overrides, **keys)
     from arm_ray.planning.cluster import make_cluster
+    from arm_ray.planning.devices import MEASURED
     from arm_ray.planning.plan import make_plan
 
     cluster = make_cluster(
         settled.runtime, gpus=gpus, gpu_memory_gb=gpu_memory_gb, nodes=nodes, device=device
     )
+    if cluster.device.name == MEASURED:
+        from arm_ray.runtime.rehearsal import rehearsed
+
+        cluster = rehearsed(settled, cluster, tokens_per_sample)
     return make_plan(settled, cluster, tokens_per_sample)
 
 

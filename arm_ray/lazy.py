@@ -42,3 +42,9 @@ class LaterModule:
 
     def __getattr__(self, name: str) -> object:
         return getattr(importlib.import_module(self._name), name)
+
+
+def ray_is_joined() -> bool:
+    """Whether this process has joined Ray; to ask does not import it."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())

@@ -26,6 +26,7 @@ from arm_ray.planning.devices import MEASURED
 from arm_ray.planning.plan import make_plan
 from arm_ray.runtime.cluster.joining import ray_session
 from arm_ray.runtime.merge.run import merge
+from arm_ray.runtime.rehearsal import rehearsed
 from benchmarks.common import report
 from benchmarks.scaling import DATA, configuration
 
@@ -68,13 +69,13 @@ def main() -> None:
     parser.parse_args()
     rows: list[dict[str, Any]] = []
     tokens = mean_tokens(configuration(1, OUTPUT))
-    # Measured before anything else runs.
-    cluster = make_cluster(configuration(1, OUTPUT).runtime, device=MEASURED)
-    print(cluster.device, flush=True)
     with ray_session(None, max(SHARDS)):
         for shards in SHARDS:
             for residency in RESIDENCIES:
                 config = configuration(shards, OUTPUT.resolve(), residency=residency)
+                # Just before: what a virtual machine can do changes from minute to minute.
+                cluster = rehearsed(config, make_cluster(config.runtime, device=MEASURED), tokens)
+                print(*cluster.notes, sep="\n", flush=True)
                 expected_s, expected_gb = planned(config, cluster, tokens)
                 found_s, found_gb, forward, merging = measured(config)
                 rows.append(

@@ -9,6 +9,7 @@ reads before Ray Data has started is read without it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from arm_ray.calibration.sources import DatasetSource, FileSource, find_source, 
 from arm_ray.calibration.tasks import Job, dataset_task, files_task, index_task, unpacked
 from arm_ray.config import CalibrationConfig
 from arm_ray.errors import CalibrationError, WorkerError
+from arm_ray.lazy import ray_is_joined
 from arm_ray.storage.urls import is_url
 
 _logger = logging.getLogger(__name__)
@@ -68,6 +70,11 @@ class CalibrationStream:
     _is_label: NDArray[np.bool_] | None
     _ends: NDArray[np.int64]
 
+    @property
+    def mean_tokens(self) -> int:
+        """Tokens of a used row on average, rounded up."""
+        return -(-int(self._ends[-1]) // self.num_used)
+
     def batch(self, iteration: int) -> MiniBatch:
         """Returns the mini-batch of an iteration. The same call gives the same batch.
 
@@ -105,6 +112,33 @@ class CalibrationStream:
         )
 
 
+def mean_tokens(settings: CalibrationConfig, tokenizer_path: str | os.PathLike[str]) -> int | None:
+    """Tokens of a sample of the first mini-batch on average.
+
+    None where that is not seen at once: the data are missing, large, elsewhere or damaged.
+
+    Args:
+        settings: What to read and how.
+        tokenizer_path: Directory with the tokenizer.
+    """
+    try:
+        source = find_source(settings.path, settings.split)
+        if not isinstance(source, FileSource) or not _is_small(source):
+            return None
+        stats = [os.stat(path) for path in source.paths]
+        state = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+        return _mean_tokens(settings.model_dump_json(), os.fspath(tokenizer_path), state)
+    except (CalibrationError, OSError):
+        return None
+
+
+@functools.lru_cache(maxsize=8)
+def _mean_tokens(settings: str, tokenizer_path: str, _state: tuple[tuple[int, int], ...]) -> int:
+    """The same, once for data in one state."""
+    given = CalibrationConfig.model_validate_json(settings)
+    return open_stream(given, tokenizer_path, needed_batches=1, here=True).mean_tokens
+
+
 def open_stream(
     settings: CalibrationConfig,
     tokenizer_path: str | os.PathLike[str],
@@ -138,10 +172,8 @@ def open_stream(
     """
     if needed_batches is not None and needed_batches < 0:
         raise ValueError(f"needed_batches must be 0 or more, got {needed_batches}")
-    import ray
-
     source = find_source(settings.path, settings.split)
-    here = here or not ray.is_initialized() or _is_small(source)
+    here = here or _is_small(source) or not ray_is_joined()
     with contextlib.nullcontext() if here else _quiet_ray_data():
         data = (
             _Files(source.paths, here)

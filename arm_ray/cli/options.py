@@ -90,7 +90,7 @@ def add_cluster(command: argparse.ArgumentParser) -> None:
         "--tokens-per-sample",
         type=positive,
         metavar="N",
-        help="default: calibration.max_length, the most there can be",
+        help="default: the mean of a mini-batch, or calibration.max_length without data at hand",
     )
 
 

@@ -20,7 +20,8 @@ class RuntimeConfig(Section):
     DECIDES: ClassVar[Decides] = NOTHING
 
     layer_shards: Literal["auto"] | PositiveInt = "auto"
-    """Actors that share the layers; auto: one per GPU, or one per CPU slot without GPUs.
+    """Actors that share the layers; auto: one per GPU, or one per CPU slot without GPUs. Where
+    layers are dealt round (`partition`), auto leaves places free that would make nothing faster.
 
     Where no cluster is named, a single one on a CPU is no actor: it runs in the driver's process,
     and Ray is not started. auto is then one where the merge is planned to take less than 20 s, or
@@ -88,6 +89,13 @@ class RuntimeConfig(Section):
         """How many shards so many layer groups are enough for; None: with `partition` as it is."""
         turn = self.groups_per_turn if (partition or self.partition) == "looped" else 1
         return -(-num_groups // turn)
+
+    @property
+    def deals_layers_round(self) -> bool:
+        """Whether layer groups are dealt round to the shards, as far as that is of use."""
+        return self.partition == "looped" or (
+            self.partition == "auto" and self.residency != "device"
+        )
 
     @property
     def scratch_path(self) -> Path:

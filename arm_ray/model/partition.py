@@ -27,19 +27,26 @@ def choose_balance(setting: Literal["auto", "bytes", "work"], *, on_gpu: bool) -
     return setting
 
 
-def choose_num_shards(wanted: Literal["auto"] | int, num_places: int, most: int) -> int:
+def choose_num_shards(
+    wanted: Literal["auto"] | int, num_places: int, most: int, *, is_dealt: bool = False
+) -> int:
     """How many shards there are.
 
     Args:
         wanted: `runtime.layer_shards`.
         num_places: Shards that the GPUs or CPU slots hold, which `auto` takes.
         most: How many the layer groups are enough for.
+        is_dealt: Whether layers are dealt round, so that `auto` need not take places that only make
+            some shards smaller: of 48 groups on 32 places, 16 shards would have two groups and 16
+            one, and 24 shards of two groups are as fast.
 
     Raises:
         ConfigError: More shards are wanted than there are layer groups.
     """
     if wanted == "auto":
-        return max(1, min(num_places, most))
+        count = max(1, min(num_places, most))
+        turns = -(-most // count)
+        return -(-most // turns) if is_dealt else count
     if wanted > most:
         raise ConfigError(
             "there are more layer shards than layer groups",

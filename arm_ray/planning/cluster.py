@@ -15,7 +15,7 @@ from arm_ray.model.partition import (
     chunks_of,
     partition_layers,
 )
-from arm_ray.planning.devices import GB, Device, find_device
+from arm_ray.planning.devices import GB, MEASURED, Device, find_device
 from arm_ray.planning.memory import ActorMemory, actor_memory
 from arm_ray.planning.timing import Placement
 from arm_ray.planning.workload import Workload
@@ -35,11 +35,13 @@ class Cluster:
         device: With the memory to plan for: of one GPU, or of a node without.
         gpus: In all; None: as many as it takes.
         nodes: How many.
+        notes: What was measured of it, one sentence each.
     """
 
     device: Device
     gpus: int | None = None
     nodes: int = 1
+    notes: tuple[str, ...] = ()
 
     def shards_per_gpu(self, runtime: RuntimeConfig) -> int:
         """More than one where `runtime.gpus_per_shard` is a fraction."""
@@ -107,7 +109,8 @@ def make_cluster(
         )
     if gpu_memory_gb is not None:
         found = replace(found, memory_bytes=round(gpu_memory_gb * GB))
-    return Cluster(found, gpus, nodes)
+    notes = ("Matrix products and memory of this machine were measured; its disk is assumed",)
+    return Cluster(found, gpus, nodes, notes if found.name == MEASURED else ())
 
 
 def shard_memory(

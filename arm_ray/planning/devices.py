@@ -41,6 +41,9 @@ class Device:
         merge_efficiency: Fraction of the peak that the thin float32 products reach.
         factor_efficiency: Fraction of the float64 peak that the QR of a tall matrix reaches.
         bandwidth_efficiency: Fraction of each bandwidth that is reached.
+        forward_scale: Measured seconds of forward passes over those that all this comes to.
+        rotation_scale: The same of factorisations and their products.
+        elementwise_scale: The same of the rest of a merge.
     """
 
     name: str
@@ -59,6 +62,9 @@ class Device:
     merge_efficiency: float = 0.4
     factor_efficiency: float = 0.02
     bandwidth_efficiency: float = 0.7
+    forward_scale: float = 1.0
+    rotation_scale: float = 1.0
+    elementwise_scale: float = 1.0
 
     @property
     def units(self) -> Units:

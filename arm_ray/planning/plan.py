@@ -123,6 +123,7 @@ class Plan:
         problems: Why it does not fit; empty where it does.
         remedies: What would fit.
         assumptions: What was not read but assumed.
+        measured: What was measured of the machine, one sentence each.
     """
 
     model: ModelFacts
@@ -146,6 +147,7 @@ class Plan:
     problems: tuple[str, ...]
     remedies: tuple[str, ...]
     assumptions: tuple[str, ...]
+    measured: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -172,7 +174,7 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
     """
     workload, notes = open_workload(config, tokens_per_sample, cluster.device.units)
     runtime = config.runtime
-    smallest = fits(workload, runtime, cluster, _auto_shards(runtime))
+    smallest = fits(workload, runtime, cluster, cpu_shards(runtime))
     count = _num_shards(workload, runtime, cluster, smallest)
     partition = choose_partition(workload, config, cluster, count, cluster.nodes)
     placement = place(workload, runtime, cluster, count, cluster.nodes, partition)
@@ -205,10 +207,11 @@ def make_plan(config: MergeConfig, cluster: Cluster, tokens_per_sample: int | No
         problems=problems,
         remedies=remedies_of(cluster, smallest) if problems else (),
         assumptions=tuple(notes),
+        measured=cluster.notes,
     )
 
 
-def _auto_shards(runtime: RuntimeConfig) -> int:
+def cpu_shards(runtime: RuntimeConfig) -> int:
     """Shards on this machine's CPU slots, as `plan_placement` counts them."""
     if runtime.layer_shards != "auto":
         return runtime.layer_shards
@@ -220,14 +223,19 @@ def _num_shards(
 ) -> int:
     groups = len(workload.layout.groups)
     if not cluster.device.is_gpu:
-        places = _auto_shards(runtime)
+        places = cpu_shards(runtime)
     elif cluster.gpus is not None:
         places = cluster.gpus * cluster.shards_per_gpu(runtime)
     else:
         # As many GPUs as it takes.
         fit = next(f for f in smallest if f.residency == runtime.residency)
         places = fit.shards or runtime.most_shards(groups)
-    return choose_num_shards(runtime.layer_shards, places, runtime.most_shards(groups))
+    return choose_num_shards(
+        runtime.layer_shards,
+        places,
+        runtime.most_shards(groups),
+        is_dealt=runtime.deals_layers_round,
+    )
 
 
 def _scaling(

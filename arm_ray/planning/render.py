@@ -183,7 +183,10 @@ def _verdict(plan: Plan) -> list[str]:
         f"(efficiency {100 * plan.simulation.efficiency:.0f} %) + writing the model "
         f"{_duration(plan.export_s)}{_losses(plan)}.",
         *([f"{plan.loss[0].upper()}{plan.loss[1:]}."] if plan.loss else []),
-        "Rates and efficiencies are assumptions (docs/planning.md), not measurements.",
+        *(
+            [f"{text}." for text in plan.measured]
+            or ["Rates and efficiencies are assumptions (docs/planning.md), not measurements."]
+        ),
         *(f"Assumed: {text}." for text in plan.assumptions),
         "",
     ]

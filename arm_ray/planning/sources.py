@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 import torch
 
+from arm_ray.calibration.stream import mean_tokens
 from arm_ray.checkpoints.formats import (
     FormatOrAuto,
     find_format,
@@ -16,6 +17,7 @@ from arm_ray.checkpoints.formats import (
     split_source,
 )
 from arm_ray.checkpoints.huggingface import Checkpoint
+from arm_ray.checkpoints.states import has_tokenizer
 from arm_ray.checkpoints.vocabulary import with_grown_base
 from arm_ray.checkpoints.weight_file import DTYPES, TensorEntry
 from arm_ray.config import MergeConfig
@@ -41,7 +43,8 @@ def open_workload(
 
     Args:
         config: The configuration.
-        tokens_per_sample: None takes `calibration.max_length`, the most there can be.
+        tokens_per_sample: None takes the mean of a mini-batch where data and tokenizer are at hand,
+            else `calibration.max_length`, the most there can be.
         units: Of the devices, for `precision.compute_dtype: auto`; None: they have all.
 
     Returns:
@@ -127,7 +130,8 @@ def workload_of(
             "precision.storage_dtype: weights that become FP8 are written in float32 at first, and "
             "count so"
         )
-    samples, tokens = _calibration(config, tokens_per_sample, notes)
+    directories = [d for c in checkpoints.values() for d in (c.path, c.config_directory)]
+    samples, tokens = _calibration(config, tokens_per_sample, directories, notes)
     if not config.method.is_plain_sum:
         notes.append(
             f"{config.method.operator}: time is that of a plain sum; what the operator computes, "
@@ -165,12 +169,24 @@ def _compute_dtype(
 
 
 def _calibration(
-    config: MergeConfig, tokens_per_sample: int | None, notes: list[str]
+    config: MergeConfig,
+    tokens_per_sample: int | None,
+    directories: Sequence[Path],
+    notes: list[str],
 ) -> tuple[int, int]:
     """Samples of an iteration, and tokens of each."""
     if config.calibration is None or not config.runs_forward:
         return 0, 1
     samples = config.calibration.batch_size if config.method.needs_calibration else 0
+    tokenizer = next(filter(has_tokenizer, directories), None)
+    if tokens_per_sample is None and tokenizer is not None:
+        seen = mean_tokens(config.calibration, tokenizer)
+        if seen is not None:
+            notes.append(
+                f"every sample has {seen} tokens, the mean of a mini-batch of calibration.path; "
+                f"--tokens-per-sample says otherwise"
+            )
+            return samples, seen
     if tokens_per_sample is None:
         longest = config.calibration.max_length
         notes.append(

@@ -150,7 +150,8 @@ class Clock:
             each = subjects * max(
                 flops / rate, workload.micro_batches_of(samples) * moved / self._memory
             )
-            once = made / self._memory
+            each *= self._device.forward_scale
+            once = self._device.elementwise_scale * made / self._memory
             per_call = (each + once) / calls if calls else 0.0
             # A trip through all chunks takes as long as the shards' parts of it together.
             count = len(chunks_of(groups, self._residency))
@@ -245,13 +246,16 @@ class Clock:
             # A small micro-batch takes as long as reading the weights.
             call = max(products, layer_bytes / self._memory)
             call += work.capture_bytes / calls / self._memory
+            call *= device.forward_scale
         rotation = work.factor_flops / factor_rate + work.apply_flops / product_rate
         rotation += work.factorisations * device.factorisation_s
+        rotation *= device.rotation_scale
         elementwise = work.merge_bytes / self._memory
         blocks = work.compare_blocks
         if device.is_gpu:
             blocks = max(len(names), blocks * COMPARE_BLOCK // COMPARE_BLOCK_GPU)
         elementwise += blocks * COMPARE_OPERATIONS * device.launch_s
+        elementwise *= device.elementwise_scale
         new_bytes = FLOAT32 * elements
         write = new_bytes / self._disk_write
         if device.is_gpu and self._residency == "host":

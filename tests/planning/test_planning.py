@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from arm_ray import cli
 from arm_ray.calibration.minibatch import MiniBatch, micro_batches
+from arm_ray.calibration.stream import SMALL_BYTES, open_stream
 from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.errors import ArmRayError, ConfigError, MismatchError, NotACheckpointError
@@ -148,7 +150,7 @@ def test_counts_are_those_of_the_model_and_its_files(
 
 def test_work_is_counted_as_torch_counts_it(case: MergeCase) -> None:
     case.make("qwen3", count=1)
-    workload, _ = open_workload(case.config())
+    workload, _ = open_workload(case.config(), 32)
     from torch.utils.flop_counter import FlopCounterMode
 
     inputs = open_inputs(case.config())
@@ -196,11 +198,34 @@ def test_micro_batches_are_the_driver_s(
         f"calibration.max_length={tokens}",
         f"runtime.micro_batch_tokens={limit}",
     )
-    workload, _ = open_workload(config)
+    workload, _ = open_workload(config, tokens)
     batch = MiniBatch(1, list(range(samples)), [np.zeros(tokens, np.int32)] * samples)
     found = micro_batches(batch, max_tokens=limit, max_samples=counts.MAX_MICRO_BATCH_SAMPLES)
     assert workload.micro_batches == len(found)
     assert workload.rows == max(len(m.lengths) for m in found)
+
+
+def test_samples_are_as_long_as_the_data_say_where_they_are_at_hand(case: MergeCase) -> None:
+    case.make(rows=24)
+    config = case.config("calibration.max_length=512")
+    assert config.calibration is not None
+    stream = open_stream(config.calibration, case.root / "base", needed_batches=1)
+    lengths = [len(ids) for ids in stream.batch(1).token_ids]
+    mean = ceil(sum(lengths) / len(lengths))
+    assert 1 < mean < 512
+    workload, notes = open_workload(config)
+    assert (workload.tokens, workload.samples) == (mean, 8)
+    assert any(f"every sample has {mean} tokens, the mean" in note for note in notes)
+    assert open_workload(config, 100)[0].tokens == 100
+    assert open_workload(config, 1000)[0].tokens == 512
+    # More than is read at once, damaged, or not there yet: the most that there can be.
+    path = case.root / "calibration.jsonl"
+    text = path.read_text()
+    for content in (text * (SMALL_BYTES // len(text) + 1), "{", None):
+        path.unlink() if content is None else path.write_text(content)
+        workload, notes = open_workload(config)
+        assert workload.tokens == 512
+        assert any("calibration.max_length" in note for note in notes)
 
 
 def test_block_sizes_are_those_of_the_comparison() -> None:
@@ -242,7 +267,7 @@ def test_disk_is_what_the_run_directory_asks_for(case: MergeCase, keep: str) -> 
 def test_bytes_of_an_iteration_by_hand(case: MergeCase) -> None:
     case.make(dtype=torch.bfloat16)
     config = case.config("runtime.layer_shards=3", "runtime.residency=disk")
-    plan = make_plan(config, cpu(config))
+    plan = make_plan(config, cpu(config), 32)
     half, full = plan.model.base_bytes, plan.model.state_bytes
     reads = [row.read_bytes for row in plan.iterations]
     # Anchored: base, candidates and the state before; window: base and two states.

@@ -15,9 +15,10 @@ from typing import Any
 
 import arm_ray
 from arm_ray.errors import ConfigError, WorkerError
+from arm_ray.lazy import ray_is_joined
 from arm_ray.noise import is_verbose
 from arm_ray.runtime.session.heartbeat import activity
-from arm_ray.runtime.session.lazy_ray import is_joined, ray
+from arm_ray.runtime.session.lazy_ray import ray
 
 NAMESPACE = "arm_ray"
 
@@ -64,7 +65,7 @@ def outliving(path: str | Path, key: str = "output") -> Path:
 def is_up_or_named(address: str | None) -> bool:
     """Whether Ray runs already, or a cluster is named that is to be joined."""
     is_named = bool(address or os.environ.get("RAY_ADDRESS")) or in_submitted_job()
-    return is_named or _kept is not None or is_joined()
+    return is_named or _kept is not None or ray_is_joined()
 
 
 @contextlib.contextmanager
@@ -81,7 +82,7 @@ def ray_session(
     Raises:
         WorkerError: The cluster cannot be joined.
     """
-    if is_joined():
+    if ray_is_joined():
         yield
         return
     if _kept is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from arm_ray.runtime.session.lazy_ray import is_joined, ray
+from arm_ray.lazy import ray_is_joined
+from arm_ray.runtime.session.lazy_ray import ray
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def this_node() -> str:
 
 def node_names(ids: Sequence[str]) -> list[str]:
     """Addresses and host names of nodes, by Ray's ids."""
-    known = {node["NodeID"]: node for node in ray.nodes()} if is_joined() else {}
+    known = {node["NodeID"]: node for node in ray.nodes()} if ray_is_joined() else {}
     return [
         f"{known[i]['NodeManagerHostname']} ({known[i]['NodeManagerAddress']})" if i in known else i
         for i in ids

@@ -12,12 +12,12 @@ from arm_ray.calibration.minibatch import MicroBatch, MiniBatch, micro_batches, 
 from arm_ray.calibration.stream import CalibrationStream, open_stream
 from arm_ray.config import MergeConfig
 from arm_ray.errors import CalibrationError, ConfigError
+from arm_ray.lazy import ray_is_joined
 from arm_ray.merging.method import Method
 from arm_ray.planning.workload import MAX_MICRO_BATCH_SAMPLES
 from arm_ray.runtime.cluster.nodes import alive_nodes
 from arm_ray.runtime.inputs import MergeInputs
 from arm_ray.runtime.output.run_directory import RunDirectory
-from arm_ray.runtime.session.lazy_ray import is_joined
 from arm_ray.runtime.session.reporter import Reporter
 
 
@@ -176,6 +176,6 @@ def _first_rows(config: MergeConfig, inputs: MergeInputs, path: str, rows: int) 
 
 def _reads_here(config: MergeConfig) -> bool:
     # Whether nodes share storage is known for certain only once shards are placed.
-    if config.runtime.storage == "shared" or not is_joined():
+    if config.runtime.storage == "shared" or not ray_is_joined():
         return False
     return len(alive_nodes()) > 1

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from arm_ray.checkpoints.weight_file import write_json
 from arm_ray.hardware import Units, all_of, cpu_units, gpu_units, own_gpu_units
+from arm_ray.lazy import ray_is_joined
 from arm_ray.runtime.cluster.actors import run_on
 from arm_ray.runtime.cluster.calls import get_results
-from arm_ray.runtime.session.lazy_ray import is_joined, ray
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.storage.regular import json_in
 
@@ -25,7 +26,7 @@ def units_of(device: str) -> Units:
     """
     if device == "cuda":
         return _gpus()
-    if not is_joined():
+    if not ray_is_joined():
         return cpu_units()
     nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
     if len(nodes) < 2:
@@ -39,7 +40,7 @@ def _gpus() -> Units:
     if own is not None:
         return own
     # The driver's node may have none. Ray knows the cluster's by their names.
-    known = ray.cluster_resources() if is_joined() else {}
+    known = ray.cluster_resources() if ray_is_joined() else {}
     names = [name.removeprefix(_ACCELERATOR) for name in known if name.startswith(_ACCELERATOR)]
     found = [gpu_units(None, name) for name in sorted(names)] or [gpu_units(None, "the GPU")]
     return all_of(found, ", ".join(units.where for units in found))

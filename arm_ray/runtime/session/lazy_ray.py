@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from arm_ray.lazy import LaterModule
@@ -11,8 +10,3 @@ if TYPE_CHECKING:
     import ray as ray
 else:
     ray = LaterModule("ray")
-
-
-def is_joined() -> bool:
-    """Whether this process has joined Ray; to ask does not import it."""
-    return "ray" in sys.modules and bool(ray.is_initialized())

@@ -19,9 +19,9 @@ from typing import Any
 from arm_ray.config import TrackingConfig
 from arm_ray.events import IterationFinished, read_events
 from arm_ray.identity import flat
+from arm_ray.lazy import ray_is_joined
 from arm_ray.report.scalars import Metric, Record, points
 from arm_ray.report.trackers import Ending, TrackedRun, Tracker, make_trackers
-from arm_ray.runtime.session.lazy_ray import is_joined
 from arm_ray.runtime.session.reporter import Reporter
 
 # How long the end of a run waits for the trackers, together.
@@ -218,7 +218,7 @@ def telemetry(
         tracked = TrackedRun(directory, run, digest.hexdigest()[:16], keys)
         trackers = make_trackers(settings, tracked)
 
-    metrics = RayMetrics(run, history) if is_joined() else None
+    metrics = RayMetrics(run, history) if ray_is_joined() else None
     listening = Telemetry(metrics, trackers, history, reporter.warn)
     events.subscribe(listening.take)
     ending: Ending = "stopped"

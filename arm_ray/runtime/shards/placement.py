@@ -172,7 +172,9 @@ def plan_placement(
     if runtime.placement_strategy == "STRICT_SPREAD":
         slots = min(slots, len(cluster.nodes))
     most = runtime.most_shards(num_groups)
-    count = choose_num_shards(runtime.layer_shards, int(slots), most)
+    count = choose_num_shards(
+        runtime.layer_shards, int(slots), most, is_dealt=runtime.deals_layers_round
+    )
     if takes_fewer:
         count = max(1, min(count, int(slots)))
     return Placement(count, device, share)

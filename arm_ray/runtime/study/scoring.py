@@ -16,6 +16,7 @@ from arm_ray.errors import ArmRayError
 from arm_ray.evaluation.engine import ModelSource
 from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.tasks import Task
+from arm_ray.lazy import ray_is_joined
 from arm_ray.runtime.cluster.joining import ray_session
 from arm_ray.runtime.scoring.evaluate import subject_of
 from arm_ray.runtime.scoring.model_copies import CopiesOnNodes
@@ -24,7 +25,7 @@ from arm_ray.runtime.scoring.service import as_error, scoring_service, with_reco
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
 from arm_ray.runtime.scoring.subject import Subject
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
-from arm_ray.runtime.session.lazy_ray import is_joined, ray
+from arm_ray.runtime.session.lazy_ray import ray
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.study.cell import error_text
 from arm_ray.storage.urls import is_url
@@ -189,7 +190,7 @@ class Scoring:
 
 def _gpu_model() -> str | None:
     """Of the cluster, as Ray names it; else of this machine."""
-    if is_joined():
+    if ray_is_joined():
         prefix = "accelerator_type:"
         names = [n.removeprefix(prefix) for n in ray.cluster_resources() if n.startswith(prefix)]
         if names:
