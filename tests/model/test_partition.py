@@ -114,7 +114,13 @@ def test_how_many_shards_there_are() -> None:
     # Less than one place, such as half a CPU slot.
     assert choose_num_shards("auto", 0, 30) == 1
     # Where layers are dealt round, places that would make nothing faster stay free.
-    for places, most, count in ((32, 48, 24), (32, 80, 27), (32, 126, 32), (8, 48, 8), (64, 48, 48)):
+    for places, most, count in (
+        (32, 48, 24),
+        (32, 80, 27),
+        (32, 126, 32),
+        (8, 48, 8),
+        (64, 48, 48),
+    ):
         assert choose_num_shards("auto", places, most, is_dealt=True) == count
         assert -(-most // count) == -(-most // min(places, most))
     assert choose_num_shards("auto", 0, 30, is_dealt=True) == 1
