@@ -25,10 +25,10 @@ from arm_ray.calibration.minibatch import MicroBatch
 from arm_ray.checkpoints.huggingface import Checkpoint
 from arm_ray.config import MergeConfig
 from arm_ray.errors import ArmRayError
-from arm_ray.merging.method import open_method
 from arm_ray.model.partition import Residency
 from arm_ray.planning.cluster import Cluster
 from arm_ray.planning.devices import GB, Device
+from arm_ray.planning.methods import method_of
 from arm_ray.planning.plan import cpu_shards
 from arm_ray.planning.sources import open_workload
 from arm_ray.planning.state_life import StateLife
@@ -37,7 +37,6 @@ from arm_ray.planning.workload import StateUse, Workload, state_uses
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.runtime.shards.transport import pack_tensor
-from arm_ray.schedule import merge_sizes
 from arm_ray.secrets import shortened
 
 # Of the memory of this machine, what the weights of the layers may take.
@@ -129,13 +128,7 @@ def _uses(workload: Workload) -> list[StateUse]:
 
 def _measured(config: MergeConfig, workload: Workload, group: int, at_once: int) -> _Seconds:
     """Seconds of one layer group, with so many shards at work at the same time."""
-    method = open_method(
-        config.method,
-        *merge_sizes(config.schedule, len(config.candidates)),
-        has_window=config.schedule.has_window,
-        step=config.schedule.step,
-        takes_losses=config.compares_losses,
-    )
+    method = method_of(config)
     last = len(_uses(workload))
     # On the disk a merge is written as it is made, and the plan counts that by itself.
     residency: Residency = "device" if config.runtime.residency == "device" else "host"

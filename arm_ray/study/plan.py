@@ -26,8 +26,7 @@ from typing import Any
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.errors import ArmRayError, ConfigError
 from arm_ray.identity import identity
-from arm_ray.merging.method import open_method
-from arm_ray.schedule import merge_sizes
+from arm_ray.planning.methods import method_of
 from arm_ray.study.config import StudyConfig
 from arm_ray.study.grid import (
     CALIBRATION_SEED,
@@ -268,11 +267,7 @@ class Study:
         content["candidates"] = [run.checkpoints[step] for step in cell.steps]
         content["output"] = "x"
         config = parse_merge_config(content, source="merge")
-        open_method(
-            config.method,
-            *merge_sizes(config.schedule, len(config.candidates)),
-            has_window=config.schedule.has_window,
-        )
+        method_of(config)
         decides = identity(MergeConfig, config.model_dump(mode="json"), with_model=True)
         if not config.method.needs_calibration:
             # It reads no samples: their order makes no other merge.

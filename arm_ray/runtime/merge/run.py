@@ -19,7 +19,8 @@ from arm_ray.errors import ArmRayError, is_disk_full
 from arm_ray.evaluation.tasks import Task
 from arm_ray.events import RunFailed, RunFinished, read_events
 from arm_ray.exports.hub import check_target, push
-from arm_ray.merging.method import Method, open_method
+from arm_ray.merging.method import Method
+from arm_ray.planning.methods import method_of
 from arm_ray.planning.state_life import linear_life, state_life
 from arm_ray.report.trackers import check_installed
 from arm_ray.runtime.cluster.joining import is_up_or_named, outliving, ray_session
@@ -45,7 +46,6 @@ from arm_ray.runtime.session.progress import cosine_text, duration, print_summar
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
 from arm_ray.runtime.shards.placement import Place, Placement, local_slots
-from arm_ray.schedule import merge_sizes
 from arm_ray.storage.disk import file_error
 from arm_ray.storage.urls import is_url
 
@@ -104,13 +104,7 @@ def merge(
     if not is_url(config.output):
         outliving(config.output)
     check_installed(config.tracking)
-    method = open_method(
-        config.method,
-        *merge_sizes(config.schedule, len(config.candidates)),
-        has_window=config.schedule.has_window,
-        step=config.schedule.step,
-        takes_losses=config.compares_losses,
-    )
+    method = method_of(config)
     with heartbeat(reporter.console), activity("checking the checkpoints"):
         inputs = open_inputs(config)
         tasks = open_evaluation(config, inputs)
