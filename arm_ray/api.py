@@ -347,17 +347,12 @@ def plan(
     """
     settled = load_config(config, "merge", overrides=overrides, **keys)
     from arm_ray.planning.cluster import make_cluster
-    from arm_ray.planning.devices import MEASURED
-    from arm_ray.planning.plan import make_plan
+    from arm_ray.runtime.plan import plan_of
 
     cluster = make_cluster(
         settled.runtime, gpus=gpus, gpu_memory_gb=gpu_memory_gb, nodes=nodes, device=device
     )
-    if cluster.device.name == MEASURED:
-        from arm_ray.runtime.rehearsal import rehearsed
-
-        cluster = rehearsed(settled, cluster, tokens_per_sample)
-    return make_plan(settled, cluster, tokens_per_sample)
+    return plan_of(settled, cluster, tokens_per_sample)
 
 
 def _content(source: Any) -> dict[str, Any]:

@@ -68,6 +68,7 @@ WITHIN_RUNTIME: dict[str, set[str]] = {
     "session": set(),
     "inputs": set(),
     "rehearsal": _CLUSTER,
+    "plan": {"rehearsal"},
     "cluster": {"session"},
     "output": {"session", "cluster"},
     "shards": {"cluster", "session"},

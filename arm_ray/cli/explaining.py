@@ -78,16 +78,10 @@ def _plan(options: argparse.Namespace) -> int:
     from arm_ray.config import load_merge_config
 
     config = load_merge_config(options.config, options.overrides)
-    from arm_ray.planning.devices import MEASURED
-    from arm_ray.planning.plan import make_plan
     from arm_ray.planning.render import render
+    from arm_ray.runtime.plan import plan_of
 
-    cluster = cluster_of(options, config.runtime)
-    if cluster.device.name == MEASURED:
-        from arm_ray.runtime.rehearsal import rehearsed
-
-        cluster = rehearsed(config, cluster, options.tokens_per_sample)
-    plan = make_plan(config, cluster, options.tokens_per_sample)
+    plan = plan_of(config, cluster_of(options, config.runtime), options.tokens_per_sample)
     import json
 
     print(json.dumps(plan.to_dict(), indent=2) if options.json else render(plan), end="")
