@@ -36,7 +36,7 @@ from arm_ray.runtime.shards.pieces import (
     tensor_inputs,
 )
 from arm_ray.runtime.shards.spec import ShardSpec
-from arm_ray.runtime.shards.weights import WeightStore, room_for, rows_of
+from arm_ray.runtime.shards.weights import WeightStore, host_memory, rows_of
 from arm_ray.schedule import BASE, IterationPlan
 
 # Elements that numbers over the whole model are taken of at once: few enough to stay in cache.
@@ -105,7 +105,8 @@ class GroupMerge:
         found = MergedGroup()
         pieces = self._pieces(plan, group, columns, facts, PIECE)
         if self.store.residency != "disk":
-            work = partial(self._merge_piece, plan, group, partial(self._place, found.made))
+            place = partial(self._place, found.made, self._rooms(group))
+            work = partial(self._merge_piece, plan, group, place)
             self._collect(found, self.workers.in_order(work, pieces))
         else:
             self._merge_into_file(found, plan, group, pieces)
@@ -115,15 +116,33 @@ class GroupMerge:
                 self.rotations.pop((plan.iteration, each), None)
         return found
 
-    def _place(self, made: dict[str, Tensor], spec: TensorSpec, rows: slice, piece: Tensor) -> None:
+    def _rooms(self, group: int) -> dict[str, Tensor]:
+        """Memory for a group of a new state, where it lives in host memory."""
+        if self.store.residency != "host":
+            return {}
+        wanted = {
+            spec.name: (spec.shape, spec.dtype) for spec in group_specs(self.spec.layout, group)
+        }
+        return host_memory(wanted, self.store.device)
+
+    def _place(
+        self,
+        made: dict[str, Tensor],
+        rooms: Mapping[str, Tensor],
+        spec: TensorSpec,
+        rows: slice,
+        piece: Tensor,
+    ) -> None:
         """Put rows of a tensor into their place in memory."""
         if piece.shape == spec.shape and self.spec.residency == "device":
             made[spec.name] = piece
             return
         whole = made.get(spec.name)
         if whole is None:
+            room = rooms.get(spec.name)
+            if room is None:
+                room = torch.empty(spec.shape, dtype=torch.float32, device=self.store.device)
             # Pieces of one tensor come from several threads.
-            room = room_for(spec.shape, self.store.residency, self.store.device)
             whole = made.setdefault(spec.name, room)
         rows_of(whole, rows).copy_(piece)
 

@@ -190,9 +190,9 @@ def test_what_is_only_compared_with_goes_to_the_host(
     }
     store.device = device
 
-    def on_host(tensor: torch.Tensor, _device: torch.device) -> torch.Tensor:
-        moved.append("w")
-        return torch.zeros(tensor.shape)
+    def on_host(tensors: dict[str, torch.Tensor], _device: torch.device) -> dict[str, torch.Tensor]:
+        moved.extend(tensors)
+        return {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
 
     monkeypatch.setattr("arm_ray.runtime.shards.weights._on_host", on_host)
     put_aside(store, 0, lambda name: name == "base")
