@@ -118,7 +118,7 @@ class GroupMerge:
 
     def _rooms(self, group: int) -> dict[str, Tensor]:
         """Memory for a group of a new state, where it lives in host memory."""
-        if self.store.residency != "host":
+        if self.store.residency == "device" and self.store.device.type != "cpu":
             return {}
         wanted = {
             spec.name: (spec.shape, spec.dtype) for spec in group_specs(self.spec.layout, group)
@@ -134,7 +134,7 @@ class GroupMerge:
         piece: Tensor,
     ) -> None:
         """Put rows of a tensor into their place in memory."""
-        if piece.shape == spec.shape and self.spec.residency == "device":
+        if piece.shape == spec.shape and not rooms:
             made[spec.name] = piece
             return
         whole = made.get(spec.name)

@@ -305,8 +305,8 @@ def test_an_iteration_that_is_done_again_counts_once(monkeypatch: pytest.MonkeyP
 
         set = inc
 
-    monkeypatch.setattr(telemetry_module, "Gauge", Metric)
-    monkeypatch.setattr(telemetry_module, "Counter", Metric)
+    monkeypatch.setattr("ray.util.metrics.Gauge", Metric)
+    monkeypatch.setattr("ray.util.metrics.Counter", Metric)
     done = [
         {"event": "iteration_finished", "iteration": t, "seconds": 1.0, "forward_seconds": 1.0,
          "rank_deficient": (), "bytes_written": 7}
@@ -330,7 +330,7 @@ def test_gauges_are_kept_while_nothing_happens(monkeypatch: pytest.MonkeyPatch) 
         def set(self, value: float, tags: Mapping[str, str]) -> None:
             calls.append((value, tags.get("shard", "-")))
 
-    monkeypatch.setattr(telemetry_module, "Gauge", Metric)
+    monkeypatch.setattr("ray.util.metrics.Gauge", Metric)
     monkeypatch.setattr(telemetry_module, "_REFRESH_S", 0.05)
     metrics = telemetry_module.RayMetrics("x", [])
     for peaks in ((5, 6), (7,)):
