@@ -37,9 +37,9 @@ PROCESS_CPU = round(0.45 * GB)
 PROCESS_CUDA = round(2.0 * GB)
 CONTEXT_CUDA = round(1.0 * GB)
 # What allocators hold without using it. On a CPU glibc's heap and oneDNN's cache after forward
-# passes, at most what was measured on a model of 135 M parameters; on a GPU assumed, a share of
-# the tensors.
-FRAGMENTS_CPU = round(0.5 * GB)
+# passes, as measured on a model of 135 M parameters (weights that stay are not in that heap, see
+# `runtime.shards.weights.host_memory`); on a GPU assumed, a share of the tensors.
+FRAGMENTS_CPU = round(0.05 * GB)
 FRAGMENTS_CUDA = 0.05
 
 PROCESS, ALLOCATOR = "process", "allocator fragments"
