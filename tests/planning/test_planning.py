@@ -709,10 +709,10 @@ def test_a_cpu_that_is_too_small(case: MergeCase) -> None:
     case.make()
     config = case.config("runtime.layer_shards=2")
     assert make_plan(config, cpu(config, 4.0)).fits
-    plan = make_plan(config, cpu(config, 1.5))
+    plan = make_plan(config, cpu(config, 0.9))
     assert "the shards of node 0 need" in plan.problems[0]
     assert plan.remedies[0].startswith("runtime.residency=device on 2 node(s)")
-    assert make_plan(config, cpu(config, 1.5, nodes=2)).fits
+    assert make_plan(config, cpu(config, 0.9, nodes=2)).fits
 
 
 def test_a_linear_merge_has_one_pass(case: MergeCase) -> None:
