@@ -46,5 +46,6 @@ class LaterModule:
 
 def ray_is_joined() -> bool:
     """Whether this process has joined Ray; to ask does not import it."""
-    ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
+    # A module that another thread is importing is there, but not all of it.
+    asked = getattr(sys.modules.get("ray"), "is_initialized", None)
+    return asked is not None and bool(asked())
