@@ -178,22 +178,17 @@ def _calibration(
     if config.calibration is None or not config.runs_forward:
         return 0, 1
     samples = config.calibration.batch_size if config.method.needs_calibration else 0
-    tokenizer = next(filter(has_tokenizer, directories), None)
-    if tokens_per_sample is None and tokenizer is not None:
-        seen = mean_tokens(config.calibration, tokenizer)
-        if seen is not None:
-            notes.append(
-                f"every sample has {seen} tokens, the mean of a mini-batch of calibration.path; "
-                f"--tokens-per-sample says otherwise"
-            )
-            return samples, seen
     if tokens_per_sample is None:
-        longest = config.calibration.max_length
-        notes.append(
-            f"every sample has {longest} tokens (calibration.max_length), the most there can be; "
-            f"--tokens-per-sample says otherwise"
+        tokenizer = next(filter(has_tokenizer, directories), None)
+        seen = mean_tokens(config.calibration, tokenizer) if tokenizer is not None else None
+        tokens = config.calibration.max_length if seen is None else seen
+        where = (
+            f"{tokens} tokens (calibration.max_length), the most there can be"
+            if seen is None
+            else f"{tokens} tokens, the mean of a mini-batch of calibration.path"
         )
-        return samples, longest
+        notes.append(f"every sample has {where}; --tokens-per-sample says otherwise")
+        return samples, tokens
     if tokens_per_sample < 1:
         raise ConfigError("--tokens-per-sample is below 1", got=tokens_per_sample)
     return samples, min(tokens_per_sample, config.calibration.max_length)

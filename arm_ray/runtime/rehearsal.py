@@ -37,6 +37,7 @@ from arm_ray.planning.workload import StateUse, Workload, state_uses
 from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.runtime.shards.transport import pack_tensor
+from arm_ray.schedule import BASE, state_name
 from arm_ray.secrets import shortened
 
 # Of the memory of this machine, what the weights of the layers may take.
@@ -62,18 +63,19 @@ def rehearsed(
         ArmRayError: As `make_plan`.
     """
     workload, _ = open_workload(config, tokens_per_sample, cluster.device.units)
+    if not workload.samples:
+        return cluster
     count = len(workload.layout.groups)
     groups = sorted({0, count // 2})
     shards = min(cpu_shards(config.runtime), count)
     at_once = max(1, -(-shards // cluster.nodes))
-    most = max(workload.group_bytes("state-0001", group) for group in groups)
+    most = max(workload.group_bytes(state_name(1), group) for group in groups)
     needed = at_once * most * (len(workload.dtypes) + 3)
-    if not workload.samples:
-        return cluster
     if needed > _MOST_OF_MEMORY * cluster.device.memory_bytes:
         return _noted(cluster, f"A layer was not tried: it would take {needed / GB:.1f} GB")
     try:
-        found = [_measured(config, workload, group, at_once) for group in groups]
+        # The layers are alike: one forward call tells of all.
+        found = [_measured(config, workload, g, at_once, runs=g == groups[-1]) for g in groups]
     except (ArmRayError, RuntimeError) as error:
         # It can still be planned by the rates.
         why = shortened(str(error) or repr(error), 200)
@@ -93,9 +95,8 @@ def _noted(cluster: Cluster, note: str) -> Cluster:
 
 @dataclass(frozen=True)
 class _Seconds:
-    """Of one layer group: a forward call of so many rows, and the merge of each iteration."""
+    """Of one layer group: a forward call, 0 where none was timed, and each iteration's merge."""
 
-    rows: int
     forward: float
     merges: tuple[float, ...]
 
@@ -114,7 +115,7 @@ class _Drawn(Checkpoint):
             shape = self.workload.layout.shapes[name]
             base = torch.Generator().manual_seed(1)
             drawn = torch.randn(shape, generator=base).mul_(0.02)
-            if self.label != "base":
+            if self.label != BASE:
                 own = torch.Generator().manual_seed(sum(self.label.encode()))
                 drawn += torch.randn(shape, generator=own).mul_(1e-3)
             found[name] = drawn.to(self.workload.dtype(self.label, name))
@@ -126,8 +127,23 @@ def _uses(workload: Workload) -> list[StateUse]:
     return state_uses(workload)[: min(workload.schedule.anchor_iterations, _MOST_ANCHORED) + 1]
 
 
-def _measured(config: MergeConfig, workload: Workload, group: int, at_once: int) -> _Seconds:
-    """Seconds of one layer group, with so many shards at work at the same time."""
+def _rows(workload: Workload) -> int:
+    """Samples of the forward call that is timed."""
+    return min(workload.rows, workload.samples)
+
+
+def _measured(
+    config: MergeConfig, workload: Workload, group: int, at_once: int, *, runs: bool
+) -> _Seconds:
+    """Seconds of one layer group, with so many shards at work at the same time.
+
+    Args:
+        config: The configuration.
+        workload: The merge.
+        group: The layer group.
+        at_once: How many shards.
+        runs: Whether a forward call is timed.
+    """
     method = method_of(config)
     last = len(_uses(workload))
     # On the disk a merge is written as it is made, and the plan counts that by itself.
@@ -151,33 +167,33 @@ def _measured(config: MergeConfig, workload: Workload, group: int, at_once: int)
         together = threading.Barrier(at_once)
         try:
             with ThreadPoolExecutor(at_once) as pool:
-                runs = [pool.submit(_run, spec, workload, together) for _ in range(at_once)]
-                found = [run.result() for run in runs]
+                jobs = [pool.submit(_run, spec, workload, together, runs) for _ in range(at_once)]
+                found = [job.result() for job in jobs]
         finally:
             torch.set_num_threads(before[0])
             torch.set_float32_matmul_precision(before[1])
     return _Seconds(
-        found[0].rows,
         statistics.median(one.forward for one in found),
         tuple(map(statistics.median, zip(*(one.merges for one in found), strict=True))),
     )
 
 
-def _run(spec: ShardSpec, workload: Workload, together: threading.Barrier) -> _Seconds:
+def _run(spec: ShardSpec, workload: Workload, together: threading.Barrier, runs: bool) -> _Seconds:
     try:
-        return _timed(LayerShard(spec), spec.groups[0], workload, together)
+        shard, group = LayerShard(spec), spec.groups[0]
+        merges = _merges(shard, group, workload, together)
+        return _Seconds(_forward(shard, group, workload, together) if runs else 0.0, merges)
     except BaseException:
         together.abort()
         raise
 
 
-def _timed(
+def _merges(
     shard: LayerShard, group: int, workload: Workload, together: threading.Barrier
-) -> _Seconds:
+) -> tuple[float, ...]:
+    """Seconds of the merge of each iteration."""
     samples, chunk = workload.samples, range(group, group + 1)
-    rows = min(workload.rows, samples)
     columns = np.arange(samples, dtype=np.int64)
-    forwards: list[float] = []
     merges: list[float] = []
     for use in _uses(workload):
         plan = use.plan
@@ -191,9 +207,19 @@ def _timed(
         started = time.perf_counter()
         shard.merge(plan, group, columns)
         merges.append(time.perf_counter() - started)
+    return tuple(merges)
+
+
+def _forward(
+    shard: LayerShard, group: int, workload: Workload, together: threading.Barrier
+) -> float:
+    """Seconds of one forward call."""
+    samples, chunk = workload.samples, range(group, group + 1)
+    forwards: list[float] = []
     # Of an iteration that is not merged any more.
-    plan = replace(use.plan, iteration=use.plan.iteration + 1)
-    batch = _batch(columns[:rows], workload.tokens)
+    last = _uses(workload)[-1].plan
+    plan = replace(last, iteration=last.iteration + 1)
+    batch = _batch(np.arange(_rows(workload), dtype=np.int64), workload.tokens)
     hidden = _hidden(workload, group, batch)
     state = plan.inputs[-1]
     for repeat in range(_FORWARD_REPEATS + 1):
@@ -202,7 +228,7 @@ def _timed(
         shard.forward(plan, chunk, samples, state, repeat, batch, hidden, is_end=True)
         forwards.append(time.perf_counter() - started)
     # The first casts what is cast, and fills the caches.
-    return _Seconds(rows, statistics.median(forwards[1:]), tuple(merges))
+    return statistics.median(forwards[1:])
 
 
 def _batch(positions: NDArray[np.int64], tokens: int) -> MicroBatch:
@@ -232,7 +258,7 @@ def _fitted(
     device = cluster.device
     clock = Clock(workload, config.runtime, device, Placement([list(groups)], 1), 1.0)
     parts = [[clock.group(use, group) for use in _uses(workload)] for group in groups]
-    told = parts[-1][0].forward_call * found[-1].rows / workload.rows
+    told = parts[-1][0].forward_call * _rows(workload) / workload.rows
     merges = np.array([seconds for one in found for seconds in one.merges])
     terms = np.array([[part.rotation, part.elementwise] for row in parts for part in row])
     # Relative errors count, so that a large embedding is not all that counts.

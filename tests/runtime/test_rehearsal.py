@@ -40,11 +40,14 @@ def test_the_plan_has_the_times_that_were_measured(
     clock = Clock(workload, config.runtime, cluster.device, Placement([[0, 1, 2]], 1), 1.0)
     uses = state_uses(workload)[:3]
 
-    def known(_config: object, _workload: object, group: int, at_once: int) -> object:
+    def known(
+        _config: object, _workload: object, group: int, at_once: int, *, runs: bool
+    ) -> object:
         assert at_once == 1
+        # Of the last group alone.
+        assert runs == (group == 1)
         parts = [clock.group(use, group) for use in uses]
         return rehearsal._Seconds(
-            workload.rows,
             3.0 * parts[0].forward_call,
             tuple(5.0 * part.rotation + 0.5 * part.elementwise for part in parts),
         )
