@@ -24,6 +24,8 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("runtime/session/telemetry.py", "_work", "open"): "trackers",
     ("storage/store.py", "open_url", "open"): "a file in a store",
     ("evaluation/code/backends.py", "processes", "os.open"): "a directory of /proc",
+    # Mapped memory without a file.
+    ("runtime/shards/weights.py", "host_memory", "mmap.mmap"): "MAP_ANONYMOUS",
     # Mapped for reading alone.
     ("checkpoints/pickles.py", "load", "mmap.mmap"): "PROT_READ",
     ("checkpoints/pickles.py", "unpickle", "mmap.mmap"): "PROT_READ",
