@@ -34,12 +34,12 @@ from arm_ray.events import read_events
 from arm_ray.merging.method import open_method
 from arm_ray.model.partition import balanced_partition
 from arm_ray.planning.simulator import ChunkTimes, IterationTimes, ShardTimes, simulate
-from arm_ray.runtime.cluster.joining import ray_session
+from arm_ray.runtime.cluster.joining import local_slots, ray_session
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.merge.specs import shard_specs
 from arm_ray.runtime.shards.layer_shard import LayerShard
-from arm_ray.runtime.shards.placement import Placement, local_slots
+from arm_ray.runtime.shards.placement import Placement
 from arm_ray.schedule import IterationPlan, plan_iteration
 from arm_ray.training.data import read_path
 from benchmarks.common import RESULTS, demo_candidates, report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -32,10 +33,16 @@ def main(arguments: Sequence[str] | None = None, *, is_own_process: bool | None 
         is_own_process: Whether this process is there for the command alone, so that its environment
             and how its libraries log may be set; None: where `arguments` is None.
     """
+    is_own = arguments is None if is_own_process is None else is_own_process
     try:
         try:
-            return _run(arguments, arguments is None if is_own_process is None else is_own_process)
+            return _run(arguments, is_own)
         finally:
+            if is_own:
+                _end_unused_ray()
+                # Python would look through all that was imported for garbage before it ends, which
+                # takes a second after torch and transformers.
+                gc.freeze()
             # Here, where a reader that has gone is not told by a traceback at the end.
             sys.stdout.flush()
     except BrokenPipeError:
@@ -106,6 +113,13 @@ def _told(error: ArmRayError, options: argparse.Namespace) -> int:
         print(hidden(traceback.format_exc()), file=sys.stderr, end="")
     print(f"error: {hidden(str(error))}", file=sys.stderr)
     return 1
+
+
+def _end_unused_ray() -> None:
+    """After an error has been told: a Ray that was started early may not be up yet."""
+    joining = sys.modules.get("arm_ray.runtime.cluster.joining")
+    if joining is not None:
+        joining.end_unused_ray()
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import arm_ray
 from arm_ray.cli.explaining import cluster_of
 from arm_ray.cli.options import Commands, add_cluster, add_job, positive
 from arm_ray.cli.saying import said
-from arm_ray.model.imports import collection_paused
+from arm_ray.model.imports import collection_paused, is_own_process
+from arm_ray.storage.urls import is_url
+
+if TYPE_CHECKING:
+    from arm_ray.config import MergeConfig
 
 _MERGE = (
     "arm-ray merge merge.yaml",
@@ -56,10 +66,39 @@ def add_others_to(commands: Commands) -> None:
     add_job(commands, "attach", _attach, "follow a running training", _ATTACH)
 
 
-def _import_runtime() -> None:
-    """Import what all jobs need, faster than they would by themselves."""
+def _begin(
+    options: argparse.Namespace,
+    job: str,
+    where: Path | str,
+    starts: Callable[[], None] = lambda: None,
+) -> None:
+    """Say at once what begins, and import what all jobs need, faster than by themselves.
+
+    Args:
+        options: The command line.
+        job: What it is.
+        where: The job's directory.
+        starts: Starts what goes on meanwhile.
+    """
+    if not options.quiet and not options.json:
+        print(f"arm_ray {arm_ray.__version__}: {job} in {where}", file=sys.stderr)
+    starts()
     with collection_paused():
         importlib.import_module("arm_ray.runtime.merge.run")
+
+
+def _start_ray(config: MergeConfig, address: str | None) -> None:
+    """Have a local Ray start while torch is imported and inputs are checked, if it is needed."""
+    from arm_ray.runtime.cluster.joining import is_up_or_named, local_slots, start_ray_early
+
+    # The commonest mistake is told without waiting for a Ray that would only end again.
+    is_there = is_url(config.base) or Path(config.base).is_dir()
+    is_made = not is_url(config.output) and (Path(config.output) / "model").is_dir()
+    # vLLM takes much longer to start than Ray, and asks for CPU slots that are not known yet.
+    is_needed = config.runtime.asks_for_actors and config.evaluation is None and not is_made
+    if is_own_process() and is_there and is_needed and not is_up_or_named(address):
+        slots = local_slots(config.runtime, sys.maxsize)
+        start_ray_early(slots, {"job": "merge", "output": config.output})
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -67,7 +106,7 @@ def _merge(options: argparse.Namespace) -> int:
     from arm_ray.config import load_merge_config
 
     config = load_merge_config(options.config, options.overrides)
-    _import_runtime()
+    _begin(options, "merge", config.output, partial(_start_ray, config, options.address))
     from arm_ray.runtime.merge.run import merge
 
     with said(options) as out:
@@ -83,7 +122,7 @@ def _pipeline(options: argparse.Namespace) -> int:
     from arm_ray.training.pipeline import load_pipeline_config
 
     config = load_pipeline_config(options.config, options.overrides)
-    _import_runtime()
+    _begin(options, "pipeline", config.output)
     from arm_ray.runtime.pipeline import run_pipeline
 
     with said(options) as out:
@@ -110,7 +149,8 @@ def _study(options: argparse.Namespace) -> int:
         )
         print(forecast_text(found), end="")
         return 0 if found.fits else 1
-    _import_runtime()
+    if not options.render:
+        _begin(options, "study", config.output)
     from arm_ray.runtime.study.run import render_study, run_study
 
     if options.render:
@@ -130,7 +170,7 @@ def _attach(options: argparse.Namespace) -> int:
     from arm_ray.following.config import load_attach_config
 
     config = load_attach_config(options.config, options.overrides)
-    _import_runtime()
+    _begin(options, "attach", config.published)
     from arm_ray.runtime.attach.run import attach
 
     with said(options) as out:

@@ -98,6 +98,18 @@ class RuntimeConfig(Section):
         )
 
     @property
+    def asks_for_actors(self) -> bool:
+        """Whether a setting asks for what only layer shards in processes of their own can have."""
+        return (
+            self.layer_shards not in ("auto", 1)
+            or self.storage == "per_node"
+            or bool(self.resources)
+            or self.memory_gb is not None
+            or self.niceness > 0
+            or bool(self.gpus_per_shard != "auto" and self.gpus_per_shard)
+        )
+
+    @property
     def scratch_path(self) -> Path:
         """The scratch directory of the node that asks."""
         return scratch_path(self.scratch)

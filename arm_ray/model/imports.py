@@ -21,6 +21,7 @@ from typing import Any
 # In the environment of a process that runs nothing but arm_ray, and starts no other.
 OWN_PROCESS = {"ARM_RAY_OWN_PROCESS": "1"}
 _UNUSED = ("sklearn", "scipy", "deepspeed", "accelerate")
+_WRITER = "torch.utils.tensorboard"
 _COMPILER, _MASKS = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
 _LOCK = threading.Lock()
 _own = {"process": OWN_PROCESS.items() <= os.environ.items()}
@@ -29,6 +30,11 @@ _own = {"process": OWN_PROCESS.items() <= os.environ.items()}
 def set_own_process() -> None:
     """Say that this process runs nothing but arm_ray; those that it starts are others."""
     _own["process"] = True
+
+
+def is_own_process() -> bool:
+    """Whether this process runs nothing but arm_ray."""
+    return _own["process"]
 
 
 def import_model_classes() -> None:
@@ -51,6 +57,17 @@ def import_model_classes() -> None:
                     if name.partition(".")[0] == "transformers":
                         del sys.modules[name]
                 _import()
+
+
+def import_tensorboard() -> None:
+    """Import TensorBoard's writer, without what it needs for directories at Amazon's.
+
+    That is three quarters of it, and a run's directory is local. Like `import_model_classes`.
+    """
+    if _WRITER in sys.modules or not _own["process"]:
+        return
+    with _LOCK, not_installed(("boto3", "botocore")), collection_paused():
+        importlib.import_module(_WRITER)
 
 
 def _import() -> None:

@@ -18,7 +18,7 @@ from arm_ray.evaluation.records import TaskScores
 from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.events import Event, EventLog
 from arm_ray.report.verdict import verdict
-from arm_ray.runtime.cluster.joining import outliving, ray_kept
+from arm_ray.runtime.cluster.joining import local_slots, outliving, ray_kept
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.scoring.evaluate import evaluate
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
@@ -26,7 +26,6 @@ from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.page import write_page
 from arm_ray.runtime.session.progress import duration
 from arm_ray.runtime.session.reporter import Reporter
-from arm_ray.runtime.shards.placement import local_slots
 from arm_ray.runtime.train.stage import task_files, there, train_stage
 from arm_ray.storage.regular import json_in
 from arm_ray.training.pipeline import PipelineConfig, Stages

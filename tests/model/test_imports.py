@@ -20,6 +20,7 @@ from tests.builders.models import tiny_model
 _PROGRAM = """
 import gc, pickle, sys
 layout = pickle.load(sys.stdin.buffer)
+assert layout.num_layers == 3 and "transformers" not in sys.modules
 from arm_ray.model.architecture import architecture_of
 found = architecture_of(layout.config)
 unused = ("sklearn", "scipy", "torch._dynamo", "torch.distributed.tensor")
@@ -48,6 +49,29 @@ def test_a_process_of_its_own_does_not_import_what_no_decoder_needs() -> None:
     assert lines[0].split() == ["3", *["False"] * 4, "True"]
     # What needs them finds them, the real ones.
     assert lines[2] == "2 True True"
+
+
+def test_a_layout_that_was_sent_is_the_same() -> None:
+    layout = model_layout(tiny_model("qwen2.5", seed=0).config)
+    sent = pickle.dumps(layout)
+    for found in (pickle.loads(sent), pickle.loads(pickle.dumps(pickle.loads(sent)))):
+        assert found.shapes == layout.shapes
+        assert found.config.to_dict() == layout.config.to_dict()
+        assert not hasattr(found, "other")
+    assert pickle.loads(sent).text_config.hidden_size == layout.text_config.hidden_size
+
+
+def test_tensorboard_is_imported_without_what_is_for_amazon_s_storage() -> None:
+    program = (
+        "import sys\n"
+        "from arm_ray.model import imports\n"
+        "imports.set_own_process()\n"
+        "imports.import_tensorboard()\n"
+        "from torch.utils.tensorboard import SummaryWriter\n"
+        "print('boto3' in sys.modules, 'botocore' in sys.modules)\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert printed.stdout.split() == [b"False", b"False"]
 
 
 def test_a_version_that_needs_more_of_the_compiler_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,14 +24,13 @@ from arm_ray.runtime.attach.held import HeldCheckpoints
 from arm_ray.runtime.attach.kept_shards import KeptShards
 from arm_ray.runtime.attach.processing import ArrivalProcessor
 from arm_ray.runtime.attach.publication import ArrivalPublisher
-from arm_ray.runtime.cluster.joining import ray_session
+from arm_ray.runtime.cluster.joining import local_slots, ray_session
 from arm_ray.runtime.output.claim import claimed
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
 from arm_ray.runtime.session.page import LivePage
 from arm_ray.runtime.session.progress import duration, print_summary
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
-from arm_ray.runtime.shards.placement import local_slots
 
 
 @dataclass(frozen=True)

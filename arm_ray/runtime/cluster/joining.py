@@ -8,10 +8,10 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import arm_ray
 from arm_ray.errors import ConfigError, WorkerError
@@ -19,6 +19,9 @@ from arm_ray.lazy import ray_is_joined
 from arm_ray.noise import is_verbose
 from arm_ray.runtime.session.heartbeat import activity
 from arm_ray.runtime.session.lazy_ray import ray
+
+if TYPE_CHECKING:
+    from arm_ray.config import RuntimeConfig
 
 NAMESPACE = "arm_ray"
 
@@ -33,6 +36,80 @@ class _KeptRay:
 
 
 _kept: _KeptRay | None = None
+
+
+class _EarlyRay:
+    """A local Ray that starts in a thread of its own.
+
+    The thread goes on until Ray has ended: Linux ends Ray's processes with the thread that has
+    started them.
+    """
+
+    def __init__(self, cpu_slots: int, about: Mapping[str, str]) -> None:
+        self.slots = cpu_slots
+        self._error: Exception | None = None
+        self._is_up, self._is_over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(cpu_slots, about), name="early Ray", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, cpu_slots: int, about: Mapping[str, str]) -> None:
+        try:
+            _start_ray(None, cpu_slots, about)
+        except Exception as error:
+            self._error = error
+        self._is_up.set()
+        self._is_over.wait()
+
+    def wait(self) -> None:
+        """Wait until it is up.
+
+        Raises:
+            Exception: Ray's own, where it did not start.
+        """
+        self._is_up.wait()
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        """End it, once it has started or failed to."""
+        self._is_up.wait()
+        ray.shutdown()
+        self._is_over.set()
+        self._thread.join()
+
+
+_early: _EarlyRay | None = None
+
+
+def start_ray_early(cpu_slots: int, about: Mapping[str, str]) -> None:
+    """Start the local Ray of the first `ray_session` now, without waiting for it.
+
+    It takes some seconds, in which inputs can be checked. Only in a process of our own, where
+    `end_unused_ray` is called at its end.
+
+    Args:
+        cpu_slots: As for `ray_session`.
+        about: As for `ray_session`.
+    """
+    global _early
+    if _early is None and not ray_is_joined():
+        _early = _EarlyRay(cpu_slots, about)
+
+
+def end_unused_ray() -> None:
+    """End a Ray that was started early and that no `ray_session` has taken."""
+    global _early
+    if _early is not None:
+        _early.end()
+        _early = None
+
+
+def local_slots(runtime: RuntimeConfig, num_groups: int) -> int:
+    """CPU slots that a local Ray needs for the layer shards: at least one for each core."""
+    shards = 1 if runtime.layer_shards == "auto" else min(runtime.layer_shards, num_groups)
+    return max(os.cpu_count() or 1, shards * runtime.threads)
 
 
 def in_submitted_job() -> bool:
@@ -82,7 +159,7 @@ def ray_session(
     Raises:
         WorkerError: The cluster cannot be joined.
     """
-    if ray_is_joined():
+    if _early is None and ray_is_joined():
         yield
         return
     if _kept is not None:
@@ -118,7 +195,34 @@ def ray_kept(cpu_slots: int, about: Mapping[str, str]) -> Iterator[None]:
 def _joined_or_started(
     address: str | None, cpu_slots: int, about: Mapping[str, str] | None
 ) -> Iterator[None]:
+    global _early
     address = address or os.environ.get("RAY_ADDRESS")
+    early, _early = _early, None
+    if early is not None and (address or early.slots < cpu_slots):
+        early.end()
+        early = None
+    with contextlib.ExitStack() as stack:
+        try:
+            with activity("joining Ray" if address else "starting Ray"):
+                if early is None:
+                    _start_ray(address, cpu_slots, about)
+                    stack.callback(_end, address, ray.shutdown)
+                else:
+                    # Also where the wait is interrupted.
+                    stack.callback(_end, address, early.end)
+                    early.wait()
+        except Exception as error:  # connection, version and authentication errors of many types
+            raise _not_joined(address, error) from None
+        yield
+
+
+def _end(address: str | None, end: Callable[[], None]) -> None:
+    with activity("leaving Ray" if address else "ending Ray"):
+        end()
+
+
+def _start_ray(address: str | None, cpu_slots: int, about: Mapping[str, str] | None) -> None:
+    """Join a cluster, or start a local Ray."""
     metadata = {"arm_ray": arm_ray.__version__, **(about or {})}
     options: dict[str, Any] = {
         "namespace": NAMESPACE,
@@ -134,17 +238,9 @@ def _joined_or_started(
     else:
         # "local", because a bare init would join whatever an old address file names.
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cpu_slots}
-    try:
-        with activity("joining Ray" if address else "starting Ray"), _own_sigterm():
-            level = logging.INFO if is_verbose() else logging.ERROR
-            ray.init(logging_level=level, **options)
-    except Exception as error:  # connection, version and authentication errors of many types
-        raise _not_joined(address, error) from None
-    try:
-        yield
-    finally:
-        with activity("leaving Ray" if address else "ending Ray"):
-            ray.shutdown()
+    with _own_sigterm():
+        level = logging.INFO if is_verbose() else logging.ERROR
+        ray.init(logging_level=level, **options)
 
 
 @contextlib.contextmanager

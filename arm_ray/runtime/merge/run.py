@@ -23,7 +23,12 @@ from arm_ray.merging.method import Method
 from arm_ray.planning.methods import method_of
 from arm_ray.planning.state_life import linear_life, state_life
 from arm_ray.report.trackers import check_installed
-from arm_ray.runtime.cluster.joining import is_up_or_named, outliving, ray_session
+from arm_ray.runtime.cluster.joining import (
+    is_up_or_named,
+    local_slots,
+    outliving,
+    ray_session,
+)
 from arm_ray.runtime.cluster.nodes import THIS_PROCESS, view_of_cluster
 from arm_ray.runtime.inputs import MergeInputs, open_inputs
 from arm_ray.runtime.merge.controller import Ending, MergeController
@@ -45,7 +50,7 @@ from arm_ray.runtime.session.page import write_page
 from arm_ray.runtime.session.progress import cosine_text, duration, print_summary
 from arm_ray.runtime.session.reporter import Reporter
 from arm_ray.runtime.session.telemetry import telemetry
-from arm_ray.runtime.shards.placement import Place, Placement, local_slots
+from arm_ray.runtime.shards.placement import Place, Placement
 from arm_ray.storage.disk import file_error
 from arm_ray.storage.urls import is_url
 
@@ -188,16 +193,9 @@ def needs_no_ray(
         address: Of a cluster; None: none is given.
     """
     runtime = config.runtime
-    asks_for_actors = (
-        runtime.layer_shards not in ("auto", 1)
-        or runtime.storage == "per_node"
-        or bool(runtime.resources)
-        or runtime.memory_gb is not None
-        or runtime.niceness > 0
-        or bool(runtime.gpus_per_shard != "auto" and runtime.gpus_per_shard)
-    )
+    asks_for_actors = config.evaluation is not None or runtime.asks_for_actors
     on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
-    if config.evaluation is not None or asks_for_actors or on_gpu or is_up_or_named(address):
+    if asks_for_actors or on_gpu or is_up_or_named(address):
         return False
     return not method.needs_forward or runtime.layer_shards == 1 or is_short(config, inputs)
 

@@ -1,7 +1,8 @@
 """Says what goes on wherever nothing else is printed for a while.
 
-A job's parts name what they do with `activity`; `heartbeat` prints the newest of these names, and
-for how long it has gone on, once a console has been silent for some seconds.
+A job's parts name what they do with `activity`; `heartbeat` prints the newest of these names when
+it has gone on for a second, and again, with for how long, once a console has been silent for some
+seconds.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from rich.console import Console, ConsoleRenderable, RenderHook
 from arm_ray.runtime.session.progress import LINE_INTERVAL_S, duration
 from arm_ray.runtime.session.reporter import print_line
 
+# What is over sooner need not be told.
+_FIRST_S = 1.0
+_LOOKS_EVERY_S = 0.5
+
 
 @dataclass(eq=False)
 class Activity:
-    """What goes on, in words, and since when (`time.monotonic`)."""
+    """What goes on, in words, since when (`time.monotonic`), and whether that it began was told."""
 
     what: str
     since: float
+    is_told: bool = False
 
     def becomes(self, what: str) -> None:
         """Give it another name, from now on."""
@@ -55,10 +61,11 @@ class Silence(RenderHook):
 
     Args:
         limit_s: Seconds of silence after which something is to be said.
+        first_s: The same for what has not been named yet.
     """
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
+    def __init__(self, limit_s: float, first_s: float = _FIRST_S) -> None:
+        self._limit_s, self._first_s = limit_s, first_s
         self._last = time.monotonic()
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
@@ -72,15 +79,25 @@ class Silence(RenderHook):
 
     def line(self, now: float) -> str | None:
         """What to print now; None where the silence is not too long, or nothing has a name."""
-        if self.due_in(now) > 0.0 or not _activities:
+        # Others may end theirs meanwhile.
+        activities = list(_activities)
+        if not activities:
             return None
-        newest = _activities[-1]
+        newest = activities[-1]
+        begins = max(newest.since, self._last) + self._first_s <= now and not newest.is_told
+        if self.due_in(now) > 0.0 and not begins:
+            return None
+        for each in activities:
+            # What goes on around it needs no line when it is the newest again.
+            each.is_told = True
+        if begins and now - newest.since < self._limit_s:
+            return f"  {newest.what} …"
         return f"  {newest.what}: {duration(now - newest.since)} so far"
 
 
 @contextlib.contextmanager
 def heartbeat(console: Console, limit_s: float = LINE_INTERVAL_S) -> Iterator[None]:
-    """Have a console never silent for longer than some seconds while something has a name.
+    """Have a console name what begins, and never silent for longer than some seconds meanwhile.
 
     Within another heartbeat of the same console, this one does nothing.
     """
@@ -92,8 +109,7 @@ def heartbeat(console: Console, limit_s: float = LINE_INTERVAL_S) -> Iterator[No
     console.push_render_hook(silence)
 
     def beat() -> None:
-        # Where nothing has a name there is nothing to say: look again a little later.
-        while not is_over.wait(max(silence.due_in(time.monotonic()), 0.5)):
+        while not is_over.wait(_LOOKS_EVERY_S):
             line = silence.line(time.monotonic())
             if line is not None:
                 print_line(console, line)

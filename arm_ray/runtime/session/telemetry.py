@@ -20,6 +20,7 @@ from arm_ray.config import TrackingConfig
 from arm_ray.events import IterationFinished, read_events
 from arm_ray.identity import flat
 from arm_ray.lazy import ray_is_joined
+from arm_ray.model.imports import import_tensorboard
 from arm_ray.report.scalars import Metric, Record, points
 from arm_ray.report.trackers import Ending, TrackedRun, Tracker, make_trackers
 from arm_ray.runtime.session.reporter import Reporter
@@ -216,6 +217,10 @@ def telemetry(
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
         keys = dict(flat(parameters or {}))
         tracked = TrackedRun(directory, run, digest.hexdigest()[:16], keys)
+        # Here, where no thread of another tracker looks for packages meanwhile. What is wrong with
+        # it is told by its own thread, which ends nothing.
+        with contextlib.suppress(Exception):
+            import_tensorboard()
         trackers = make_trackers(settings, tracked)
 
     metrics = RayMetrics(run, history) if ray_is_joined() else None

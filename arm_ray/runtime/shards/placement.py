@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,12 +105,6 @@ def check_object_store(gang: ShardGang, message_bytes: int) -> None:
                 hint="start its Ray with a larger --object-store-memory, or use fewer "
                 "runtime.micro_batch_tokens (which is part of the result) or one layer shard",
             )
-
-
-def local_slots(runtime: RuntimeConfig, num_groups: int) -> int:
-    """CPU slots that a local Ray needs for the layer shards: at least one for each core."""
-    shards = 1 if runtime.layer_shards == "auto" else min(runtime.layer_shards, num_groups)
-    return max(os.cpu_count() or 1, shards * runtime.threads)
 
 
 def plan_placement(

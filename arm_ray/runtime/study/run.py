@@ -17,14 +17,13 @@ from arm_ray.checkpoints.formats import split_source
 from arm_ray.errors import ConfigError
 from arm_ray.evaluation.tasks import load_tasks
 from arm_ray.events import EventLog
-from arm_ray.runtime.cluster.joining import outliving, ray_kept
+from arm_ray.runtime.cluster.joining import local_slots, outliving, ray_kept
 from arm_ray.runtime.output.claim import claimed, holds_earlier, write_config
 from arm_ray.runtime.scoring.state_scoring import local_evaluator_slots
 from arm_ray.runtime.session.heartbeat import activity, heartbeat
 from arm_ray.runtime.session.page import write_page
 from arm_ray.runtime.session.progress import duration, print_summary
 from arm_ray.runtime.session.reporter import Reporter
-from arm_ray.runtime.shards.placement import local_slots
 from arm_ray.runtime.study.cell import error_text
 from arm_ray.runtime.study.merging import Merging
 from arm_ray.runtime.study.scoring import Scoring

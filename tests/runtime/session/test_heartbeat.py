@@ -33,9 +33,36 @@ def test_a_line_names_the_newest_activity_after_the_silence() -> None:
     silence = Silence(8.0)
     now = time.monotonic()
     with activity("merging"), activity("starting Ray"):
+        assert silence.line(now + 0.5) is None
+        assert silence.line(now + 1.5) == "  starting Ray …"
         assert silence.line(now + 7.0) is None
         assert silence.line(now + 9.0) == "  starting Ray: 9.0 s so far"
     assert silence.line(now + 9.0) is None
+
+
+def test_what_goes_on_around_is_not_told_again_when_its_parts_are_over() -> None:
+    silence = Silence(8.0)
+    now = time.monotonic()
+    with activity("merging"):
+        with activity("starting Ray"):
+            assert silence.line(now + 1.5) == "  starting Ray …"
+        assert silence.line(now + 3.0) is None
+        with activity("starting 2 layer shard(s)"):
+            begun = time.monotonic()
+            assert silence.line(begun + 1.5) == "  starting 2 layer shard(s) …"
+        assert silence.line(now + 9.0) == "  merging: 9.0 s so far"
+
+
+def test_what_has_been_printed_just_now_comes_before_what_begins() -> None:
+    silence = Silence(8.0)
+    console = Console(file=io.StringIO())
+    console.push_render_hook(silence)
+    with activity("writing the model"):
+        time.sleep(0.2)
+        console.print("iteration 3/3")
+        printed = time.monotonic()
+        assert silence.line(printed + 0.9) is None
+        assert silence.line(printed + 1.1) == "  writing the model …"
 
 
 def test_what_ends_first_need_not_be_the_newest() -> None:
