@@ -78,7 +78,7 @@ picture: setup
 
 bench: demo
 	$(BIN)/pip install --quiet -c constraints/tested.txt -e '.[bench]'
-	for name in rotation iteration linear scaling partition plans memory layer14b reweighting; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in start rotation iteration linear scaling partition plans memory layer14b reweighting; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # The wheel in empty environments of Python 3.10, 3.11 and 3.12.
 release-check: setup

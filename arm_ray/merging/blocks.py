@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -37,6 +38,24 @@ def weighted_sum_(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor
         for term, weight in zip(terms, weights[1:], strict=True):
             total += term.mul_(weight)
     return first
+
+
+def combination(models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`Σ w_i A_i`, a tensor of its own; products are rounded first, as in `weighted_sum_`.
+
+    As `A_0 + Σ w_i (A_i − A_0) + (Σ w_i − 1) A_0`: checkpoints of one run lie close together, and
+    their differences are small and exact.
+    """
+    result = torch.empty_like(models[0], memory_format=torch.contiguous_format)
+    surplus = math.fsum([*weights, -1.0])
+    for total, first, second, *others in in_blocks([result, *models]):
+        torch.sub(second, first, out=total).mul_(weights[1])
+        for other, weight in zip(others, weights[2:], strict=True):
+            total += (other - first).mul_(weight)
+        if surplus != 0.0:
+            total += first * surplus
+        total += first
+    return result
 
 
 def gram(

@@ -136,6 +136,9 @@ class Method:
 
     def merge(self, inputs: TensorInputs) -> MergedTensor:
         """Merge one tensor, or rows of one."""
+        models = self._models(inputs)
+        if models is not None:
+            return MergedTensor(self._of_models(inputs, models))
         vectors, result = self._task_vectors(inputs)
         result.tensor = self._added(inputs, vectors)
         return result
@@ -152,11 +155,17 @@ class Method:
         Yields:
             `W_new`, float32, of each step: the bits that `merge` gives.
         """
-        vectors, _ = self._task_vectors(inputs[0])
-        for number, each in enumerate(inputs, start=1):
-            # The operator may overwrite what it is given.
-            is_last = number == len(inputs)
-            yield self._added(each, vectors if is_last else [v.clone() for v in vectors])
+        left = [each for each in inputs if self._models(each) is None]
+        vectors = self._task_vectors(left[0])[0] if left else []
+        for each in inputs:
+            models = self._models(each)
+            if models is not None:
+                yield self._of_models(each, models)
+            else:
+                # The operator may overwrite what it is given.
+                yield self._added(
+                    each, vectors if each is left[-1] else [v.clone() for v in vectors]
+                )
 
     def _rotated(
         self, inputs: TensorInputs, index: int, vector: Tensor, result: MergedTensor
@@ -204,6 +213,9 @@ class Method:
     def measure(self, number: int, inputs: TensorInputs) -> Sums:
         """One round's numbers of one tensor, or rows of one."""
         assert self.operator.statistics is not None
+        models, shorter = self._models(inputs), self.operator.on_models
+        if models is not None and shorter is not None:
+            return shorter.measure(models, _settings_of(self.settings, inputs))
         vectors, _ = self._task_vectors(inputs)
         given = _stepped(inputs, vectors)
         return self.operator.statistics.measure(number, given, _settings_of(self.settings, inputs))
@@ -226,6 +238,38 @@ class Method:
         assert self.operator.statistics is not None
         settings = self.settings if tensor is None else resolved(self.settings, *tensor)
         return self.operator.statistics.conclude(number, sums, known, settings)
+
+    def takes_models(self, tensor: tuple[str, float]) -> bool:
+        """Whether models are merged as they are where nothing changes their task vectors.
+
+        Then the rounds do not look at a reference that is not one of the models.
+
+        Args:
+            tensor: Name and depth.
+        """
+        shorter, settings = self.operator.on_models, self.settings
+        if shorter is None or settings.edit != "none" or thinning.thins(settings):
+            return False
+        return shorter.applies(resolved(settings, *tensor))
+
+    def _models(self, inputs: TensorInputs) -> list[Tensor] | None:
+        """The models to merge as they are; None: it takes task vectors."""
+        changes = bool(inputs.scales) or inputs.relaxation is not None
+        changes |= self.settings.rotates and bool(inputs.shifts or inputs.rotations)
+        changes |= any(factor != 1.0 for factor in inputs.factors)
+        if changes or not self.takes_models((inputs.name, inputs.depth)):
+            return None
+        return [*([inputs.reference] if inputs.includes_reference else []), *inputs.contributors]
+
+    def _of_models(self, inputs: TensorInputs, models: Sequence[Tensor]) -> Tensor:
+        shorter, statistics = self.operator.on_models, self.operator.statistics
+        assert shorter is not None
+        known, settings = inputs.statistics, _settings_of(self.settings, inputs)
+        if self._by_tensor and not inputs.is_measured and statistics is not None:
+            for number in range(self._rounds(settings, len(inputs.contributors))):
+                sums = shorter.measure(models, settings)
+                known = statistics.conclude(number, sums, known, settings)
+        return shorter.merge(models, known, settings)
 
     def _task_vectors(self, inputs: TensorInputs) -> tuple[list[Tensor], MergedTensor]:
         """The task vectors, rotated, edited and thinned, before a step's own factors."""

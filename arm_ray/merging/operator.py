@@ -113,6 +113,26 @@ class Statistics:
     by_tensor: Callable[[MethodSettings], bool] = lambda _settings: False
 
 
+@dataclass(frozen=True)
+class OnModels:
+    """How an operator merges models as they are, where there is no task vector to change.
+
+    A linear combination of models needs no differences: this saves making them, and adding the
+    reference again. The models are the contributors, in a window after the reference; none of them
+    is to be changed.
+
+    Attributes:
+        applies: Whether the settings let it; else task vectors are merged.
+        measure: What `Statistics.measure` is, of the models.
+        merge: The models, what the rounds have found, the settings -> `W_new`, float32, of their
+            shape, a tensor of its own.
+    """
+
+    applies: Callable[[MethodSettings], bool]
+    measure: Callable[[Sequence[Tensor], MethodSettings], Sums]
+    merge: Callable[[Sequence[Tensor], Mapping[str, object], MethodSettings], Tensor]
+
+
 @dataclass
 class MergedTensor:
     """What merging one tensor gave.
@@ -142,6 +162,7 @@ class Operator:
             that depends on the settings, a function of them.
         activations: Whether it wants the shifts of the linear modules' mean outputs.
         statistics: What it needs to know of the whole model first.
+        on_models: A shorter way, where task vectors are not rotated, edited, thinned or scaled.
         second_moments: Whether it wants Adam's second moments of the contributors.
         uses_coefficient: Whether it reads `method.coefficient`; a value set for one that does not
             is refused.
@@ -159,6 +180,7 @@ class Operator:
     whole_tensors: bool | Callable[[MethodSettings], bool] = False
     activations: bool = False
     statistics: Statistics | None = None
+    on_models: OnModels | None = None
     second_moments: bool = False
     uses_coefficient: bool = True
     candidates_only: bool = False

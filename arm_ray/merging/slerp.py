@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from arm_ray.merging.blocks import gram, in_blocks
-from arm_ray.merging.operator import Operator, Statistics, Sums, TaskVectors
+from arm_ray.merging.blocks import combination, gram, in_blocks
+from arm_ray.merging.operator import OnModels, Operator, Statistics, Sums, TaskVectors
 from arm_ray.merging.operator_settings import SlerpSettings
 from arm_ray.merging.settings import MethodSettings
 
+# Of the models, from their inner products `[n, n]` float64.
+Coefficients = Callable[[np.ndarray], Sequence[float]]
 # Tensors of no larger norm have no direction.
 _SMALLEST_NORM = 1e-8
 # Models whose cosine is beyond are merged on a line.
@@ -33,12 +35,17 @@ def slerp(given: TaskVectors, settings: MethodSettings) -> Tensor:
     chosen = settings.slerp
     if chosen.over == "rows":
         return _slerp_rows(given, chosen)
+    return _merge(given, chosen.of == "weights", _arc_weights(settings))
+
+
+def _arc_weights(settings: MethodSettings) -> Coefficients:
+    """SLERP's coefficients of two models, from their inner products."""
 
     def coefficients(products: np.ndarray) -> list[float]:
-        found = _on_arc(torch.from_numpy(products)[None], chosen.t)
+        found = _on_arc(torch.from_numpy(products)[None], settings.slerp.t)
         return [float(c) for c in found[0]]
 
-    return _merge(given, chosen.of == "weights", coefficients)
+    return coefficients
 
 
 def _on_arc(products: Tensor, t: float) -> Tensor:
@@ -85,8 +92,13 @@ def spherical_mean(given: TaskVectors, settings: MethodSettings) -> Tensor:
 
     Where a model is zero or μ is, the mean is the ordinary one.
     """
+    of_weights = settings.spherical_mean.of == "weights"
+    return _merge(given, of_weights, _mean_weights(settings, given.members))
+
+
+def _mean_weights(settings: MethodSettings, count: int) -> Coefficients:
+    """The coefficients of so many models in their spherical mean, from their inner products."""
     mean = settings.spherical_mean
-    count = given.members
     weights = np.array(mean.weights or (1.0,) * count, dtype=np.float64)
     if len(weights) != count:
         raise ValueError(f"weights: got {len(weights)}, expected one for each of {count} models")
@@ -114,7 +126,7 @@ def spherical_mean(given: TaskVectors, settings: MethodSettings) -> Tensor:
             center = _exponential(center, step, cosines)
         return [float(c) for c in center * (weights @ norms) / norms]
 
-    return _merge(given, mean.of == "weights", coefficients)
+    return coefficients
 
 
 def _length(point: np.ndarray, cosines: np.ndarray) -> float:
@@ -149,9 +161,7 @@ def _exponential(center: np.ndarray, step: np.ndarray, cosines: np.ndarray) -> n
     return np.asarray(moved / _length(moved, cosines))
 
 
-def _merge(
-    given: TaskVectors, of_weights: bool, coefficients: Callable[[np.ndarray], Sequence[float]]
-) -> Tensor:
+def _merge(given: TaskVectors, of_weights: bool, coefficients: Coefficients) -> Tensor:
     """`Σ c_i A_i − W_ref`, with coefficients from the inner products of the models.
 
     With `A_i = W_ref + ΔW_i` that is `Σ c_i ΔW_i + (Σ c_i − 1) W_ref`: one pass for the inner
@@ -172,6 +182,25 @@ def _merge(
         if surplus != 0.0:
             total.add_(base, alpha=surplus)
     return vectors[0]
+
+
+def _on_models(
+    applies: Callable[[MethodSettings], bool],
+    precision: torch.dtype,
+    coefficients: Callable[[MethodSettings, int], Coefficients],
+) -> OnModels:
+    """`Σ c_i A_i`, with coefficients from the inner products of the models."""
+
+    def measure(models: Sequence[Tensor], _settings: MethodSettings) -> Sums:
+        return {"products": gram([m.contiguous() for m in models], within_blocks=precision)}
+
+    def merge(
+        models: Sequence[Tensor], known: Mapping[str, object], settings: MethodSettings
+    ) -> Tensor:
+        products = cast(Tensor, known["products"]).numpy()
+        return combination(models, coefficients(settings, len(models))(products))
+
+    return OnModels(applies, measure, merge)
 
 
 def _products(given: TaskVectors, of_weights: bool, precision: torch.dtype) -> Sums:
@@ -216,6 +245,11 @@ OPERATOR = Operator(
         torch.float32,
         lambda settings: int(settings.slerp.over == "tensor"),
     ),
+    on_models=_on_models(
+        lambda settings: settings.slerp.of == "weights" and settings.slerp.over == "tensor",
+        torch.float32,
+        lambda settings, _count: _arc_weights(settings),
+    ),
     whole_tensors=lambda settings: settings.slerp.over == "rows",
     uses_coefficient=False,
     min_models=2,
@@ -225,6 +259,9 @@ SPHERICAL_MEAN = Operator(
     "spherical_mean",
     spherical_mean,
     statistics=_statistics(lambda settings: settings.spherical_mean.of == "weights", torch.float64),
+    on_models=_on_models(
+        lambda settings: settings.spherical_mean.of == "weights", torch.float64, _mean_weights
+    ),
     uses_coefficient=False,
     min_models=2,
     check=_check,

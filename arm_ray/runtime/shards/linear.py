@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from math import prod
@@ -91,7 +91,9 @@ def merge_linear(
         large = []
         for tensor in tensors:
             at = (tensor.name, spec.layout.depth_of(tensor.name))
-            if prod(tensor.shape) > _LARGEST_WHOLE and spec.method.tensor_rounds(1, at):
+            # Of models as they are, a round costs less than to have all of a tensor in memory.
+            most = linear_piece(on_gpu=False) if spec.method.takes_models(at) else _LARGEST_WHOLE
+            if prod(tensor.shape) > most and spec.method.tensor_rounds(1, at):
                 large.append(tensor)
         merge.pieces(plans, [tensor for tensor in tensors if tensor not in large], facts.statistics)
         for tensor in large:
@@ -141,6 +143,7 @@ class _GroupMerge:
         tensors: Sequence[TensorSpec],
         statistics: Mapping[str, object],
         made: Mapping[str, Tensor] | None = None,
+        checked: Collection[str] = (),
     ) -> None:
         """Merge and write tensors piece by piece.
 
@@ -150,12 +153,16 @@ class _GroupMerge:
             statistics: What the operator's rounds have found.
             made: State -> the whole tensor; a state that is made here is put into its place. None:
                 the rounds over each tensor are not done yet.
+            checked: States whose weights have been looked at, in those rounds.
         """
         is_measured, whole = made is not None, made or {}
 
         def run(item: Rows) -> tuple[str, list[SimilaritySums]]:
             tensor, rows = item
-            merged, sums = self._run_piece(plans, tensor, rows, statistics, whole, is_measured)
+            known = {s: self.store.rows(s, self.group, tensor.name, rows) for s in checked}
+            merged, sums = self._run_piece(
+                plans, tensor, rows, statistics, whole, known, is_measured=is_measured
+            )
             for plan, result in zip(plans, merged, strict=True):
                 files: list[Write] = []
                 if plan.iteration in self.writers:
@@ -185,7 +192,7 @@ class _GroupMerge:
         at = (tensor.name, self.spec.layout.depth_of(tensor.name))
         made: dict[str, Tensor] = {}
         for plan in plans:
-            measured = statistics
+            measured, states = statistics, self._measured_states(plan, tensor)
             for number in range(method.tensor_rounds(len(plan.contributors), at)):
                 sums = self._measure(plan, tensor, number, measured, made)
                 measured = {**measured, **method.conclude(number, sums, measured, at)}
@@ -193,7 +200,7 @@ class _GroupMerge:
                 made[plan.output] = torch.empty(
                     tensor.shape, dtype=torch.float32, device=self.store.device
                 )
-            self.pieces([plan], [tensor], measured, made)
+            self.pieces([plan], [tensor], measured, made, [s for s in states if s not in made])
 
     def _items(
         self, tensors: Sequence[TensorSpec], elements: int, measures_tensors: bool
@@ -214,9 +221,13 @@ class _GroupMerge:
         made: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """One round over a tensor."""
+        states = self._measured_states(plan, tensor)
 
         def run(item: Rows) -> Mapping[str, Tensor]:
-            weights = [self._rows(state, *item, made) for state in plan.inputs]
+            weights = [self._rows(state, *item, made) for state in states]
+            if len(states) < len(plan.inputs):
+                # In the place of the reference, which nothing looks at.
+                weights.insert(0, weights[0])
             inputs = self._inputs(plan, *item, weights, statistics, is_measured=True)
             return self.spec.method.measure(number, inputs)
 
@@ -226,6 +237,13 @@ class _GroupMerge:
             for name, value in part.items():
                 totals[name] = totals[name] + value if name in totals else value
         return totals
+
+    def _measured_states(self, plan: IterationPlan, tensor: TensorSpec) -> Sequence[str]:
+        """The states that the rounds look at: not a reference that is none of the models."""
+        at = (tensor.name, self.spec.layout.depth_of(tensor.name))
+        if plan.regime != "sliding_window" and self.spec.method.takes_models(at):
+            return plan.contributors
+        return plan.inputs
 
     def _inputs(
         self,
@@ -264,10 +282,11 @@ class _GroupMerge:
         rows: slice,
         statistics: Mapping[str, object],
         made: Mapping[str, Tensor],
+        known: dict[str, Tensor],
+        *,
         is_measured: bool,
     ) -> tuple[list[Tensor], list[SimilaritySums]]:
         """The same rows of one tensor after each iteration, and the comparisons of states."""
-        known: dict[str, Tensor] = {}
         merged: list[Tensor] = []
         sums: list[SimilaritySums] = []
 

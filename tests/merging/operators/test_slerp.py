@@ -136,6 +136,47 @@ def test_checkpoints_of_one_run_are_averaged_to_the_last_bit_of_their_difference
     assert torch.equal(merge(method_of("slerp"), inputs), mean + reference)
 
 
+def test_an_uneven_mean_of_checkpoints_of_one_run_is_rounded_once() -> None:
+    reference = gaussian(200, 200)
+    inputs = inputs_of(reference, [1e-4 * gaussian(200, 200, seed=i) for i in (1, 2)])
+    found = merge(method_of("slerp", slerp=SlerpSettings(0.3)), inputs)
+    a, b = (c.double() for c in inputs.contributors)
+    half_a_unit = 2.0**-24 * (a.abs() + 1e-3)
+    assert bool(((found.double() - (0.7 * a + 0.3 * b)).abs() <= half_a_unit).all())
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("operator", ["slerp", "spherical_mean"])
+def test_models_and_their_task_vectors_give_the_same(operator: str, window: bool) -> None:
+    """A factor of nearly 1 has the operator take task vectors."""
+    vectors = [0.3 * gaussian(300, 400, seed=i) for i in range(1 if window else 2)]
+    inputs = inputs_of(gaussian(300, 400, seed=9), vectors, includes_reference=window)
+    mean = {"spherical_mean": SphericalMeanSettings(of="weights")}
+    method = method_of(operator, **(mean if operator == "spherical_mean" else {}))
+    assert method.takes_models(("w", 0.0))
+    by_vectors = replace(inputs, factors=[math.nextafter(1.0, 2.0)] * len(vectors))
+    assert_near(merge(method, inputs), merge(method, by_vectors).double().numpy())
+    found = method.measure(0, inputs)["products"]
+    torch.testing.assert_close(found, method.measure(0, by_vectors)["products"], rtol=1e-5, atol=0)
+
+
+def test_a_step_has_the_bits_that_merge_gives() -> None:
+    inputs = inputs_of(gaussian(30, 40), [gaussian(30, 40, seed=i) for i in (1, 2)])
+    method = method_of("slerp")
+    steps = [replace(inputs, factors=[f, f]) for f in (0.5, 1.0, 2.0)]
+    for step, found in zip(steps, method.merge_steps(steps), strict=True):
+        assert torch.equal(found, method.merge(step).tensor)
+    assert torch.equal(method.merge(steps[1]).tensor, method.merge(inputs).tensor)
+
+
+def test_what_changes_task_vectors_has_them_merged() -> None:
+    assert not method_of("slerp", slerp=SlerpSettings(0.5, "task_vectors")).takes_models(("w", 0.0))
+    rows = SlerpSettings(0.5, over="rows")
+    assert not method_of("slerp", slerp=rows).takes_models(("w", 0.0))
+    assert not method_of("slerp", edit="pome").takes_models(("w", 0.0))
+    assert not method_of("task_arithmetic").takes_models(("w", 0.0))
+
+
 def test_large_tensors_are_summed_in_blocks() -> None:
     vectors = [gaussian(700, 300, seed=i) for i in (1, 2)]
     inputs = inputs_of(gaussian(700, 300), vectors)
