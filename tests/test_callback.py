@@ -222,6 +222,7 @@ def test_attach_ends_with_its_input(tmp_path: Path) -> None:
     )  # fmt: skip
     assert process.stderr is not None
     assert process.stdin is not None
+    assert process.stderr.readline().startswith("arm_ray ")
     assert "following" in process.stderr.readline()
     process.stdin.close()
     assert process.wait(60) == 130

@@ -15,11 +15,13 @@ from arm_ray.cli.explaining import cluster_of
 from arm_ray.cli.options import Commands, add_cluster, add_job, positive
 from arm_ray.cli.saying import said
 from arm_ray.model.imports import collection_paused, is_own_process
+from arm_ray.secrets import hidden, shortened
 from arm_ray.storage.urls import is_url
 
 if TYPE_CHECKING:
     from arm_ray.config import MergeConfig
 
+_LONGEST_LINE = 300
 _MERGE = (
     "arm-ray merge merge.yaml",
     "arm-ray merge merge.yaml schedule.max_iterations=4 method.operator=ties",
@@ -81,7 +83,8 @@ def _begin(
         starts: Starts what goes on meanwhile.
     """
     if not options.quiet and not options.json:
-        print(f"arm_ray {arm_ray.__version__}: {job} in {where}", file=sys.stderr)
+        line = f"arm_ray {arm_ray.__version__}: {job} in {hidden(str(where))}"
+        print(shortened(line, _LONGEST_LINE), file=sys.stderr)
     starts()
     with collection_paused():
         importlib.import_module("arm_ray.runtime.merge.run")

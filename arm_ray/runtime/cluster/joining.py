@@ -59,7 +59,8 @@ class _EarlyRay:
             _start_ray(None, cpu_slots, about)
         except Exception as error:
             self._error = error
-        self._is_up.set()
+        finally:
+            self._is_up.set()
         self._is_over.wait()
 
     def wait(self) -> None:

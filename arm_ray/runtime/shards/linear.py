@@ -92,7 +92,9 @@ def merge_linear(
         for tensor in tensors:
             at = (tensor.name, spec.layout.depth_of(tensor.name))
             # Of models as they are, a round costs less than to have all of a tensor in memory.
-            most = linear_piece(on_gpu=False) if spec.method.takes_models(at) else _LARGEST_WHOLE
+            most = _LARGEST_WHOLE
+            if spec.method.takes_models(at):
+                most = linear_piece(on_gpu=store.device.type != "cpu")
             if prod(tensor.shape) > most and spec.method.tensor_rounds(1, at):
                 large.append(tensor)
         merge.pieces(plans, [tensor for tensor in tensors if tensor not in large], facts.statistics)
