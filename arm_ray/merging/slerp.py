@@ -15,8 +15,8 @@ from arm_ray.merging.operator import OnModels, Operator, Statistics, Sums, TaskV
 from arm_ray.merging.operator_settings import SlerpSettings
 from arm_ray.merging.settings import MethodSettings
 
-# Of the models, from their inner products `[n, n]` float64.
-Coefficients = Callable[[np.ndarray], Sequence[float]]
+# The coefficients of models in their mean, from their inner products `[n, n]` float64.
+Weigh = Callable[[np.ndarray, MethodSettings], list[float]]
 # Tensors of no larger norm have no direction.
 _SMALLEST_NORM = 1e-8
 # Models whose cosine is beyond are merged on a line.
@@ -35,17 +35,12 @@ def slerp(given: TaskVectors, settings: MethodSettings) -> Tensor:
     chosen = settings.slerp
     if chosen.over == "rows":
         return _slerp_rows(given, chosen)
-    return _merge(given, chosen.of == "weights", _arc_weights(settings))
+    return _merge(given, chosen.of == "weights")
 
 
-def _arc_weights(settings: MethodSettings) -> Coefficients:
-    """SLERP's coefficients of two models, from their inner products."""
-
-    def coefficients(products: np.ndarray) -> list[float]:
-        found = _on_arc(torch.from_numpy(products)[None], settings.slerp.t)
-        return [float(c) for c in found[0]]
-
-    return coefficients
+def _arc_weights(products: np.ndarray, settings: MethodSettings) -> list[float]:
+    found = _on_arc(torch.from_numpy(products)[None], settings.slerp.t)
+    return [float(c) for c in found[0]]
 
 
 def _on_arc(products: Tensor, t: float) -> Tensor:
@@ -92,41 +87,35 @@ def spherical_mean(given: TaskVectors, settings: MethodSettings) -> Tensor:
 
     Where a model is zero or μ is, the mean is the ordinary one.
     """
-    of_weights = settings.spherical_mean.of == "weights"
-    return _merge(given, of_weights, _mean_weights(settings, given.members))
+    return _merge(given, settings.spherical_mean.of == "weights")
 
 
-def _mean_weights(settings: MethodSettings, count: int) -> Coefficients:
-    """The coefficients of so many models in their spherical mean, from their inner products."""
-    mean = settings.spherical_mean
+def _mean_weights(products: np.ndarray, settings: MethodSettings) -> list[float]:
+    mean, count = settings.spherical_mean, len(products)
     weights = np.array(mean.weights or (1.0,) * count, dtype=np.float64)
     if len(weights) != count:
         raise ValueError(f"weights: got {len(weights)}, expected one for each of {count} models")
     weights /= weights.sum()
-
-    def coefficients(products: np.ndarray) -> list[float]:
-        norms = np.sqrt(np.diag(products))
-        if norms.min() <= _SMALLEST_NORM:
-            return [float(w) for w in weights]
-        # All that happens, happens in the span of the models. So μ is kept as its coefficients on
-        # the u_i, and all lengths and angles follow from the inner products.
-        cosines = products / np.outer(norms, norms)
-        length = _length(weights, cosines)
-        if length == 0.0:
-            return [float(w) for w in weights]
-        center = weights / length
-        if mean.kind == "karcher":
-            for _ in range(mean.max_steps):
-                step = _mean_tangent(center, weights, cosines, logarithm=True)
-                center = _exponential(center, step, cosines)
-                if _length(step, cosines) < mean.step_tolerance:
-                    break
-        else:
-            step = _mean_tangent(center, weights, cosines, logarithm=False)
+    norms = np.sqrt(np.diag(products))
+    if norms.min() <= _SMALLEST_NORM:
+        return [float(w) for w in weights]
+    # All that happens, happens in the span of the models. So μ is kept as its coefficients on
+    # the u_i, and all lengths and angles follow from the inner products.
+    cosines = products / np.outer(norms, norms)
+    length = _length(weights, cosines)
+    if length == 0.0:
+        return [float(w) for w in weights]
+    center = weights / length
+    if mean.kind == "karcher":
+        for _ in range(mean.max_steps):
+            step = _mean_tangent(center, weights, cosines, logarithm=True)
             center = _exponential(center, step, cosines)
-        return [float(c) for c in center * (weights @ norms) / norms]
-
-    return coefficients
+            if _length(step, cosines) < mean.step_tolerance:
+                break
+    else:
+        step = _mean_tangent(center, weights, cosines, logarithm=False)
+        center = _exponential(center, step, cosines)
+    return [float(c) for c in center * (weights @ norms) / norms]
 
 
 def _length(point: np.ndarray, cosines: np.ndarray) -> float:
@@ -161,7 +150,7 @@ def _exponential(center: np.ndarray, step: np.ndarray, cosines: np.ndarray) -> n
     return np.asarray(moved / _length(moved, cosines))
 
 
-def _merge(given: TaskVectors, of_weights: bool, coefficients: Coefficients) -> Tensor:
+def _merge(given: TaskVectors, of_weights: bool) -> Tensor:
     """`Σ c_i A_i − W_ref`, with coefficients from the inner products of the models.
 
     With `A_i = W_ref + ΔW_i` that is `Σ c_i ΔW_i + (Σ c_i − 1) W_ref`: one pass for the inner
@@ -169,7 +158,7 @@ def _merge(given: TaskVectors, of_weights: bool, coefficients: Coefficients) -> 
     """
     reference = given.inputs.reference
     vectors = [v.contiguous() for v in given.vectors]
-    weights = coefficients(cast(Tensor, given.inputs.statistics["products"]).numpy())
+    weights = cast(Sequence[float], given.inputs.statistics["weights"])
     surplus = math.fsum([*weights, -1.0]) if of_weights else 0.0
     weights = weights[len(weights) - len(vectors) :]
     if not vectors:
@@ -184,21 +173,16 @@ def _merge(given: TaskVectors, of_weights: bool, coefficients: Coefficients) -> 
     return vectors[0]
 
 
-def _on_models(
-    applies: Callable[[MethodSettings], bool],
-    precision: torch.dtype,
-    coefficients: Callable[[MethodSettings, int], Coefficients],
-) -> OnModels:
+def _on_models(applies: Callable[[MethodSettings], bool], precision: torch.dtype) -> OnModels:
     """`Σ c_i A_i`, with coefficients from the inner products of the models."""
 
     def measure(models: Sequence[Tensor], _settings: MethodSettings) -> Sums:
         return {"products": gram([m.contiguous() for m in models], within_blocks=precision)}
 
     def merge(
-        models: Sequence[Tensor], known: Mapping[str, object], settings: MethodSettings
+        models: Sequence[Tensor], known: Mapping[str, object], _settings: MethodSettings
     ) -> Tensor:
-        products = cast(Tensor, known["products"]).numpy()
-        return combination(models, coefficients(settings, len(models))(products))
+        return combination(models, cast(Sequence[float], known["weights"]))
 
     return OnModels(applies, measure, merge)
 
@@ -216,12 +200,18 @@ def _products(given: TaskVectors, of_weights: bool, precision: torch.dtype) -> S
 def _statistics(
     of_weights: Callable[[MethodSettings], bool],
     precision: torch.dtype,
+    weigh: Weigh,
     rounds: Callable[[MethodSettings], int] = lambda _settings: 1,
 ) -> Statistics:
+    def conclude(
+        _number: int, sums: Sums, known: Mapping[str, object], settings: MethodSettings
+    ) -> Mapping[str, object]:
+        return {**known, "weights": weigh(sums["products"].numpy(), settings)}
+
     return Statistics(
         rounds=lambda settings, _contributors: rounds(settings),
         measure=lambda _number, given, settings: _products(given, of_weights(settings), precision),
-        conclude=lambda _number, sums, known, _settings: {**known, **sums},
+        conclude=conclude,
         by_tensor=lambda _settings: True,
     )
 
@@ -243,12 +233,12 @@ OPERATOR = Operator(
     statistics=_statistics(
         lambda settings: settings.slerp.of == "weights",
         torch.float32,
+        _arc_weights,
         lambda settings: int(settings.slerp.over == "tensor"),
     ),
     on_models=_on_models(
         lambda settings: settings.slerp.of == "weights" and settings.slerp.over == "tensor",
         torch.float32,
-        lambda settings, _count: _arc_weights(settings),
     ),
     whole_tensors=lambda settings: settings.slerp.over == "rows",
     uses_coefficient=False,
@@ -258,10 +248,10 @@ OPERATOR = Operator(
 SPHERICAL_MEAN = Operator(
     "spherical_mean",
     spherical_mean,
-    statistics=_statistics(lambda settings: settings.spherical_mean.of == "weights", torch.float64),
-    on_models=_on_models(
+    statistics=_statistics(
         lambda settings: settings.spherical_mean.of == "weights", torch.float64, _mean_weights
     ),
+    on_models=_on_models(lambda settings: settings.spherical_mean.of == "weights", torch.float64),
     uses_coefficient=False,
     min_models=2,
     check=_check,

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,7 @@ class ModelLayout:
         A shard that runs no forward passes never does, and starts in half the time.
         """
         content = dict(self.__dict__)
+        content.pop("matrices", None)
         if "config" in content:
             content[_SENT] = pickle.dumps(content.pop("config"))
         return ModelLayout.__new__, (ModelLayout,), content
@@ -123,7 +125,7 @@ class ModelLayout:
         """The configuration of the decoder, which may be a part of the model's."""
         return self.config.get_text_config(decoder=True)
 
-    @property
+    @cached_property
     def matrices(self) -> frozenset[str]:
         """The rotated weights that are one matrix."""
         return frozenset(name for name in self.rotated if len(self.shapes[name]) == 2)

@@ -32,7 +32,7 @@ MAX_MICRO_BATCH_SAMPLES = 64
 PIECE = 1 << 24
 # The same where no rotation needs whole tensors. On a CPU a piece of every state in use should stay
 # in cache; on a GPU, where each operation costs a launch, it should be large.
-_LINEAR_PIECE = 1 << 17
+_LINEAR_PIECE = 1 << 18
 _LINEAR_PIECE_GPU = 1 << 24
 # Pieces on their way from a GPU to the disk: writers, and pieces that wait in host memory at most.
 WRITERS = 4

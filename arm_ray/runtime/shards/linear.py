@@ -234,7 +234,10 @@ class _GroupMerge:
             return self.spec.method.measure(number, inputs)
 
         totals: dict[str, Tensor] = {}
-        items = self._items([tensor], _MEASURED_PIECE, True)
+        at = (tensor.name, self.spec.layout.depth_of(tensor.name))
+        is_short = self.spec.method.takes_models(at)
+        elements = linear_piece(on_gpu=False) if is_short else _MEASURED_PIECE
+        items = self._items([tensor], elements, True)
         for part in self.workers.in_order(run, items):
             for name, value in part.items():
                 totals[name] = totals[name] + value if name in totals else value
