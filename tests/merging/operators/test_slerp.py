@@ -178,11 +178,11 @@ def test_what_changes_task_vectors_has_them_merged() -> None:
 
 
 def test_large_tensors_are_summed_in_blocks() -> None:
-    vectors = [gaussian(700, 300, seed=i) for i in (1, 2)]
-    inputs = inputs_of(gaussian(700, 300), vectors)
+    vectors = [gaussian(700, 900, seed=i) for i in (1, 2)]
+    inputs = inputs_of(gaussian(700, 900), vectors)
     offset, (a, b) = models_of(inputs, "weights")
     assert_near(
-        merge(method_of("slerp"), inputs), offset + expected_slerp(a, b, 0.5).reshape(700, 300)
+        merge(method_of("slerp"), inputs), offset + expected_slerp(a, b, 0.5).reshape(700, 900)
     )
 
 
