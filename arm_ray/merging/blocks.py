@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# More than a core's own cache holds: with smaller ones, more time goes into calls than into numbers.
+# More than a core's own cache holds: with smaller ones, calls take longer than what they compute.
 _BLOCK = 1 << 18
 # A launch costs far more than an element there.
 _BLOCK_ELSEWHERE = 1 << 24
