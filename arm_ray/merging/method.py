@@ -136,9 +136,9 @@ class Method:
 
     def merge(self, inputs: TensorInputs) -> MergedTensor:
         """Merge one tensor, or rows of one."""
-        models = self._models(inputs)
+        models = models_of(self, inputs)
         if models is not None:
-            return MergedTensor(self._of_models(inputs, models))
+            return MergedTensor(_merged_models(self, inputs, models))
         vectors, result = self._task_vectors(inputs)
         result.tensor = self._added(inputs, vectors)
         return result
@@ -155,12 +155,12 @@ class Method:
         Yields:
             `W_new`, float32, of each step: the bits that `merge` gives.
         """
-        left = [each for each in inputs if self._models(each) is None]
+        left = [each for each in inputs if models_of(self, each) is None]
         vectors = self._task_vectors(left[0])[0] if left else []
         for each in inputs:
-            models = self._models(each)
+            models = models_of(self, each)
             if models is not None:
-                yield self._of_models(each, models)
+                yield _merged_models(self, each, models)
             else:
                 # The operator may overwrite what it is given.
                 yield self._added(
@@ -213,7 +213,7 @@ class Method:
     def measure(self, number: int, inputs: TensorInputs) -> Sums:
         """One round's numbers of one tensor, or rows of one."""
         assert self.operator.statistics is not None
-        models, shorter = self._models(inputs), self.operator.on_models
+        models, shorter = models_of(self, inputs), self.operator.on_models
         if models is not None and shorter is not None:
             return shorter.measure(models, _settings_of(self.settings, inputs))
         vectors, _ = self._task_vectors(inputs)
@@ -239,38 +239,6 @@ class Method:
         settings = self.settings if tensor is None else resolved(self.settings, *tensor)
         return self.operator.statistics.conclude(number, sums, known, settings)
 
-    def takes_models(self, tensor: tuple[str, float]) -> bool:
-        """Whether models are merged as they are where nothing changes their task vectors.
-
-        Then the rounds do not look at a reference that is not one of the models.
-
-        Args:
-            tensor: Name and depth.
-        """
-        shorter, settings = self.operator.on_models, self.settings
-        if shorter is None or settings.edit != "none" or thinning.thins(settings):
-            return False
-        return shorter.applies(resolved(settings, *tensor))
-
-    def _models(self, inputs: TensorInputs) -> list[Tensor] | None:
-        """The models to merge as they are; None: it takes task vectors."""
-        changes = bool(inputs.scales) or inputs.relaxation is not None
-        changes |= self.settings.rotates and bool(inputs.shifts or inputs.rotations)
-        changes |= any(factor != 1.0 for factor in inputs.factors)
-        if changes or not self.takes_models((inputs.name, inputs.depth)):
-            return None
-        return [*([inputs.reference] if inputs.includes_reference else []), *inputs.contributors]
-
-    def _of_models(self, inputs: TensorInputs, models: Sequence[Tensor]) -> Tensor:
-        shorter, statistics = self.operator.on_models, self.operator.statistics
-        assert shorter is not None
-        known, settings = inputs.statistics, _settings_of(self.settings, inputs)
-        if self._by_tensor and not inputs.is_measured and statistics is not None:
-            for number in range(self._rounds(settings, len(inputs.contributors))):
-                sums = shorter.measure(models, settings)
-                known = statistics.conclude(number, sums, known, settings)
-        return shorter.merge(models, known, settings)
-
     def _task_vectors(self, inputs: TensorInputs) -> tuple[list[Tensor], MergedTensor]:
         """The task vectors, rotated, edited and thinned, before a step's own factors."""
         result = MergedTensor(inputs.reference)
@@ -289,6 +257,41 @@ class Method:
         for vector, scale in zip(vectors, inputs.scales, strict=False):
             vector *= scale
         return vectors, result
+
+
+def takes_models(method: Method, tensor: tuple[str, float]) -> bool:
+    """Whether models are merged as they are where nothing changes their task vectors.
+
+    Then the rounds do not look at a reference that is not one of the models.
+
+    Args:
+        method: How tensors are merged.
+        tensor: Name and depth.
+    """
+    shorter, settings = method.operator.on_models, method.settings
+    if shorter is None or settings.edit != "none" or thinning.thins(settings):
+        return False
+    return shorter.applies(resolved(settings, *tensor))
+
+
+def models_of(method: Method, inputs: TensorInputs) -> list[Tensor] | None:
+    """The models to merge as they are; None: it takes task vectors."""
+    changes = bool(inputs.scales) or inputs.relaxation is not None
+    changes |= method.settings.rotates and bool(inputs.shifts or inputs.rotations)
+    changes |= any(factor != 1.0 for factor in inputs.factors)
+    if changes or not takes_models(method, (inputs.name, inputs.depth)):
+        return None
+    return [*([inputs.reference] if inputs.includes_reference else []), *inputs.contributors]
+
+
+def _merged_models(method: Method, inputs: TensorInputs, models: Sequence[Tensor]) -> Tensor:
+    shorter, at = method.operator.on_models, (inputs.name, inputs.depth)
+    assert shorter is not None
+    known, settings = inputs.statistics, _settings_of(method.settings, inputs)
+    if not inputs.is_measured:
+        for number in range(method.tensor_rounds(len(inputs.contributors), at)):
+            known = method.conclude(number, shorter.measure(models, settings), known, at)
+    return shorter.merge(models, known, settings)
 
 
 def _settings_of(settings: MethodSettings, inputs: TensorInputs) -> MethodSettings:

@@ -20,6 +20,7 @@ from arm_ray.checkpoints.weight_file import (
     WeightFileWriter,
     opened_for,
 )
+from arm_ray.merging.method import takes_models
 from arm_ray.merging.operator import TensorInputs
 from arm_ray.merging.similarity import SimilaritySums, similarity_sums
 from arm_ray.merging.watch import check_merged
@@ -93,7 +94,7 @@ def merge_linear(
             at = (tensor.name, spec.layout.depth_of(tensor.name))
             # Of models as they are, a round costs less than to have all of a tensor in memory.
             most = _LARGEST_WHOLE
-            if spec.method.takes_models(at):
+            if takes_models(spec.method, at):
                 most = linear_piece(on_gpu=store.device.type != "cpu")
             if prod(tensor.shape) > most and spec.method.tensor_rounds(1, at):
                 large.append(tensor)
@@ -235,7 +236,7 @@ class _GroupMerge:
 
         totals: dict[str, Tensor] = {}
         at = (tensor.name, self.spec.layout.depth_of(tensor.name))
-        is_short = self.spec.method.takes_models(at)
+        is_short = takes_models(self.spec.method, at)
         elements = linear_piece(on_gpu=False) if is_short else _MEASURED_PIECE
         items = self._items([tensor], elements, True)
         for part in self.workers.in_order(run, items):
@@ -246,7 +247,7 @@ class _GroupMerge:
     def _measured_states(self, plan: IterationPlan, tensor: TensorSpec) -> Sequence[str]:
         """The states that the rounds look at: not a reference that is none of the models."""
         at = (tensor.name, self.spec.layout.depth_of(tensor.name))
-        if plan.regime != "sliding_window" and self.spec.method.takes_models(at):
+        if plan.regime != "sliding_window" and takes_models(self.spec.method, at):
             return plan.contributors
         return plan.inputs
 

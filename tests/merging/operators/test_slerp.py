@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 
 from arm_ray.errors import ConfigError
+from arm_ray.merging.method import takes_models
 from arm_ray.merging.operator_settings import SlerpSettings, SphericalMeanSettings
 from tests.builders.operators import (
     PROPERTY,
@@ -153,7 +154,7 @@ def test_models_and_their_task_vectors_give_the_same(operator: str, window: bool
     inputs = inputs_of(gaussian(300, 400, seed=9), vectors, includes_reference=window)
     mean = {"spherical_mean": SphericalMeanSettings(of="weights")}
     method = method_of(operator, **(mean if operator == "spherical_mean" else {}))
-    assert method.takes_models(("w", 0.0))
+    assert takes_models(method, ("w", 0.0))
     by_vectors = replace(inputs, factors=[math.nextafter(1.0, 2.0)] * len(vectors))
     assert_near(merge(method, inputs), merge(method, by_vectors).double().numpy())
     found = method.measure(0, inputs)["products"]
@@ -170,11 +171,13 @@ def test_a_step_has_the_bits_that_merge_gives() -> None:
 
 
 def test_what_changes_task_vectors_has_them_merged() -> None:
-    assert not method_of("slerp", slerp=SlerpSettings(0.5, "task_vectors")).takes_models(("w", 0.0))
+    assert not takes_models(
+        method_of("slerp", slerp=SlerpSettings(0.5, "task_vectors")), ("w", 0.0)
+    )
     rows = SlerpSettings(0.5, over="rows")
-    assert not method_of("slerp", slerp=rows).takes_models(("w", 0.0))
-    assert not method_of("slerp", edit="pome").takes_models(("w", 0.0))
-    assert not method_of("task_arithmetic").takes_models(("w", 0.0))
+    assert not takes_models(method_of("slerp", slerp=rows), ("w", 0.0))
+    assert not takes_models(method_of("slerp", edit="pome"), ("w", 0.0))
+    assert not takes_models(method_of("task_arithmetic"), ("w", 0.0))
 
 
 def test_large_tensors_are_summed_in_blocks() -> None:
