@@ -136,7 +136,7 @@ class Method:
 
     def merge(self, inputs: TensorInputs) -> MergedTensor:
         """Merge one tensor, or rows of one."""
-        models = models_of(self, inputs)
+        models = _models_of(self, inputs)
         if models is not None:
             return MergedTensor(_merged_models(self, inputs, models))
         vectors, result = self._task_vectors(inputs)
@@ -155,10 +155,10 @@ class Method:
         Yields:
             `W_new`, float32, of each step: the bits that `merge` gives.
         """
-        left = [each for each in inputs if models_of(self, each) is None]
+        left = [each for each in inputs if _models_of(self, each) is None]
         vectors = self._task_vectors(left[0])[0] if left else []
         for each in inputs:
-            models = models_of(self, each)
+            models = _models_of(self, each)
             if models is not None:
                 yield _merged_models(self, each, models)
             else:
@@ -213,7 +213,7 @@ class Method:
     def measure(self, number: int, inputs: TensorInputs) -> Sums:
         """One round's numbers of one tensor, or rows of one."""
         assert self.operator.statistics is not None
-        models, shorter = models_of(self, inputs), self.operator.on_models
+        models, shorter = _models_of(self, inputs), self.operator.on_models
         if models is not None and shorter is not None:
             return shorter.measure(models, _settings_of(self.settings, inputs))
         vectors, _ = self._task_vectors(inputs)
@@ -274,7 +274,7 @@ def takes_models(method: Method, tensor: tuple[str, float]) -> bool:
     return shorter.applies(resolved(settings, *tensor))
 
 
-def models_of(method: Method, inputs: TensorInputs) -> list[Tensor] | None:
+def _models_of(method: Method, inputs: TensorInputs) -> list[Tensor] | None:
     """The models to merge as they are; None: it takes task vectors."""
     changes = bool(inputs.scales) or inputs.relaxation is not None
     changes |= method.settings.rotates and bool(inputs.shifts or inputs.rotations)

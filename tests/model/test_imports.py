@@ -36,6 +36,12 @@ print(int(compiled(torch.tensor(1))), torch.distributed.is_available(), bool(tor
 """
 
 
+def words_of(program: str) -> list[bytes]:
+    """What a program prints, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    return done.stdout.split()
+
+
 def test_a_process_of_its_own_does_not_import_what_no_decoder_needs() -> None:
     sent = pickle.dumps(model_layout(tiny_model("qwen2.5", seed=0).config))
     printed = subprocess.run(
@@ -70,8 +76,7 @@ def test_tensorboard_is_imported_without_what_is_for_amazon_s_storage() -> None:
         "from torch.utils.tensorboard import SummaryWriter\n"
         "print('boto3' in sys.modules, 'botocore' in sys.modules)\n"
     )
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert printed.stdout.split() == [b"False", b"False"]
+    assert words_of(program) == [b"False", b"False"]
 
 
 def test_a_version_that_needs_more_of_the_compiler_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,8 +94,7 @@ def test_a_version_that_needs_more_of_the_compiler_gets_it(monkeypatch: pytest.M
         "import transformers\n"
         "print('torch._dynamo' in sys.modules, transformers.AutoModelForCausalLM.__name__)\n"
     )
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert printed.stdout.split() == [b"True", b"AutoModelForCausalLM"]
+    assert words_of(program) == [b"True", b"AutoModelForCausalLM"]
 
 
 def test_a_hidden_package_is_not_found_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

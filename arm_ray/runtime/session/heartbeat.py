@@ -61,11 +61,10 @@ class Silence(RenderHook):
 
     Args:
         limit_s: Seconds of silence after which something is to be said.
-        first_s: The same for what has not been named yet.
     """
 
-    def __init__(self, limit_s: float, first_s: float = _FIRST_S) -> None:
-        self._limit_s, self._first_s = limit_s, first_s
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
         self._last = time.monotonic()
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
@@ -84,7 +83,7 @@ class Silence(RenderHook):
         if not activities:
             return None
         newest = activities[-1]
-        begins = max(newest.since, self._last) + self._first_s <= now and not newest.is_told
+        begins = max(newest.since, self._last) + _FIRST_S <= now and not newest.is_told
         if self.due_in(now) > 0.0 and not begins:
             return None
         for each in activities:

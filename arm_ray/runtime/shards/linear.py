@@ -91,7 +91,7 @@ def merge_linear(
         stack.callback(merge.wait_until_written)
         large = []
         for tensor in tensors:
-            at = (tensor.name, spec.layout.depth_of(tensor.name))
+            at = _place(spec, tensor)
             # Of models as they are, a round costs less than to have all of a tensor in memory.
             most = _LARGEST_WHOLE
             if takes_models(spec.method, at):
@@ -117,6 +117,11 @@ def merge_linear(
         )
         for plan, size in zip(plans, num_bytes, strict=True)
     ]
+
+
+def _place(spec: ShardSpec, tensor: TensorSpec) -> tuple[str, float]:
+    """A tensor's name and depth, by which settings may differ."""
+    return tensor.name, spec.layout.depth_of(tensor.name)
 
 
 @dataclass(frozen=True)
@@ -191,8 +196,7 @@ class _GroupMerge:
         self, plans: Sequence[IterationPlan], tensor: TensorSpec, statistics: Mapping[str, object]
     ) -> None:
         """The same for an operator that needs numbers of the whole tensor in each iteration."""
-        method = self.spec.method
-        at = (tensor.name, self.spec.layout.depth_of(tensor.name))
+        method, at = self.spec.method, _place(self.spec, tensor)
         made: dict[str, Tensor] = {}
         for plan in plans:
             measured, states = statistics, self._measured_states(plan, tensor)
@@ -235,8 +239,7 @@ class _GroupMerge:
             return self.spec.method.measure(number, inputs)
 
         totals: dict[str, Tensor] = {}
-        at = (tensor.name, self.spec.layout.depth_of(tensor.name))
-        is_short = takes_models(self.spec.method, at)
+        is_short = takes_models(self.spec.method, _place(self.spec, tensor))
         elements = linear_piece(on_gpu=False) if is_short else _MEASURED_PIECE
         items = self._items([tensor], elements, True)
         for part in self.workers.in_order(run, items):
@@ -246,8 +249,8 @@ class _GroupMerge:
 
     def _measured_states(self, plan: IterationPlan, tensor: TensorSpec) -> Sequence[str]:
         """The states that the rounds look at: not a reference that is none of the models."""
-        at = (tensor.name, self.spec.layout.depth_of(tensor.name))
-        if plan.regime != "sliding_window" and takes_models(self.spec.method, at):
+        is_model = plan.regime == "sliding_window"
+        if not is_model and takes_models(self.spec.method, _place(self.spec, tensor)):
             return plan.contributors
         return plan.inputs
 
