@@ -24,6 +24,7 @@ from torch import Tensor
 
 from arm_ray.errors import CorruptCheckpointError, NumericalError
 from arm_ray.storage.atomic import atomic_file as atomic_file
+from arm_ray.storage.atomic import start_write_back
 from arm_ray.storage.atomic import write_json as write_json
 from arm_ray.storage.regular import check_values, open_regular
 
@@ -300,10 +301,12 @@ class SharedWeightFile:
     Attributes:
         path: The unfinished file.
         specs: All tensors in it, in order.
+        places: Name -> first byte in the file, and what it is.
     """
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         self.path, self.specs = path, tuple(specs)
+        self.places = _places(self.specs)
 
     def create(self) -> int:
         """Make the file: its header, and room for the data; returns its size in bytes."""
@@ -322,7 +325,7 @@ class SharedWeightFile:
 
     def writer(self, put: Put) -> SharedWriter:
         """The same for a file that is written by other means, on another node say."""
-        return SharedWriter(put, _places(self.specs))
+        return SharedWriter(put, self.places)
 
     def sync(self) -> None:
         """Wait until all that was written is on disk; once, after the last has closed the file."""
@@ -349,7 +352,7 @@ def opened_for(
     with contextlib.ExitStack() as stack:
         found: dict[str, SharedWriter] = {}
         for file in files:
-            own = wanted.intersection(spec.name for spec in file.specs)
+            own = wanted & file.places.keys()
             if own:
                 found |= dict.fromkeys(own, stack.enter_context(file.open()))
         yield found
@@ -375,7 +378,7 @@ class SharedWriter:
             NumericalError: They do not fit into that dtype.
         """
         offset, spec = self._places[name]
-        data = narrowed(rows.detach(), spec.dtype, name).to(device="cpu").contiguous()
+        data = narrowed(rows.detach(), spec.dtype, name).cpu().contiguous()
         view = data.reshape(-1).view(torch.uint8).numpy().data
         row_bytes = spec.num_bytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
         self._put(view, offset + first_row * row_bytes)
@@ -414,15 +417,16 @@ def narrowed(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def _put_into(file: IO[bytes]) -> Put:
     def put(view: memoryview, position: int) -> None:
+        begin, descriptor = position, file.fileno()
         while len(view):
-            written = os.pwrite(file.fileno(), view, position)
+            written = os.pwrite(descriptor, view, position)
             position, view = position + written, view[written:]
+        start_write_back(descriptor, begin, position)
 
     return put
 
 
 def _places(specs: Sequence[TensorSpec]) -> dict[str, tuple[int, TensorSpec]]:
-    """Name -> first byte in the file, and what it is."""
     places, offset = {}, len(_encode_header(specs))
     for spec in specs:
         places[spec.name] = (offset, spec)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 # More than a core's own cache holds: with smaller ones, calls take longer than what they compute.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 # A launch costs far more than an element there.
-_BLOCK_ELSEWHERE = 1 << 24
+BLOCK_GPU = 1 << 24
 
 
 def in_blocks(tensors: Sequence[Tensor], size: int = _BLOCK) -> Iterator[list[Tensor]]:
@@ -21,9 +21,13 @@ def in_blocks(tensors: Sequence[Tensor], size: int = _BLOCK) -> Iterator[list[Te
         tensors: At least one; of any shape. Blocks of a contiguous tensor are views of it.
         size: Elements of a block on a CPU.
     """
+    count = tensors[0].numel()
+    step = size if tensors[0].device.type == "cpu" else max(size, BLOCK_GPU)
     flat = [t.reshape(-1) for t in tensors]
-    step = size if flat[0].device.type == "cpu" else max(size, _BLOCK_ELSEWHERE)
-    for start in range(0, len(flat[0]), step):
+    if 0 < count <= step:
+        yield flat
+        return
+    for start in range(0, count, step):
         yield [t[start : start + step] for t in flat]
 
 
@@ -71,15 +75,16 @@ def gram(
     """
     count = len(tensors)
     pairs = [(i, j) for i in range(count) for j in range(i, count)]
-    sums = torch.zeros(len(pairs), dtype=torch.float64, device=tensors[0].device)
+    sums: Tensor | None = None
     every = [*tensors] if added is None else [*tensors, added]
     for block in in_blocks(every):
-        models = [t.to(within_blocks) for t in block[:count]]
+        models = [t if t.dtype == within_blocks else t.to(within_blocks) for t in block]
         if added is not None:
-            offset = block[-1].to(within_blocks)
+            offset = models.pop()
             models = [t + offset for t in models]
-        sums += torch.stack([torch.dot(models[i], models[j]) for i, j in pairs])
-    result = torch.zeros(count, count, dtype=torch.float64)
-    for (i, j), value in zip(pairs, sums.tolist(), strict=True):
-        result[i, j] = result[j, i] = value
-    return result
+        products = torch.stack([torch.dot(models[i], models[j]) for i, j in pairs]).double()
+        sums = products if sums is None else sums + products
+    values = [0.0] * len(pairs) if sums is None else sums.tolist()
+    found = dict(zip(pairs, values, strict=True))
+    rows = [[found[min(i, j), max(i, j)] for j in range(count)] for i in range(count)]
+    return torch.tensor(rows, dtype=torch.float64)

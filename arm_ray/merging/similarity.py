@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from arm_ray.merging.alignment import aligned
+from arm_ray.merging.blocks import in_blocks
 
-# Elements per inner product; the products add up in float64. On a CPU few enough that operands stay
-# in cache; on a GPU, where each call costs a launch, many. A float32 sum is accurate for both.
-_BLOCK, _BLOCK_GPU = 1 << 16, 1 << 24
+# Elements of one inner product on a CPU; on a GPU `blocks.BLOCK_GPU`.
+COMPARE_BLOCK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -40,27 +40,30 @@ class SimilaritySums:
 def similarity_sums(new: Tensor, previous: Tensor, base: Tensor) -> SimilaritySums:
     """The sums of one tensor of three states, each float32 of the same shape.
 
-    Blocks of a fixed size are summed in a fixed order.
+    Blocks of a fixed size are summed in a fixed order. Within one, a float32 product is accurate:
+    it adds up in many lanes; blocks add up in float64.
 
     Args:
         new: `W`.
         previous: `P`; may be the same tensor as `base`, which then costs nothing twice.
         base: `B`.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=new.device)
     from_base = previous is base
-    flat = [t.reshape(-1) for t in (new, previous, base)]
-    block = _BLOCK if new.device.type == "cpu" else _BLOCK_GPU
-    for start in range(0, new.numel(), block):
-        w, p, b = (aligned(t[start : start + block]) for t in flat)
-        change = w - p
-        squares = [torch.dot(x, x) for x in (w, p, change)]
-        if from_base:
-            squares += [squares[2], torch.zeros_like(squares[2])]
-        else:
-            squares += [torch.dot(x, x) for x in (w - b, p - b)]
-        sums += torch.stack(squares)
-    return SimilaritySums(*sums.tolist())
+    sums: Tensor | None = None
+    # On a CPU each call costs other threads Python's lock, so there are as few as can be.
+    for block in in_blocks([new, previous] if from_base else [new, previous, base], COMPARE_BLOCK):
+        w, p, *rest = map(aligned, block)
+        norms = [_square(x) for x in (w, p)] + [_square(w - p)]
+        for b in rest:
+            norms += [_square(w - b), _square(p - b)]
+        squares = torch.stack(norms).double()
+        sums = squares if sums is None else sums + squares
+    found: list[float] = [0.0] * 5 if sums is None else sums.tolist()
+    return SimilaritySums(*found[:3], *(found[3:] or [found[2], 0.0]))
+
+
+def _square(flat: Tensor) -> Tensor:
+    return torch.dot(flat, flat)
 
 
 def cosines(parts: Iterable[SimilaritySums]) -> tuple[float | None, float | None]:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from arm_ray.config import RuntimeConfig
+from arm_ray.merging.blocks import BLOCK_GPU
+from arm_ray.merging.similarity import COMPARE_BLOCK
 from arm_ray.model.partition import call_order, chunks_of, receivers
 from arm_ray.planning.devices import Device
 from arm_ray.planning.simulator import ChunkTimes, IterationTimes, ShardTimes
 from arm_ray.planning.state_life import StateLife
 from arm_ray.planning.workload import (
-    COMPARE_BLOCK,
-    COMPARE_BLOCK_GPU,
     COMPARE_OPERATIONS,
     FLOAT32,
     StateUse,
@@ -253,7 +253,7 @@ class Clock:
         elementwise = work.merge_bytes / self._memory
         blocks = work.compare_blocks
         if device.is_gpu:
-            blocks = max(len(names), blocks * COMPARE_BLOCK // COMPARE_BLOCK_GPU)
+            blocks = max(len(names), blocks * COMPARE_BLOCK // BLOCK_GPU)
         elementwise += blocks * COMPARE_OPERATIONS * device.launch_s
         elementwise *= device.elementwise_scale
         new_bytes = FLOAT32 * elements

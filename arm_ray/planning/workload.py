@@ -14,6 +14,7 @@ from math import ceil, prod
 import torch
 
 from arm_ray.config import ScheduleConfig
+from arm_ray.merging.similarity import COMPARE_BLOCK
 from arm_ray.model.layout import LayerGroup, ModelLayout
 from arm_ray.schedule import (
     BASE,
@@ -32,15 +33,13 @@ MAX_MICRO_BATCH_SAMPLES = 64
 PIECE = 1 << 24
 # The same where no rotation needs whole tensors. On a CPU a piece of every state in use should stay
 # in cache; on a GPU, where each operation costs a launch, it should be large.
-_LINEAR_PIECE = 1 << 18
+_LINEAR_PIECE = 1 << 19
 _LINEAR_PIECE_GPU = 1 << 24
 # Pieces on their way from a GPU to the disk: writers, and pieces that wait in host memory at most.
 WRITERS = 4
 # Logits that are computed at once, for a loss.
 LOGITS = 1 << 26
-# Elements of one block of the comparison of states, and the small operations it takes.
-COMPARE_BLOCK = 1 << 16
-COMPARE_BLOCK_GPU = 1 << 24
+# Small operations that the comparison of one block of states takes.
 COMPARE_OPERATIONS = 10
 
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import mmap
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from typing import IO, Any
 from arm_ray.storage.regular import open_regular
 
 _COPY_BYTES = 1 << 24
+# Bytes: less is not worth a request to the disk of its own.
+_LEAST_WRITE_BACK = 1 << 17
 # Random digits in the name of a file that others may be writing as well.
 _OWN = 12
 _ABANDONED = re.compile(rf"\.(.+)\.[0-9a-f]{{{_OWN}}}\.partial", re.DOTALL)
@@ -59,6 +62,24 @@ def atomic_file(
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def start_write_back(descriptor: int, begin: int, end: int) -> None:
+    """Let the disk take bytes that were just written, while others compute.
+
+    Else all of them would wait for the file's `fsync`. They stay in the page cache: the advice
+    drops only what is on the disk already. A page that is not whole waits for its other half.
+
+    Args:
+        descriptor: Of the open file.
+        begin: The first of the bytes.
+        end: One past the last.
+    """
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if last - first >= _LEAST_WRITE_BACK and hasattr(os, "posix_fadvise"):
+        # Where there is no such advice, nothing is lost but time.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, first, last - first, os.POSIX_FADV_DONTNEED)
 
 
 def _open_own(path: Path) -> tuple[Path, IO[bytes]]:

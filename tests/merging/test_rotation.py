@@ -20,7 +20,7 @@ from arm_ray.merging.operator import MergedTensor, TensorInputs
 from arm_ray.merging.operator_settings import RotationSettings, SignRule
 from arm_ray.merging.rotation import Rotation, activation_rotation
 from arm_ray.merging.settings import MethodSettings
-from arm_ray.merging.similarity import SimilaritySums, cosines, similarity_sums
+from arm_ray.merging.similarity import COMPARE_BLOCK, SimilaritySums, cosines, similarity_sums
 from arm_ray.model.activations import output_shifts
 from tests.builders.reference import dense_rotation
 
@@ -443,7 +443,7 @@ def test_the_cosine_of_a_zero_side_is_none() -> None:
     assert (weight, task_vector) == (1.0, None)
 
 
-@pytest.mark.parametrize("count", [1, 7, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 3 * (1 << 16)])
+@pytest.mark.parametrize("count", [1, 7, *(COMPARE_BLOCK + n for n in (-1, 0, 1)), 3 << 17])
 @pytest.mark.parametrize("from_base", [True, False])
 def test_similarity_sums_are_squared_norms(count: int, from_base: bool) -> None:
     new, previous, base = (gaussian(count, seed=i, dtype=torch.float32) for i in range(3))

@@ -24,7 +24,6 @@ from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.errors import ArmRayError, ConfigError, MismatchError, NotACheckpointError
 from arm_ray.events import read_events
 from arm_ray.hardware import Units
-from arm_ray.merging import similarity
 from arm_ray.merging.method import open_method
 from arm_ray.model.group import Decoder
 from arm_ray.planning import workload as counts
@@ -227,11 +226,6 @@ def test_samples_are_as_long_as_the_data_say_where_they_are_at_hand(case: MergeC
         workload, notes = open_workload(config)
         assert workload.tokens == 512
         assert any("calibration.max_length" in note for note in notes)
-
-
-def test_block_sizes_are_those_of_the_comparison() -> None:
-    assert similarity._BLOCK == counts.COMPARE_BLOCK
-    assert similarity._BLOCK_GPU == counts.COMPARE_BLOCK_GPU
 
 
 def test_states_in_memory_follow_the_schedule(case: MergeCase) -> None:

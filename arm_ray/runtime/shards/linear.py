@@ -45,6 +45,8 @@ from arm_ray.schedule import BASE, IterationPlan
 _MEASURED_PIECE = 1 << 20
 # Up to this a tensor is measured and merged whole, by one thread, and read once.
 _LARGEST_WHOLE = 1 << 23
+# The same of models as they are, which a round costs less: it makes no task vectors.
+_LARGEST_WHOLE_MODELS = 1 << 20
 
 Rows = tuple[TensorSpec, slice]
 
@@ -92,10 +94,10 @@ def merge_linear(
         large = []
         for tensor in tensors:
             at = _place(spec, tensor)
-            # Of models as they are, a round costs less than to have all of a tensor in memory.
             most = _LARGEST_WHOLE
             if takes_models(spec.method, at):
-                most = linear_piece(on_gpu=store.device.type != "cpu")
+                is_on_gpu = store.device.type != "cpu"
+                most = linear_piece(on_gpu=True) if is_on_gpu else _LARGEST_WHOLE_MODELS
             if prod(tensor.shape) > most and spec.method.tensor_rounds(1, at):
                 large.append(tensor)
         merge.pieces(plans, [tensor for tensor in tensors if tensor not in large], facts.statistics)

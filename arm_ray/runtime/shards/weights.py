@@ -259,7 +259,8 @@ class WeightStore:
 
     def _moved(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """On the device in a dtype; cast there, because torch would cast on the host first."""
-        return tensor.to(self.device).to(dtype)
+        moved = tensor if tensor.device == self.device else tensor.to(self.device)
+        return moved if moved.dtype == dtype else moved.to(dtype)
 
 
 def rows_of(tensor: Tensor, rows: slice) -> Tensor:
