@@ -63,7 +63,9 @@ class GroupTimes:
     merge: dict[int, float]
 
 
-def configuration(shards: int, output: Path, **runtime: Any) -> MergeConfig:
+def configuration(
+    shards: int, output: Path, compute_dtype: str = "auto", **runtime: Any
+) -> MergeConfig:
     """The merge that is measured, with further settings of `runtime`."""
     return parse_merge_config(
         {
@@ -78,6 +80,7 @@ def configuration(shards: int, output: Path, **runtime: Any) -> MergeConfig:
                 "tolerance": 0.0,
                 "step": "fixed",
             },
+            "precision": {"compute_dtype": compute_dtype},
             "runtime": {"layer_shards": shards, "threads": 1, **runtime},
         }
     )

@@ -37,6 +37,7 @@ class Device:
         disk_write: The same.
         launch_s: Seconds to start one small operation.
         factorisation_s: Seconds of a QR and a small SVD beside their operations.
+        call_s: Seconds of a core that Ray needs to bring hidden states to a shard's next call.
         forward_efficiency: Fraction of the peak that the forward pass reaches.
         merge_efficiency: Fraction of the peak that the thin float32 products reach.
         factor_efficiency: Fraction of the float64 peak that the QR of a tall matrix reaches.
@@ -58,6 +59,7 @@ class Device:
     disk_write: float
     launch_s: float
     factorisation_s: float
+    call_s: float = 0.0
     forward_efficiency: float = 0.4
     merge_efficiency: float = 0.4
     factor_efficiency: float = 0.02

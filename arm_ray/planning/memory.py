@@ -75,11 +75,13 @@ class ActorMemory:
         host: Process memory on the host, without memory-mapped files.
         gpu: Memory of its GPU; None on a CPU.
         page_cache: Memory-mapped weights that are in use; faster if they stay in memory.
+        resident: The most of both at one instant, which is what the system shows of the process.
     """
 
     host: Peak
     gpu: Peak | None
     page_cache: int
+    resident: int = 0
 
     @property
     def limiting(self) -> Peak:
@@ -141,14 +143,16 @@ class _Walk:
         # On a GPU one piece is merged after the other.
         self._threads = 1 if on_gpu else runtime.threads
         self._object_store = runtime.transport == "object_store"
-        self._host, self._gpu, self._mapped = Peak(), Peak(), 0
+        self._host, self._gpu = Peak(), Peak()
+        self._mapped = self._resident = 0
         self._is_first = groups[0] == 0
         self._is_last = groups[-1] == len(workload.layout.groups) - 1
         self._chunks = chunks_of(groups, runtime.residency)
         self._transfer = self._transfer_bytes()
 
     def result(self) -> ActorMemory:
-        return ActorMemory(self._host, self._gpu if self._on_gpu else None, self._mapped)
+        gpu = self._gpu if self._on_gpu else None
+        return ActorMemory(self._host, gpu, self._mapped, self._resident)
 
     def iteration(self, use: StateUse) -> None:
         """All instants of one iteration."""
@@ -253,7 +257,9 @@ class _Walk:
             host[TRANSFER] = self._transfer
         elif self._workload.needs_forward:
             host[ALLOCATOR] = FRAGMENTS_CPU
-        self._mapped = max(self._mapped, sum(places["mapped"].values()))
+        mapped = sum(places["mapped"].values())
+        self._mapped = max(self._mapped, mapped)
+        self._resident = max(self._resident, sum(host.values()) + mapped)
         self._host = _larger(self._host, host, when)
         self._gpu = _larger(self._gpu, gpu, when)
 

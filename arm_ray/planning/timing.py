@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -98,6 +99,10 @@ class Clock:
         self._host = share * device.host_bandwidth
         self._disk_read = share * device.disk_read / disk_users
         self._disk_write = share * device.disk_write / disk_users
+        # Where the shards have all cores of a node, they give them up for Ray's own work.
+        threads = placement.per_node * runtime.threads
+        is_full = not device.is_gpu and threads >= (os.cpu_count() or 1)
+        self._call = device.call_s if is_full else 0.0
         self._moves = device.is_gpu and self._residency != "device"
         order = call_order(placement.shards, self._residency)
         self._order, self._sends = tuple(shard for shard, _ in order), receivers(order)
@@ -218,7 +223,7 @@ class Clock:
         # Without activations, what happens once comes before the merge.
         if not calls:
             return ChunkTimes(0.0, forward + merge, write)
-        return ChunkTimes(forward / calls, merge, write)
+        return ChunkTimes(forward / calls + self._call, merge, write)
 
     def _send(self, shard: int) -> float:
         """Seconds to send a micro-batch's hidden states to the shard with the next layers."""

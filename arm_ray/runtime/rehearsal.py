@@ -43,6 +43,8 @@ from arm_ray.secrets import shortened
 # Of the memory of this machine, what the weights of the layers may take.
 _MOST_OF_MEMORY = 0.25
 _FORWARD_REPEATS = 3
+# Of a machine that others use as well, half a second may tell twice the time of the next.
+_LEAST_SECONDS, _MOST_ROUNDS = 5.0, 10
 _MOST_ANCHORED = 4
 
 
@@ -74,8 +76,7 @@ def rehearsed(
     if needed > _MOST_OF_MEMORY * cluster.device.memory_bytes:
         return _noted(cluster, f"A layer was not tried: it would take {needed / GB:.1f} GB")
     try:
-        # The layers are alike: one forward call tells of all.
-        found = [_measured(config, workload, g, at_once, runs=g == groups[-1]) for g in groups]
+        found = _repeated(config, workload, groups, at_once)
     except (ArmRayError, RuntimeError) as error:
         # It can still be planned by the rates.
         why = shortened(str(error) or repr(error), 200)
@@ -99,6 +100,29 @@ class _Seconds:
 
     forward: float
     merges: tuple[float, ...]
+
+
+def _repeated(
+    config: MergeConfig, workload: Workload, groups: Sequence[int], at_once: int
+) -> list[_Seconds]:
+    """Seconds of each layer group, the mean of as many rounds as there is time for."""
+    rounds: list[list[_Seconds]] = []
+    started = time.monotonic()
+    while not rounds or (
+        time.monotonic() - started < _LEAST_SECONDS and len(rounds) < _MOST_ROUNDS
+    ):
+        # The layers are alike: one forward call tells of all.
+        rounds.append(
+            [_measured(config, workload, g, at_once, runs=g == groups[-1]) for g in groups]
+        )
+    return [_mean(found) for found in zip(*rounds, strict=True)]
+
+
+def _mean(found: Sequence[_Seconds]) -> _Seconds:
+    merges = zip(*(one.merges for one in found), strict=True)
+    return _Seconds(
+        statistics.fmean(one.forward for one in found), tuple(map(statistics.fmean, merges))
+    )
 
 
 @dataclass(frozen=True)
@@ -172,10 +196,7 @@ def _measured(
         finally:
             torch.set_num_threads(before[0])
             torch.set_float32_matmul_precision(before[1])
-    return _Seconds(
-        statistics.median(one.forward for one in found),
-        tuple(map(statistics.median, zip(*(one.merges for one in found), strict=True))),
-    )
+    return _mean(found)
 
 
 def _run(spec: ShardSpec, workload: Workload, together: threading.Barrier, runs: bool) -> _Seconds:
@@ -228,7 +249,7 @@ def _forward(
         shard.forward(plan, chunk, samples, state, repeat, batch, hidden, is_end=True)
         forwards.append(time.perf_counter() - started)
     # The first casts what is cast, and fills the caches.
-    return statistics.median(forwards[1:])
+    return statistics.fmean(forwards[1:])
 
 
 def _batch(positions: NDArray[np.int64], tokens: int) -> MicroBatch:

@@ -23,6 +23,11 @@ def case(tmp_path: Path) -> MergeCase:
     return MergeCase(tmp_path).make(dtype=torch.bfloat16)
 
 
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_LEAST_SECONDS", 0.0)
+
+
 def this_cpu(case: MergeCase, *overrides: str) -> Cluster:
     return make_cluster(case.config(*overrides).runtime, device="this-cpu")
 
@@ -70,6 +75,26 @@ def test_the_plan_has_the_times_that_were_measured(
     gain = after.iterations[1].forward_s / before.iterations[1].forward_s
     assert 1.0 < gain <= 3.0 + 1e-9
     assert "took" in after.measured[-1]
+
+
+def test_a_layer_is_tried_again_while_there_is_time(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is fast for a moment and slow for the next has a speed between the two."""
+    config, cluster = case.config(), this_cpu(case)
+    uses = state_uses(open_workload(config)[0])[:3]
+    calls: list[int] = []
+
+    def alternating(*_arguments: object, **_names: object) -> object:
+        calls.append(1)
+        seconds = 1.0 if len(calls) % 4 < 2 else 3.0
+        return rehearsal._Seconds(seconds, (seconds,) * len(uses))
+
+    monkeypatch.setattr(rehearsal, "_measured", alternating)
+    monkeypatch.setattr(rehearsal, "_LEAST_SECONDS", 60.0)
+    found = rehearsed(config, cluster)
+    assert len(calls) == 2 * rehearsal._MOST_ROUNDS
+    assert "took 2000 ms a micro-batch and 2000 ms a merge" in found.notes[-1]
 
 
 @pytest.mark.parametrize("residency", ["device", "host", "disk"])
