@@ -68,11 +68,15 @@ def main() -> None:
     """Measure, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compute-dtype", default="float32", choices=["float32", "bfloat16"])
-    dtype = parser.parse_args().compute_dtype
+    parser.add_argument(
+        "--shards", type=int, choices=SHARDS, help="only these; nothing is recorded"
+    )
+    options = parser.parse_args()
+    dtype = options.compute_dtype
     rows: list[dict[str, Any]] = []
     tokens = mean_tokens(configuration(1, OUTPUT))
     with ray_session(None, max(SHARDS)):
-        for shards in SHARDS:
+        for shards in SHARDS if options.shards is None else (options.shards,):
             for residency in RESIDENCIES:
                 config = configuration(shards, OUTPUT.resolve(), dtype, residency=residency)
                 # Just before: what a virtual machine can do changes from minute to minute.
@@ -94,10 +98,14 @@ def main() -> None:
                         "of memory": round(expected_gb / found_gb, 2),
                     }
                 )
+                print(rows[-1], flush=True)
     goals = []
     for name in ("of time", "of memory"):
         worst = max((row[name] for row in rows), key=lambda ratio: abs(ratio - 1.0))
         goals.append((f"{name}, within 10 %: at worst {worst}", abs(worst - 1.0) <= GOAL))
+    if options.shards is not None:
+        print(*goals, sep="\n")
+        return
     title = f"Planned against measured; {tokens} tokens a sample, {dtype}"
     report("plans", title, rows, goals)
 

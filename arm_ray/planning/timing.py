@@ -100,9 +100,9 @@ class Clock:
         self._disk_read = share * device.disk_read / disk_users
         self._disk_write = share * device.disk_write / disk_users
         # Where the shards have all cores of a node, they give them up for Ray's own work.
-        threads = placement.per_node * runtime.threads
-        is_full = not device.is_gpu and threads >= (os.cpu_count() or 1)
-        self._call = device.call_s if is_full else 0.0
+        is_full = placement.per_node * runtime.threads >= (os.cpu_count() or 1)
+        sends = len(placement.shards) > 1 and not device.is_gpu
+        self._call = device.call_s if sends and is_full else 0.0
         self._moves = device.is_gpu and self._residency != "device"
         order = call_order(placement.shards, self._residency)
         self._order, self._sends = tuple(shard for shard, _ in order), receivers(order)

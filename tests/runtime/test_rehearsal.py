@@ -11,6 +11,7 @@ from arm_ray import cli
 from arm_ray.planning.cluster import Cluster, make_cluster
 from arm_ray.planning.plan import make_plan
 from arm_ray.planning.sources import open_workload
+from arm_ray.planning.state_life import state_life
 from arm_ray.planning.timing import Clock, Placement
 from arm_ray.planning.workload import state_uses
 from arm_ray.runtime import rehearsal
@@ -75,6 +76,28 @@ def test_the_plan_has_the_times_that_were_measured(
     gain = after.iterations[1].forward_s / before.iterations[1].forward_s
     assert 1.0 < gain <= 3.0 + 1e-9
     assert "took" in after.measured[-1]
+
+
+def test_calls_cost_more_where_shards_have_all_cores(
+    case: MergeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = case.config("runtime.threads=2", "runtime.residency=host")
+    workload, _ = open_workload(config)
+    device = make_cluster(config.runtime, device="cpu").device
+    [use, *_] = state_uses(workload)
+    groups = len(workload.layout.groups)
+
+    def seconds(shards: int, cores: int) -> float:
+        monkeypatch.setattr("arm_ray.planning.timing.os.cpu_count", lambda: cores)
+        dealt = [list(range(groups))[first::shards] for first in range(shards)]
+        clock = Clock(workload, config.runtime, device, Placement(dealt, 1), 1.0)
+        [times] = clock.iterations([use], state_life(config, 2, None))
+        return sum(chunk.forward_s for shard in times.shards for chunk in shard.chunks)
+
+    few, many = seconds(2, cores=4), seconds(2, cores=5)
+    assert few - many == pytest.approx(groups * device.call_s)
+    # Nothing is sent.
+    assert seconds(1, cores=2) == seconds(1, cores=5)
 
 
 def test_a_layer_is_tried_again_while_there_is_time(
