@@ -53,7 +53,7 @@ def similarity_sums(new: Tensor, previous: Tensor, base: Tensor) -> SimilaritySu
     # On a CPU each call costs other threads Python's lock, so there are as few as can be.
     for block in in_blocks([new, previous] if from_base else [new, previous, base], COMPARE_BLOCK):
         w, p, *rest = map(aligned, block)
-        norms = [_square(x) for x in (w, p)] + [_square(w - p)]
+        norms = [_square(w), _square(p), _square(w - p)]
         for b in rest:
             norms += [_square(w - b), _square(p - b)]
         squares = torch.stack(norms).double()

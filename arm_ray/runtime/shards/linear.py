@@ -96,8 +96,8 @@ def merge_linear(
             at = _place(spec, tensor)
             most = _LARGEST_WHOLE
             if takes_models(spec.method, at):
-                is_on_gpu = store.device.type != "cpu"
-                most = linear_piece(on_gpu=True) if is_on_gpu else _LARGEST_WHOLE_MODELS
+                piece = linear_piece(on_gpu=store.device.type != "cpu")
+                most = max(piece, _LARGEST_WHOLE_MODELS)
             if prod(tensor.shape) > most and spec.method.tensor_rounds(1, at):
                 large.append(tensor)
         merge.pieces(plans, [tensor for tensor in tensors if tensor not in large], facts.statistics)
