@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ def in_blocks(tensors: Sequence[Tensor], size: int = _BLOCK) -> Iterator[list[Te
         return
     for start in range(0, count, step):
         yield [t[start : start + step] for t in flat]
+
+
+def added_up(parts: Iterable[Sequence[Tensor]]) -> list[float] | None:
+    """The same few numbers of block after block, added up in float64; None: there is no block."""
+    sums: Tensor | None = None
+    for part in parts:
+        found = torch.stack([*part]).double()
+        sums = found if sums is None else sums + found
+    return None if sums is None else sums.tolist()
 
 
 def weighted_sum_(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -75,16 +84,16 @@ def gram(
     """
     count = len(tensors)
     pairs = [(i, j) for i in range(count) for j in range(i, count)]
-    sums: Tensor | None = None
-    every = [*tensors] if added is None else [*tensors, added]
-    for block in in_blocks(every):
+
+    def products(block: Sequence[Tensor]) -> list[Tensor]:
         models = [t if t.dtype == within_blocks else t.to(within_blocks) for t in block]
         if added is not None:
             offset = models.pop()
             models = [t + offset for t in models]
-        products = torch.stack([torch.dot(models[i], models[j]) for i, j in pairs]).double()
-        sums = products if sums is None else sums + products
-    values = [0.0] * len(pairs) if sums is None else sums.tolist()
+        return [torch.dot(models[i], models[j]) for i, j in pairs]
+
+    every = [*tensors] if added is None else [*tensors, added]
+    values = added_up(map(products, in_blocks(every))) or [0.0] * len(pairs)
     found = dict(zip(pairs, values, strict=True))
     rows = [[found[min(i, j), max(i, j)] for j in range(count)] for i in range(count)]
     return torch.tensor(rows, dtype=torch.float64)

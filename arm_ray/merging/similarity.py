@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from arm_ray.merging.alignment import aligned
-from arm_ray.merging.blocks import in_blocks
+from arm_ray.merging.blocks import added_up, in_blocks
 
 # Elements of one inner product on a CPU; on a GPU `blocks.BLOCK_GPU`.
 COMPARE_BLOCK = 1 << 17
@@ -49,17 +49,18 @@ def similarity_sums(new: Tensor, previous: Tensor, base: Tensor) -> SimilaritySu
         base: `B`.
     """
     from_base = previous is base
-    sums: Tensor | None = None
-    # On a CPU each call costs other threads Python's lock, so there are as few as can be.
-    for block in in_blocks([new, previous] if from_base else [new, previous, base], COMPARE_BLOCK):
-        w, p, *rest = map(aligned, block)
-        norms = [_square(w), _square(p), _square(w - p)]
-        for b in rest:
-            norms += [_square(w - b), _square(p - b)]
-        squares = torch.stack(norms).double()
-        sums = squares if sums is None else sums + squares
-    found: list[float] = [0.0] * 5 if sums is None else sums.tolist()
+    compared = [new, previous] if from_base else [new, previous, base]
+    found = added_up(map(_squares, in_blocks(compared, COMPARE_BLOCK))) or [0.0] * 5
     return SimilaritySums(*found[:3], *(found[3:] or [found[2], 0.0]))
+
+
+def _squares(block: Sequence[Tensor]) -> list[Tensor]:
+    # On a CPU each call costs other threads Python's lock, so there are as few as can be.
+    w, p, *rest = map(aligned, block)
+    norms = [_square(w), _square(p), _square(w - p)]
+    for b in rest:
+        norms += [_square(w - b), _square(p - b)]
+    return norms
 
 
 def _square(flat: Tensor) -> Tensor:
