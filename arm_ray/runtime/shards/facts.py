@@ -56,16 +56,19 @@ def run_rounds(
     """
     for number in range(method.rounds(contributors)):
         parts = measure(number, facts)
-        sums = {name: _sum_in_order(part[name] for part in parts) for name in parts[0]}
-        found = method.conclude(number, sums, facts.statistics)
+        found = method.conclude(number, added_in_order(parts), facts.statistics)
         facts = replace(facts, statistics={**facts.statistics, **found})
     return facts
 
 
-def _sum_in_order(parts: Iterable[Tensor]) -> Tensor:
-    """A sum whose bits do not depend on who computed the parts."""
-    first, *others = parts
-    total = first.clone()
-    for part in others:
-        total += part
-    return total
+def added_in_order(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sums whose bits do not depend on who computed the parts; the parts stay as they are."""
+    totals: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name in totals:
+                # In place: a histogram is large, and there is one for each small tensor too.
+                totals[name] += value
+            else:
+                totals[name] = value.clone()
+    return totals

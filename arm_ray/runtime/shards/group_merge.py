@@ -23,7 +23,7 @@ from arm_ray.model.architecture import expert_name
 from arm_ray.model.changes import Changes
 from arm_ray.planning.workload import PIECE, linear_piece
 from arm_ray.runtime.shards.captures import Captures
-from arm_ray.runtime.shards.facts import ModelFacts
+from arm_ray.runtime.shards.facts import ModelFacts, added_in_order
 from arm_ray.runtime.shards.pieces import (
     Flushes,
     Workers,
@@ -38,9 +38,6 @@ from arm_ray.runtime.shards.pieces import (
 from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.runtime.shards.weights import WeightStore, host_memory, rows_of
 from arm_ray.schedule import BASE, IterationPlan
-
-# Elements that numbers over the whole model are taken of at once: few enough to stay in cache.
-_MEASURED_PIECE = 1 << 20
 
 # One piece of a tensor, and the call that makes what the operator is given of it: so that this
 # work is done by the thread that merges the piece.
@@ -237,12 +234,10 @@ class GroupMerge:
     ) -> dict[str, Tensor]:
         """One round's numbers of a group; see `LayerShard.measure`."""
         method = self.spec.method
-        pieces = self._pieces(plan, group, columns, facts, _MEASURED_PIECE)
-        totals: dict[str, Tensor] = {}
-        for sums in self.workers.in_order(lambda p: method.measure(number, p[1]()), pieces):
-            for name, value in sums.items():
-                totals[name] = totals[name] + value if name in totals else value
-        return {name: value.cpu() for name, value in totals.items()}
+        elements = linear_piece(on_gpu=self.store.device.type != "cpu")
+        pieces = self._pieces(plan, group, columns, facts, elements)
+        sums = self.workers.in_order(lambda p: method.measure(number, p[1]()), pieces)
+        return {name: value.cpu() for name, value in added_in_order(sums).items()}
 
     def _pieces(
         self,

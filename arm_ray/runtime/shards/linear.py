@@ -26,7 +26,7 @@ from arm_ray.merging.similarity import SimilaritySums, similarity_sums
 from arm_ray.merging.watch import check_merged
 from arm_ray.model.changes import Changes
 from arm_ray.planning.workload import linear_piece
-from arm_ray.runtime.shards.facts import ModelFacts
+from arm_ray.runtime.shards.facts import ModelFacts, added_in_order
 from arm_ray.runtime.shards.pieces import (
     Workers,
     Write,
@@ -41,8 +41,6 @@ from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.runtime.shards.weights import WeightStore, rows_of
 from arm_ray.schedule import BASE, IterationPlan
 
-# Elements at once where numbers of a whole tensor are taken.
-_MEASURED_PIECE = 1 << 20
 # Up to this a tensor is measured and merged whole, by one thread, and read once.
 _LARGEST_WHOLE = 1 << 23
 # The same of models as they are, which a round costs less: it makes no task vectors.
@@ -185,7 +183,7 @@ class _GroupMerge:
                     self.writes.extend(self.behind.write(write, tensor.name, rows.start, result))
             return tensor.name, sums
 
-        items = self._items(tensors, linear_piece(on_gpu=False), is_measured)
+        items = self._items(tensors, measures_tensors=is_measured)
         for name, sums in self.workers.in_order(run, items):
             for plan, part in zip(plans, sums, strict=True):
                 self.changes.setdefault(plan.iteration, Changes()).add(name, part)
@@ -211,11 +209,8 @@ class _GroupMerge:
                 )
             self.pieces([plan], [tensor], measured, made, [s for s in states if s not in made])
 
-    def _items(
-        self, tensors: Sequence[TensorSpec], elements: int, measures_tensors: bool
-    ) -> Iterator[Rows]:
-        if self.store.device.type != "cpu":
-            elements = linear_piece(on_gpu=True)
+    def _items(self, tensors: Sequence[TensorSpec], *, measures_tensors: bool) -> Iterator[Rows]:
+        elements = linear_piece(on_gpu=self.store.device.type != "cpu")
         for tensor in tensors:
             pieces = pieces_of(self.spec, tensor, elements, measures_tensors=measures_tensors)
             for rows in pieces:
@@ -240,14 +235,8 @@ class _GroupMerge:
             inputs = self._inputs(plan, *item, weights, statistics, is_measured=True)
             return self.spec.method.measure(number, inputs)
 
-        totals: dict[str, Tensor] = {}
-        is_short = takes_models(self.spec.method, _place(self.spec, tensor))
-        elements = linear_piece(on_gpu=False) if is_short else _MEASURED_PIECE
-        items = self._items([tensor], elements, True)
-        for part in self.workers.in_order(run, items):
-            for name, value in part.items():
-                totals[name] = totals[name] + value if name in totals else value
-        return totals
+        items = self._items([tensor], measures_tensors=True)
+        return added_in_order(self.workers.in_order(run, items))
 
     def _measured_states(self, plan: IterationPlan, tensor: TensorSpec) -> Sequence[str]:
         """The states that the rounds look at: not a reference that is none of the models."""

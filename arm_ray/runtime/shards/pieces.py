@@ -179,12 +179,28 @@ class Workers:
             yield from map(work, items)
             return
         running: deque[Future[_R]] = deque()
-        for item in items:
-            running.append(self._pool.submit(work, item))
-            if len(running) > self._threads:
+        with _one_thread():
+            for item in items:
+                running.append(self._pool.submit(work, item))
+                if len(running) > self._threads:
+                    yield running.popleft().result()
+            while running:
                 yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have the calling thread compute alone.
+
+    The threads that torch computes an operation with wait for the next one for some milliseconds
+    without sleeping, and take the cores from those that work on pieces.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _keep_freed_memory() -> None:
