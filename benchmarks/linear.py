@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -35,7 +34,7 @@ from arm_ray.checkpoints import states
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.merging.method import open_method
-from arm_ray.model.imports import OWN_PROCESS
+from arm_ray.model.imports import set_own_process
 from arm_ray.runtime.inputs import open_inputs
 from arm_ray.runtime.shards.facts import NOTHING_KNOWN, ModelFacts, run_rounds
 from arm_ray.runtime.shards.layer_shard import LayerShard
@@ -227,6 +226,8 @@ PROGRAMS = {"arm_ray": merge_ours, "plain loop": merge_plain}
 
 def child(program: str, case: Case, output: Path, repeats: int) -> None:
     """Merge some times in this process, and print the seconds."""
+    # As `arm-ray merge` has it.
+    set_own_process()
     torch.set_num_threads(THREADS)
     stages = []
     for _ in range(repeats):
@@ -263,11 +264,7 @@ def run_child(program: str, case: Case, output: Path, repeats: int) -> dict[str,
         command = [sys.executable, "-m", "benchmarks.linear", "--child", program]
         command += ["--case", case.name, "--output", str(output)]
     command += ["--repeats", str(repeats)]
-    # As `arm-ray merge` has it.
-    environment = os.environ | OWN_PROCESS
-    process = subprocess.Popen(  # noqa: S603
-        command, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603
     # Memory is sampled in the runs that are not timed.
     watch = MemoryWatch(process.pid, 0.005) if repeats == 1 else None
     printed, _ = process.communicate()

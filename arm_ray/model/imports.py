@@ -11,24 +11,21 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import os
 import sys
 import threading
 import types
 from collections.abc import Iterator
 from typing import Any
 
-# In the environment of a process that runs nothing but arm_ray, and starts no other.
-OWN_PROCESS = {"ARM_RAY_OWN_PROCESS": "1"}
 _UNUSED = ("sklearn", "scipy", "deepspeed", "accelerate")
 _WRITER = "torch.utils.tensorboard"
 _COMPILER, _MASKS = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
 _LOCK = threading.Lock()
-_own = {"process": OWN_PROCESS.items() <= os.environ.items()}
+_own = {"process": False}
 
 
 def set_own_process() -> None:
-    """Say that this process runs nothing but arm_ray; those that it starts are others."""
+    """Say that this process runs nothing but arm_ray; those that it starts are others'."""
     _own["process"] = True
 
 

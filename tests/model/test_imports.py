@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import os
 import pickle
 import subprocess
 import sys
 
 import pytest
 
-from arm_ray.model.imports import OWN_PROCESS, collection_paused, not_installed
+from arm_ray.model.imports import collection_paused, not_installed
 from arm_ray.model.layout import model_layout
 from tests.builders.models import tiny_model
 
@@ -19,6 +18,8 @@ from tests.builders.models import tiny_model
 # and others find all there is.
 _PROGRAM = """
 import gc, pickle, sys
+from arm_ray.model.imports import set_own_process
+set_own_process()
 layout = pickle.load(sys.stdin.buffer)
 assert layout.num_layers == 3 and "transformers" not in sys.modules
 from arm_ray.model.architecture import architecture_of
@@ -46,7 +47,6 @@ def test_a_process_of_its_own_does_not_import_what_no_decoder_needs() -> None:
     sent = pickle.dumps(model_layout(tiny_model("qwen2.5", seed=0).config))
     printed = subprocess.run(
         [sys.executable, "-c", _PROGRAM],
-        env=os.environ | OWN_PROCESS,
         input=sent,
         capture_output=True,
         check=True,

@@ -20,6 +20,7 @@ from torch import Tensor
 from arm_ray.calibration.minibatch import MicroBatch
 from arm_ray.checkpoints.weight_file import SharedWeightFile
 from arm_ray.model.group import Decoder
+from arm_ray.model.imports import set_own_process
 from arm_ray.runtime.cluster.actors import Handle
 from arm_ray.runtime.cluster.node_files import NodeFiles
 from arm_ray.runtime.shards.captures import Captures, MicroPass, wanted_of
@@ -53,6 +54,9 @@ class LayerShard:
     _store: WeightStore
 
     def __init__(self, spec: ShardSpec) -> None:
+        if spec.environment is not None:
+            os.environ.update(spec.environment)
+            set_own_process()
         # The sums of a matrix product depend on the number of threads: it is part of the result.
         torch.set_num_threads(spec.threads)
         torch.set_float32_matmul_precision("highest")

@@ -14,7 +14,6 @@ import torch
 
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import PlacementError
-from arm_ray.model.imports import OWN_PROCESS
 from arm_ray.model.partition import choose_num_shards
 from arm_ray.noise import quiet_environment, verbose_environment
 from arm_ray.runtime.cluster.actors import Handle, LocalHandle, local_result, start_actor
@@ -281,8 +280,7 @@ def _start(
 ) -> list[Handle[LayerShard]]:
     threads = str(runtime.threads)
     # cuBLAS is deterministic only with a workspace of fixed size.
-    env = {
-        **OWN_PROCESS,
+    environment = {
         **quiet_environment(),
         **verbose_environment(),
         "OMP_NUM_THREADS": threads,
@@ -292,7 +290,6 @@ def _start(
     options: dict[str, Any] = {
         "num_cpus": runtime.threads,
         "num_gpus": placement.gpus_per_shard,
-        "runtime_env": {"env_vars": env},
         # `abandon` must get through while work is queued, and `deliver` goes on beside it.
         "concurrency_groups": {"control": 1, "deliver": 1},
     }
@@ -309,9 +306,9 @@ def _start(
                 group, placement_group_bundle_index=index
             )
         )
-        actors.append(
-            start_actor(options, LayerShard, dataclasses.replace(spec, transport=transport))
-        )
+        # Not by a `runtime_env`: Ray would start a process for it in place of one that is ready.
+        spec = dataclasses.replace(spec, transport=transport, environment=environment)
+        actors.append(start_actor(options, LayerShard, spec))
     # The actors import torch; that their group is placed does not mean that they run.
     with activity(f"starting {len(actors)} layer shard(s)"):
         get_results([actor.call(LayerShard.ready) for actor in actors])

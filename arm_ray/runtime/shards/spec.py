@@ -46,6 +46,8 @@ class ShardSpec:
             itself, which changes no bits; None: as many as `threads`.
         kept_base: Fingerprint of the base, whose weights stay in memory when no iteration reads
             them any more, for another merge by the same shards; None: they do not stay.
+        environment: Variables of the process that the shard has to itself, with which it goes about
+            as arm_ray's own; None: the process is not its own.
     """
 
     layout: ModelLayout
@@ -66,6 +68,7 @@ class ShardSpec:
     life: StateLife | None = None
     workers: int | None = None
     kept_base: str | None = None
+    environment: Mapping[str, str] | None = None
 
     @property
     def num_candidates(self) -> int:
