@@ -29,7 +29,6 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workload, "_LINEAR_PIECE", 200)
-    monkeypatch.setattr(linear, "_MEASURED_PIECE", 700)
     monkeypatch.setattr(linear, "_LARGEST_WHOLE_MODELS", 200)
 
 
