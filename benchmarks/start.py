@@ -38,7 +38,7 @@ _TORCH = "import torch"
 _RAY = """
 import ray
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-@ray.remote(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+@ray.remote(num_cpus=1)
 class Actor:
     def work(self):
         import torch
