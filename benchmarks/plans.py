@@ -4,7 +4,8 @@ The merge of `benchmarks.scaling` (SmolLM2-135M, two candidates, six iterations)
 with one and two layer shards of one thread each and the three places where weights may live:
 seconds of the six iterations, and the largest resident memory of a shard, planned and measured.
 The plan is given the mean number of tokens of the samples. In float32, because the rate of bfloat16
-on a virtual machine changes threefold from one second to the next.
+on a virtual machine changes threefold from one second to the next. With `--model 3b`: two layers in
+the shape of Qwen2.5-3B's, of random weights, and 16 samples.
 
 Needs the checkpoints that `make demo` makes.
 """
@@ -12,6 +13,7 @@ Needs the checkpoints that `make demo` makes.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -29,9 +31,11 @@ from arm_ray.runtime.cluster.joining import ray_session
 from arm_ray.runtime.merge.run import merge
 from arm_ray.runtime.rehearsal import rehearsed
 from benchmarks.common import report
-from benchmarks.scaling import DATA, configuration
+from benchmarks.random_models import SHAPES, write_checkpoint
+from benchmarks.scaling import DATA, RUNS, configuration
 
 OUTPUT = Path("runs/bench/plans")
+MODELS = OUTPUT.with_name("plans-models")
 SHARDS = (1, 2)
 RESIDENCIES = ("device", "host", "disk")
 # The largest difference that counts as told right.
@@ -44,6 +48,17 @@ def mean_tokens(config: MergeConfig) -> int:
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
     texts = [row["prompt"] + row["completion"] for row in rows]
     return round(sum(len(tokenizer(text).input_ids) for text in texts) / len(texts))
+
+
+def wide_models() -> list[str]:
+    """Base and candidates of two layers as wide as Qwen2.5-3B's; with SmolLM2's tokenizer."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(RUNS / "base")
+    shape = {**SHAPES["3b"], "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    paths = [MODELS / name for name in ("base", "candidate-1", "candidate-2")]
+    for seed, path in enumerate(paths):
+        write_checkpoint(path, shape, seed, paths[0] if seed else None)
+        tokenizer.save_pretrained(path)
+    return [str(path) for path in paths]
 
 
 def planned(config: MergeConfig, cluster: Cluster, tokens: int) -> tuple[float, float]:
@@ -68,17 +83,20 @@ def main() -> None:
     """Measure, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compute-dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument(
-        "--shards", type=int, choices=SHARDS, help="only these; nothing is recorded"
-    )
+    parser.add_argument("--shards", type=int, help="only so many; nothing is recorded")
+    parser.add_argument("--residency", choices=RESIDENCIES, help="only this; nothing is recorded")
+    parser.add_argument("--model", choices=["smollm2", "3b"], default="smollm2")
     options = parser.parse_args()
     dtype = options.compute_dtype
     rows: list[dict[str, Any]] = []
-    tokens = mean_tokens(configuration(1, OUTPUT))
-    with ray_session(None, max(SHARDS)):
-        for shards in SHARDS if options.shards is None else (options.shards,):
-            for residency in RESIDENCIES:
-                config = configuration(shards, OUTPUT.resolve(), dtype, residency=residency)
+    make = configuration
+    if options.model == "3b":
+        make = functools.partial(configuration, models=wide_models(), samples=16)
+    tokens = mean_tokens(make(1, OUTPUT))
+    with ray_session(None, max(*SHARDS, options.shards or 1)):
+        for shards in [options.shards] if options.shards else SHARDS:
+            for residency in [options.residency] if options.residency else RESIDENCIES:
+                config = make(shards, OUTPUT.resolve(), dtype, residency=residency)
                 # Just before: what a virtual machine can do changes from minute to minute.
                 cluster = rehearsed(config, make_cluster(config.runtime, device=MEASURED), tokens)
                 print(*cluster.notes, sep="\n", flush=True)
@@ -103,7 +121,7 @@ def main() -> None:
     for name in ("of time", "of memory"):
         worst = max((row[name] for row in rows), key=lambda ratio: abs(ratio - 1.0))
         goals.append((f"{name}, within 10 %: at worst {worst}", abs(worst - 1.0) <= GOAL))
-    if options.shards is not None:
+    if options.shards or options.residency or options.model != "smollm2":
         print(*goals, sep="\n")
         return
     title = f"Planned against measured; {tokens} tokens a sample, {dtype}"

@@ -64,16 +64,31 @@ class GroupTimes:
 
 
 def configuration(
-    shards: int, output: Path, compute_dtype: str = "auto", **runtime: Any
+    shards: int,
+    output: Path,
+    compute_dtype: str = "auto",
+    models: Sequence[str] | None = None,
+    samples: int = SAMPLES,
+    **runtime: Any,
 ) -> MergeConfig:
-    """The merge that is measured, with further settings of `runtime`."""
+    """The merge that is measured.
+
+    Args:
+        shards: `runtime.layer_shards`.
+        output: Of the run.
+        compute_dtype: As in a configuration.
+        models: The base and the candidates; None: the demo's.
+        samples: Of a mini-batch.
+        runtime: Further settings of `runtime`.
+    """
+    base, *candidates = models or [str(RUNS / "base"), *demo_candidates()]
     return parse_merge_config(
         {
-            "base": str(RUNS / "base"),
-            "candidates": demo_candidates(),
+            "base": base,
+            "candidates": candidates,
             "output": str(output),
             "keep_states": "last",
-            "calibration": {"path": str(DATA), "batch_size": SAMPLES},
+            "calibration": {"path": str(DATA), "batch_size": samples},
             "schedule": {
                 "anchor_iterations": 3,
                 "max_iterations": ITERATIONS,
