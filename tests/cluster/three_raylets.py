@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
 from rich.console import Console
 
 from arm_ray.runtime.merge import controller
@@ -126,7 +127,7 @@ def main() -> None:
             thread.start()
         for thread in both:
             thread.join()
-        alive = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")])
+        alive = list_actors(filters=[("state", "=", "ALIVE")])
         nodes.seen["actors left"] = sorted({actor["class_name"] for actor in alive})
     finally:
         (nodes.root / "seen.json").write_text(json.dumps(nodes.seen))
