@@ -114,7 +114,7 @@ def main() -> None:
             nodes.cluster.remove_node(last, allow_graceful=False)
 
         nodes.run_and("left", leave, *apart, SLOW, "keep_states=last")
-        steps = "{anchor_iterations: 2, max_iterations: 20, tolerance: 0}"
+        steps = "{anchor_iterations: 2, max_iterations: 20, tolerance: 0, step: fixed}"
         long = (f"schedule={steps}", "keep_states=last")
         nodes.compute("long", *long, "runtime.layer_shards=1")
         joined = (*long, "runtime.layer_shards=auto", "runtime.storage=shared", SLOW)
