@@ -41,8 +41,9 @@ def measure(number: int, values: Sequence[Tensor], known: Mapping[str, object]) 
         known: What `conclude` has found in round 0; not read in that round.
     """
     if number == 0:
-        shift = Tensor.bitwise_right_shift_
-        return _histograms(values, _FIRST_BINS, lambda bits, _index: shift(bits, _LOW_BITS))
+        return _histograms(
+            values, _FIRST_BINS, lambda bits, _: bits.bitwise_right_shift_(_LOW_BITS)
+        )
     firsts = [bin_ << _LOW_BITS for bin_ in cast(tuple[int, ...], known["bins"])]
     # What is outside the bin goes into one more at either end: faster than to leave it out.
     counts = _histograms(
