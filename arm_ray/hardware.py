@@ -18,6 +18,9 @@ FLOAT32, BFLOAT16, FLOAT16 = "float32", "bfloat16", "float16"
 # How much slower a matrix product is than in float32 where there are no units for the format:
 # 156 GFLOP/s against 17 and 21, torch 2.13 on two cores of an EPYC with AVX2, 2026-11-26.
 SLOWER = {BFLOAT16: 156 / 17, FLOAT16: 156 / 21}
+# How much faster it is with matrix units (AMX): 1,035 to 1,107 GFLOP/s against 157, bfloat16, torch
+# 2.13 on one core of a Xeon, 2026-12-01. Two virtual cores of one real one may share its unit.
+FASTER = 1035 / 157
 
 # Flag of /proc/cpuinfo -> the format that it multiplies, and the least oneDNN ISA that uses it.
 _X86 = {
@@ -54,11 +57,19 @@ class Units:
         formats: Of `float32`, `bfloat16`, `float16`.
         where: The device, in words: "this CPU".
         is_limited: Whether an environment variable keeps it from more.
+        matrix_formats: Those of a CPU that it has matrix units for.
     """
 
     formats: frozenset[str]
     where: str
     is_limited: bool = False
+    matrix_formats: frozenset[str] = frozenset()
+
+    def rate(self, name: str) -> float:
+        """How many times as fast as in float32 a CPU's matrix products are, about."""
+        if name in self.matrix_formats:
+            return FASTER
+        return 1.0 if name in self.formats else 1.0 / SLOWER.get(name, 1.0)
 
     def choose(self, *preferred: str) -> tuple[str, str]:
         """The first format that the device multiplies by itself, else float32; and why."""
@@ -98,10 +109,15 @@ def cpu_units(cpuinfo: str | None = None, environ: Mapping[str, str] | None = No
     # All cores of a machine say the same; a core that can less decides.
     lists = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
     flags = frozenset.intersection(*(frozenset(text.split()) for text in lists or [""]))
-    able = {_X86[flag][0] for flag in flags if flag in _X86}
-    used = {_X86[f][0] for f in flags if f in _X86 and _ISAS.index(_X86[f][1]) <= allowed}
+    able = {flag: _X86[flag][0] for flag in flags if flag in _X86}
+    used = {flag: name for flag, name in able.items() if _ISAS.index(_X86[flag][1]) <= allowed}
     arm = {_ARM[flag] for flag in flags if flag in _ARM}
-    return Units(frozenset({FLOAT32} | used | arm), "this CPU", is_limited=used != able)
+    return Units(
+        frozenset({FLOAT32, *used.values(), *arm}),
+        "this CPU",
+        is_limited=set(used.values()) != set(able.values()),
+        matrix_formats=frozenset(name for flag, name in used.items() if flag.startswith("amx_")),
+    )
 
 
 def gpu_units(capability: Sequence[int] | None, name: str) -> Units:
@@ -137,6 +153,7 @@ def all_of(found: Sequence[Units], where: str) -> Units:
         frozenset.intersection(*(units.formats for units in found)),
         where,
         is_limited=any(units.is_limited for units in found),
+        matrix_formats=frozenset.intersection(*(units.matrix_formats for units in found)),
     )
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from arm_ray.hardware import Units, all_of, cpu_units, gpu_units
+from arm_ray.hardware import FASTER, SLOWER, Units, all_of, cpu_units, gpu_units
 from tests.builders.paths import ROOT
 
 # As Linux has it; only what matters here, and what could be taken for it.
@@ -45,6 +45,28 @@ def test_flags_of_cpus(text: str, limit: str, formats: set[str]) -> None:
     units = cpu_units(text, {"ONEDNN_MAX_CPU_ISA": limit})
     assert units.formats == formats
     assert cpu_units(text, {"DNNL_MAX_CPU_ISA": limit}) == units
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "formats"),
+    [
+        (XEON_AMX, "", {"bfloat16"}),
+        (XEON_AMX, "AVX512_CORE_AMX", {"bfloat16"}),
+        (XEON_AMX, "AVX512_CORE_FP16", set()),
+        (XEON_AMX + EPYC_AVX512, "", set()),
+        (EPYC_AVX512, "", set()),
+        (GRAVITON_3, "", set()),
+    ],
+)
+def test_matrix_units(text: str, limit: str, formats: set[str]) -> None:
+    assert cpu_units(text, {"ONEDNN_MAX_CPU_ISA": limit}).matrix_formats == formats
+
+
+def test_rates_of_products_by_what_a_cpu_has_for_them() -> None:
+    amx, vector, slow = (cpu_units(text, {}) for text in (XEON_AMX, EPYC_AVX512, EPYC_AVX2))
+    assert (amx.rate("bfloat16"), amx.rate("float16")) == (FASTER, 1.0)
+    assert (vector.rate("bfloat16"), slow.rate("bfloat16")) == (1.0, 1.0 / SLOWER["bfloat16"])
+    assert {units.rate(n) for units in (amx, slow) for n in ("float32", "float64")} == {1.0}
 
 
 @pytest.mark.parametrize(

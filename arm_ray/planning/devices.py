@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from arm_ray.errors import ConfigError
-from arm_ray.hardware import SLOWER, Units, cpu_units, gpu_units
+from arm_ray.hardware import Units, cpu_units, gpu_units
 
 GB = 1_000_000_000
 
@@ -112,8 +112,8 @@ _A100 = replace(
     network_bandwidth=25e9,
 )
 # One CPU thread, assumed: 32 float32 operations a cycle (AVX2 with two FMA units) at 3 GHz; bf16
-# and fp16 products at the same rate where there are units for them, else as much slower as was
-# measured (`hardware.SLOWER`). `this-cpu` measures instead.
+# and fp16 products at the same rate where there are vector units for them, else as much faster or
+# slower as was measured (`Units.rate`). `this-cpu` measures instead.
 _CPU = Device(
     name="cpu",
     is_gpu=False,
@@ -156,11 +156,8 @@ def find_device(name: str, threads: int = 1) -> Device:
     device = replace(_CPU, memory_bytes=_machine_memory())
     if name == MEASURED:
         return _measured(device, threads)
-    formats = device.units.formats
-    slower = {name: 1.0 if name in formats else factor for name, factor in SLOWER.items()}
-    return replace(
-        device, flops={k: threads * v / slower.get(k, 1.0) for k, v in device.flops.items()}
-    )
+    rate = device.units.rate
+    return replace(device, flops={k: threads * v * rate(k) for k, v in device.flops.items()})
 
 
 def _machine_memory() -> int:

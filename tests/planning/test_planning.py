@@ -23,7 +23,7 @@ from arm_ray.checkpoints import states
 from arm_ray.config import MergeConfig, parse_merge_config
 from arm_ray.errors import ArmRayError, ConfigError, MismatchError, NotACheckpointError
 from arm_ray.events import read_events
-from arm_ray.hardware import Units
+from arm_ray.hardware import FASTER, SLOWER, Units
 from arm_ray.merging.method import open_method
 from arm_ray.model.group import Decoder
 from arm_ray.planning import workload as counts
@@ -748,6 +748,15 @@ def test_devices() -> None:
     assert min(measured.flops.values()) > 1e6
     with pytest.raises(ConfigError, match="'h300' is not known"):
         find_device("h300")
+
+
+def test_a_cpu_is_as_fast_in_a_format_as_its_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    units = Units(frozenset({"float32", "bfloat16"}), "", matrix_formats=frozenset({"bfloat16"}))
+    monkeypatch.setattr("arm_ray.planning.devices.cpu_units", lambda: units)
+    flops = find_device("cpu", 3).flops
+    assert flops["bfloat16"] == FASTER * flops["float32"]
+    assert flops["float16"] == flops["float32"] / SLOWER["float16"]
+    assert flops["float64"] == 0.5 * flops["float32"] == 3 * 48e9
 
 
 # --- errors -----------------------------------------------------------------------------------
