@@ -78,8 +78,8 @@ class Callee:
 SHARD = Callee(
     "a layer shard",
     ShardLostError,
-    "use more runtime.layer_shards or nodes; run the same command again to go on after the last "
-    "complete iteration",
+    "use more runtime.layer_shards or nodes, or another runtime.residency (`arm-ray plan` tells "
+    "what fits); run the same command again to go on after the last complete iteration",
     sends_tensors=True,
     counts_room=True,
 )
@@ -270,7 +270,23 @@ def _of_cause(cause: BaseException, callee: Callee, place: str | None) -> Except
             got=cause,
             hint="check the disk; run the same command again to go on",
         )
+    if _is_out_of_memory(cause):
+        return WorkerError(
+            f"{callee.name} ran out of memory",
+            where=place,
+            got=f"{type(cause).__name__}: {_short(cause)}",
+            hint=callee.memory_hint,
+        )
     return _unexpected(cause, callee, place)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, for a GPU or the host, or Python could not have what they asked for."""
+    # By its name, since torch is not imported here; Ray's of that name is another error.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"OutOfMemoryError", "MemoryError"}) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _of_ray(error: Exception, callee: Callee, place: str | None = None) -> Exception:

@@ -15,6 +15,7 @@ layer groups that are merged of the following ones.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -25,17 +26,19 @@ from arm_ray.errors import ArmRayError, PlacementError, ShardLostError, Transpor
 from arm_ray.evaluation.selection import Selection
 from arm_ray.events import RunStarted, Warned
 from arm_ray.planning.state_life import StateLife
+from arm_ray.runtime.cluster.calls import get_results
 from arm_ray.runtime.cluster.nodes import ClusterView, alive_nodes, view_of_cluster
 from arm_ray.runtime.merge.dispatch import Dispatcher, PartialMerges
 from arm_ray.runtime.merge.job import MergeJob
 from arm_ray.runtime.merge.policies import RecoveryPolicy, ScalingPolicy, last_usable
 from arm_ray.runtime.merge.promise import Promise
 from arm_ray.runtime.merge.publisher import Publisher
-from arm_ray.runtime.merge.specs import planned, shard_specs
+from arm_ray.runtime.merge.specs import check_gpu_memory, planned, shard_specs
 from arm_ray.runtime.merge.state_storage import StateStorage, storage_of
 from arm_ray.runtime.merge.stepped import sweep_for
 from arm_ray.runtime.merge.sweeps import SweepParts
 from arm_ray.runtime.session.heartbeat import activity
+from arm_ray.runtime.shards.layer_shard import LayerShard
 from arm_ray.runtime.shards.placement import (
     Place,
     Placement,
@@ -44,6 +47,7 @@ from arm_ray.runtime.shards.placement import (
     placed_here,
     placed_shards,
 )
+from arm_ray.runtime.shards.spec import ShardSpec
 from arm_ray.schedule import iterations_needed_after, state_name
 from arm_ray.storage.room import size_text
 
@@ -148,7 +152,7 @@ class MergeController:
             dispatcher = Dispatcher(job, gang, specs)
             publisher = Publisher(job, storage, self._promise, specs[0].life)
             self.stage = Stage.CHECKING
-            self._check(gang, dispatcher)
+            self._check(gang, specs, dispatcher)
             self._announce(specs[0].life)
             self.stage = Stage.SWEEPING
             parts = SweepParts(
@@ -167,8 +171,11 @@ class MergeController:
             self.stage = Stage.PUBLISHING
             return self._publish(reason, dispatcher, publisher)
 
-    def _check(self, gang: ShardGang, dispatcher: Dispatcher) -> None:
+    def _check(self, gang: ShardGang, specs: Sequence[ShardSpec], dispatcher: Dispatcher) -> None:
         job = self._job
+        if self._placement.device == "cuda":
+            found = get_results([shard.call(LayerShard.device_memory) for shard in gang.actors])
+            check_gpu_memory(job.config, job.inputs, [spec.groups for spec in specs], found)
         if not job.method.needs_forward:
             # A linear merge reads every byte once, and looks at it then.
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arm_ray.config import MergeConfig
@@ -13,14 +13,23 @@ from arm_ray.errors import PlacementError
 from arm_ray.events import RunPlanned
 from arm_ray.merging.method import Method
 from arm_ray.model.partition import Partition, choose_balance, partition_layers
-from arm_ray.planning.cluster import Cluster, make_cluster
+from arm_ray.planning.cluster import (
+    Cluster,
+    fits,
+    layer_runs,
+    make_cluster,
+    remedies_of,
+    runs_text,
+)
 from arm_ray.planning.estimate import Estimate, choose_partition, life_of
-from arm_ray.planning.memory import actor_memory
+from arm_ray.planning.memory import Peak, actor_memory
+from arm_ray.planning.plan import cpu_shards
 from arm_ray.planning.sources import workload_of
 from arm_ray.planning.state_life import StateLife
 from arm_ray.planning.timing import Placement as Timed
 from arm_ray.planning.workload import Workload
 from arm_ray.runtime.inputs import MergeInputs
+from arm_ray.runtime.shards.meter import DeviceMemory
 from arm_ray.runtime.shards.placement import Placement
 from arm_ray.runtime.shards.spec import ShardSpec
 
@@ -176,14 +185,58 @@ def check_memory(
         is_gpu = placement.device == "cuda"
         peak = actor_memory(workload, groups, config.runtime, on_gpu=is_gpu).host
         if peak.total > limit * 1e9:
-            largest = sorted(peak.terms.items(), key=lambda term: -term[1])[:3]
             raise PlacementError(
                 "a layer shard would need more memory than it is given",
                 where=f"runtime.memory_gb, shard {index + 1} of {placement.num_shards}",
-                got=f"{peak.total / 1e9:.2f} GB: "
-                + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in largest)
-                + ", …",
+                got=_text(peak),
                 expected=f"at most {limit:g} GB",
                 hint="use runtime.residency: disk, more runtime.layer_shards, or fewer "
                 "runtime.micro_batch_tokens; arm-ray plan shows what fits",
             )
+
+
+# A plan was within so much of the memory of a GPU (docs/supported-machines.md).
+_PLAN_ERROR = 0.1
+
+
+def check_gpu_memory(
+    config: MergeConfig,
+    inputs: MergeInputs,
+    shares: Sequence[Sequence[int]],
+    found: Sequence[DeviceMemory],
+) -> None:
+    """Refuse GPUs that are too small for what their shards are planned to need.
+
+    Args:
+        config: The configuration.
+        inputs: The checked checkpoints.
+        shares: The layer groups of each shard.
+        found: Memory of each shard's GPU.
+
+    Raises:
+        PlacementError: Says what the first such shard needs, what there is, and what would fit.
+    """
+    runtime = config.runtime
+    workload = workload_of(config, inputs.layout, inputs.checkpoints)
+    for index, (groups, there) in enumerate(zip(shares, found, strict=True)):
+        peak = actor_memory(workload, groups, runtime, on_gpu=True).limiting
+        cluster = make_cluster(runtime, gpus=len(shares), gpu_memory_gb=there.available / 1e9)
+        if peak.total <= (1.0 + _PLAN_ERROR) * cluster.memory_per_shard(runtime):
+            continue
+        sharing = cluster.shards_per_gpu(runtime)
+        smallest = fits(workload, runtime, replace(cluster, gpus=None), cpu_shards(runtime))
+        raise PlacementError(
+            "a GPU is too small for its layer shard",
+            where=f"shard {index + 1} of {len(shares)} (layers "
+            f"{runs_text(layer_runs(inputs.layout, groups))}), {there.name}",
+            got=f"{there.available / 1e9:.2f} GB free of {there.total / 1e9:.2f}"
+            + (f", for {sharing} shards" if sharing > 1 else ""),
+            expected=f"{_text(peak)} with runtime.residency: {runtime.residency}",
+            hint=f"what would fit: {'; or '.join(remedies_of(cluster, smallest))}",
+        )
+
+
+def _text(peak: Peak) -> str:
+    largest = sorted(peak.terms.items(), key=lambda term: -term[1])[:3]
+    terms = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in largest)
+    return f"{peak.total / 1e9:.2f} GB: {terms}, …"

@@ -30,7 +30,14 @@ from arm_ray.runtime.shards.group_merge import GroupMerge
 from arm_ray.runtime.shards.linear import merge_linear
 from arm_ray.runtime.shards.losses import ShardLosses
 from arm_ray.runtime.shards.made_states import MadeStates
-from arm_ray.runtime.shards.meter import Meter, RateLimit, ShardUsage, peak_bytes
+from arm_ray.runtime.shards.meter import (
+    DeviceMemory,
+    Meter,
+    RateLimit,
+    ShardUsage,
+    device_memory,
+    peak_bytes,
+)
 from arm_ray.runtime.shards.pieces import Flushes, Workers, WriteBehind
 from arm_ray.runtime.shards.spec import GroupReport, ShardSpec
 from arm_ray.runtime.shards.transport import pack_tensor, prepare_transport, unpack_tensor
@@ -141,6 +148,10 @@ class LayerShard:
         if self._device.type == "cuda":
             return str(torch.cuda.get_device_name(self._device))
         return self._device.type
+
+    def device_memory(self) -> DeviceMemory:
+        """Memory of its GPU."""
+        return device_memory(self._device)
 
     def abandon(self, iteration: int) -> None:
         """Do nothing more for iterations after this one: calls that wait return at once."""

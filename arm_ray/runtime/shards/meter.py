@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from arm_ray.events import Span
 
 # Most spans of an iteration, and the pause in seconds that is left out.
@@ -109,6 +111,28 @@ def peak_bytes() -> int:
     """Largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Memory of a shard's GPU; bytes.
+
+    Attributes:
+        name: Of the GPU.
+        total: All of it.
+        available: What no other process has.
+    """
+
+    name: str
+    total: int
+    available: int
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """Of a GPU."""
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    return DeviceMemory(torch.cuda.get_device_name(device), total, free + own)
 
 
 class RateLimit:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from ray import exceptions
 
 from arm_ray.errors import (
@@ -160,6 +161,23 @@ def test_an_actor_that_cannot_be_made_is_no_lost_one(raised: Any) -> None:
         assert type(found) is WorkerError
         assert "failed unexpectedly" in found.what
         assert found.got.endswith("Error: what it says")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError("Unable to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes"),
+    ],
+)
+def test_memory_that_is_not_there_is_told_with_what_to_do(raised: Any, error: Exception) -> None:
+    found = raised(of_task(error))
+    assert type(found) is WorkerError
+    assert found.what == "a layer shard ran out of memory"
+    assert str(error) in found.got
+    assert "runtime.residency" in found.hint
+    assert "kv_cache_gb" in raised(of_task(error), EVALUATOR).hint
 
 
 def test_what_a_call_was_given_failed_before(raised: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from arm_ray.checkpoints.states import StateManifest
 from arm_ray.config import RuntimeConfig
 from arm_ray.errors import ArmRayError, ConfigError, PlacementError, ShardLostError, TransportError
+from arm_ray.runtime.cluster.actors import LocalHandle
 from arm_ray.runtime.cluster.nodes import ClusterView
 from arm_ray.runtime.merge import controller as module
 from arm_ray.runtime.merge.controller import Ending, MergeController, Stage
@@ -66,7 +68,7 @@ class Rig:
 
     @staticmethod
     def specs(*given: Any) -> list[Any]:
-        return [SimpleNamespace(num_shards=given[4].num_shards, life=None)]
+        return [SimpleNamespace(num_shards=given[4].num_shards, life=None, groups=(0, 1))]
 
     def view(self) -> ClusterView:
         nodes = frozenset(map(str, range(self.nodes)))
@@ -75,7 +77,12 @@ class Rig:
     @contextlib.contextmanager
     def placed(self, specs: Any, runtime: RuntimeConfig, *_: Any) -> Iterator[Any]:
         self.sets.append((specs[0].num_shards, runtime.transport))
-        yield SimpleNamespace(nodes=[str(i) for i in range(specs[0].num_shards)])
+        count = specs[0].num_shards
+        shard: Any = SimpleNamespace(device_memory=lambda: "of a GPU")
+        actors = [LocalHandle(shard) for _ in range(count)]
+        yield SimpleNamespace(nodes=[str(i) for i in range(count)], actors=actors)
+        for actor in actors:
+            actor.end()
 
     @contextlib.contextmanager
     def storage(self, *_: Any) -> Iterator[Any]:
@@ -187,6 +194,26 @@ def test_no_room_for_the_first_set_is_an_error(
     of.nodes = 1
     with pytest.raises(PlacementError):
         of.go()
+
+
+def test_memory_of_gpus_is_checked_before_anything_is_read(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = rig(layer_shards=2)
+    checked: list[Any] = []
+
+    def refuse(*given: Any) -> None:
+        checked.append(given[2:])
+        raise PlacementError("a GPU is too small for its layer shard")
+
+    monkeypatch.setattr(module, "check_gpu_memory", refuse)
+    of.go(of.finish(1, "stop_after"))
+    assert checked == []
+    of.controller._placement = replace(of.controller._placement, device="cuda")
+    with pytest.raises(PlacementError):
+        of.go()
+    assert checked == [([(0, 1)], ["of a GPU", "of a GPU"])]
+    assert of.stages == [Stage.SWEEPING]
 
 
 def test_an_input_s_error_ends_the_merge_at_once(rig: Callable[..., Rig]) -> None:
