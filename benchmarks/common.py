@@ -141,4 +141,4 @@ def record(
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    return str(value)
+    return "-" if value is None else str(value)

@@ -3,9 +3,10 @@
 The merge of `benchmarks.scaling` (SmolLM2-135M, two candidates, six iterations) on a local Ray,
 with one and two layer shards of one thread each and the three places where weights may live:
 seconds of the six iterations, and the largest resident memory of a shard, planned and measured.
-The plan is given the mean number of tokens of the samples. In float32, because the rate of bfloat16
-on a virtual machine changes threefold from one second to the next. With `--model 3b`: two layers in
-the shape of Qwen2.5-3B's, of random weights, and 16 samples.
+The plan is given the mean number of tokens of the samples. It is made just before the merge and
+just after it, and the mean counts: what a virtual machine can do changes from minute to minute. In
+float32, because the rate of bfloat16 may change threefold from one second to the next. With
+`--model 3b`: two layers in the shape of Qwen2.5-3B's, of random weights, and 16 samples.
 
 Needs the checkpoints that `make demo` makes.
 """
@@ -24,7 +25,7 @@ from transformers import AutoTokenizer
 
 from arm_ray.config import MergeConfig
 from arm_ray.events import read_events
-from arm_ray.planning.cluster import Cluster, make_cluster
+from arm_ray.planning.cluster import make_cluster
 from arm_ray.planning.devices import MEASURED
 from arm_ray.planning.plan import make_plan
 from arm_ray.runtime.cluster.joining import ray_session
@@ -61,8 +62,10 @@ def wide_models() -> list[str]:
     return [str(path) for path in paths]
 
 
-def planned(config: MergeConfig, cluster: Cluster, tokens: int) -> tuple[float, float]:
-    """Seconds of all iterations and memory of the largest shard, GB, as the plan has them."""
+def planned(config: MergeConfig, tokens: int) -> tuple[float, float]:
+    """Seconds of all iterations and memory of the largest shard, GB, as a plan of now has them."""
+    cluster = rehearsed(config, make_cluster(config.runtime, device=MEASURED), tokens)
+    print(*cluster.notes, sep="\n", flush=True)
     plan = make_plan(config, cluster, tokens)
     memory = max(shard.memory.resident for shard in plan.shards)
     return sum(row.seconds for row in plan.iterations), memory / 1e9
@@ -97,15 +100,16 @@ def main() -> None:
         for shards in [options.shards] if options.shards else SHARDS:
             for residency in [options.residency] if options.residency else RESIDENCIES:
                 config = make(shards, OUTPUT.resolve(), dtype, residency=residency)
-                # Just before: what a virtual machine can do changes from minute to minute.
-                cluster = rehearsed(config, make_cluster(config.runtime, device=MEASURED), tokens)
-                print(*cluster.notes, sep="\n", flush=True)
-                expected_s, expected_gb = planned(config, cluster, tokens)
+                before_s, expected_gb = planned(config, tokens)
                 found_s, found_gb, forward, merging = measured(config)
+                after_s, _ = planned(config, tokens)
+                expected_s = (before_s + after_s) / 2
                 rows.append(
                     {
                         "shards": shards,
                         "residency": residency,
+                        "before, s": round(before_s, 1),
+                        "after, s": round(after_s, 1),
                         "planned, s": round(expected_s, 1),
                         "measured, s": round(found_s, 1),
                         "of time": round(expected_s / found_s, 2),
