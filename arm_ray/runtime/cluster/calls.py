@@ -282,10 +282,10 @@ def _of_cause(cause: BaseException, callee: Callee, place: str | None) -> Except
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, for a GPU or the host, or Python could not have what they asked for."""
-    # By its name, since torch is not imported here; Ray's of that name is another error.
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & {"OutOfMemoryError", "MemoryError"}) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # torch, which is not imported here, has a class for GPUs and a text for the host.
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error))
     )
 
 

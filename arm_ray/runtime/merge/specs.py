@@ -188,7 +188,7 @@ def check_memory(
             raise PlacementError(
                 "a layer shard would need more memory than it is given",
                 where=f"runtime.memory_gb, shard {index + 1} of {placement.num_shards}",
-                got=_text(peak),
+                got=_peak_text(peak),
                 expected=f"at most {limit:g} GB",
                 hint="use runtime.residency: disk, more runtime.layer_shards, or fewer "
                 "runtime.micro_batch_tokens; arm-ray plan shows what fits",
@@ -231,12 +231,12 @@ def check_gpu_memory(
             f"{runs_text(layer_runs(inputs.layout, groups))}), {there.name}",
             got=f"{there.available / 1e9:.2f} GB free of {there.total / 1e9:.2f}"
             + (f", for {sharing} shards" if sharing > 1 else ""),
-            expected=f"{_text(peak)} with runtime.residency: {runtime.residency}",
+            expected=f"{_peak_text(peak)} with runtime.residency: {runtime.residency}",
             hint=f"what would fit: {'; or '.join(remedies_of(cluster, smallest))}",
         )
 
 
-def _text(peak: Peak) -> str:
+def _peak_text(peak: Peak) -> str:
     largest = sorted(peak.terms.items(), key=lambda term: -term[1])[:3]
     terms = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in largest)
     return f"{peak.total / 1e9:.2f} GB: {terms}, …"
